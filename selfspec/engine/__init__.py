@@ -1,0 +1,1 @@
+"""What runs the model. Importing this package costs nothing: backends load inside their factories."""

@@ -1,0 +1,75 @@
+"""Every error selfspec raises on purpose.
+
+    SelfspecError                 exit code 1
+    ├── UserError                 exit code 2: one clear line, no traceback, nothing written
+    │   ├── ConfigError           a key or value of the configuration
+    │   ├── AssetError            a model or data source that cannot be had
+    │   ├── HeadError             a fitted head that is corrupt or belongs to something else
+    │   ├── JournalError          a checkpoint that cannot be read or resumed
+    │   └── StorageError          an output folder that cannot be written
+    └── StageError                a stage ran and its result is a failure
+        └── NotLossless           an exact policy gave tokens that plain decoding does not give
+    Interrupted                   SIGTERM or SIGINT arrived: exit code 143 or 130
+
+A ``UserError``'s message names the key, the value and what is allowed.
+"""
+
+import signal
+
+
+class SelfspecError(Exception):
+    """Base of all errors selfspec raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(SelfspecError):
+    """Something the user can put right; shown as one line."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A key or value of the configuration is wrong."""
+
+
+class AssetError(UserError):
+    """A model or data source cannot be had."""
+
+
+class HeadError(UserError):
+    """A fitted head is corrupt, or belongs to another model or exit layer."""
+
+
+class JournalError(UserError):
+    """A checkpoint cannot be read or resumed."""
+
+
+class StorageError(UserError):
+    """An output folder or file cannot be written."""
+
+
+class StageError(SelfspecError):
+    """A stage ran to its end and its result is a failure."""
+
+
+class NotLossless(StageError):
+    """An exact policy produced tokens that plain decoding does not produce."""
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT arrived; not an ``Exception``, so that no handler of ordinary errors swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's convention: 128 + signal number (143 for SIGTERM, 130 for SIGINT)."""
+        return 128 + self.signum
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; its type stands in where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

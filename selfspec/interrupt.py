@@ -1,0 +1,95 @@
+"""SIGTERM and SIGINT as an exception, raised where it can do no harm.
+
+:func:`trap` turns the first of these signals into :class:`~selfspec.errors.Interrupted` in the main thread;
+:func:`shield` puts that off to the end of a block that must not be left half-way.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from selfspec.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass
+class _State:
+    """Of the main thread, the only one in which Python runs signal handlers."""
+
+    trapped: bool = False
+    shields: int = 0
+    signum: int | None = None
+    raised: bool = False
+
+    def deliver(self) -> None:
+        if self.signum is not None and not self.raised and not self.shields:
+            self.raised = True
+            raise Interrupted(self.signum)
+
+
+_state = _State()
+
+
+@contextmanager
+def trap() -> Iterator[None]:
+    """Within the block, the first SIGTERM or SIGINT raises ``Interrupted``; later ones are ignored.
+
+    So a second signal does not break the clean-up that the first one set off. On leaving, the handlers that
+    were there before are put back. Does nothing outside the main thread and within another ``trap``.
+
+    Raises:
+        Interrupted: a signal arrived.
+    """
+    if not _in_main_thread() or _state.trapped:
+        yield
+        return
+    previous: dict[int, signal._HANDLER] = {}
+    try:
+        with shield():
+            _state.trapped = True
+            for signum in SIGNALS:
+                # Also where it was ignored, as a script's shell has it for SIGINT to what it starts with `&`.
+                previous[signum] = signal.signal(signum, _handle)
+        yield
+    finally:
+        try:
+            with shield():
+                for number, handler in previous.items():
+                    # None: a handler that was not set from Python, and cannot be put back from it.
+                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        finally:
+            _state.trapped, _state.signum, _state.raised = False, None, False
+
+
+@contextmanager
+def shield() -> Iterator[None]:
+    """Put off an ``Interrupted`` that falls due within the block to its end. Shields nest.
+
+    Keep the block short: the process seems deaf to signals for as long.
+
+    Raises:
+        Interrupted: at the end of the outermost block, if a trapped signal arrived in it.
+    """
+    if not _in_main_thread():
+        yield
+        return
+    _state.shields += 1
+    try:
+        yield
+    finally:
+        _state.shields -= 1
+        _state.deliver()
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    if _state.signum is None:
+        _state.signum = signum
+        _state.deliver()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

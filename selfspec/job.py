@@ -1,0 +1,152 @@
+"""One job: for each stage of the plan, restore what is journalled, run what is not, track; then report."""
+
+import importlib
+import json
+from functools import cache
+from pathlib import Path
+
+from selfspec import assets, checkpoint, metrics, provenance, report, tracking
+from selfspec.checkpoint import Journal, Record
+from selfspec.config import EngineName
+from selfspec.engine.base import Engine
+from selfspec.errors import Interrupted, NotLossless, one_line
+from selfspec.interrupt import trap
+from selfspec.plan import Plan
+from selfspec.stages import bench, fit
+from selfspec.types import Measurements
+
+STAGES = {"fit": fit, "bench": bench}
+ENGINES = {
+    EngineName.torch: "selfspec.engine.torch_engine:TorchEngine",
+    EngineName.fake: "selfspec.engine.fake:FakeEngine",
+}
+
+
+def check(plan: Plan) -> None:
+    """Refuses, before anything is written, what would make the job fail later.
+
+    Raises:
+        UserError: an unreadable journal, a head that is corrupt or of another model, a missing head.
+    """
+    checkpoint.inspect(journal_folder(plan), plan.id, plan.checkpoint.resume)
+    tracking.make(plan.tracking, plan.output_dir)
+    if plan.draft.fitted and (plan.draft.head is not None or "fit" not in plan.stages or fit.head_path(plan).exists()):
+        fit.check_head(plan)
+
+
+def fetch(plan: Plan) -> None:
+    """Has the plan's sources on this disk before anything is written; a plan with a journal has had them.
+
+    Raises:
+        AssetError: one cannot be had.
+    """
+    if (journal_folder(plan) / checkpoint.FILE).exists():
+        return
+    assets.fetch(plan.workload.source, plan.workload.sha256)
+    if plan.engine.name is EngineName.torch:
+        assets.fetch(plan.model.source, plan.model.sha256)
+
+
+def run(plan: Plan, folder: Path, sweep: str | None = None) -> report.Result:
+    """Runs a plan to its end and leaves its result in ``folder``.
+
+    Args:
+        sweep: the tracker's run of the sweep this job belongs to.
+
+    Returns:
+        The result, as written to ``result.json``.
+
+    Raises:
+        NotLossless: an exact policy changed tokens; the result is written all the same.
+        Interrupted: SIGTERM or SIGINT; what is finished is kept.
+    """
+    with trap(), Journal.open(journal_folder(plan), plan.id, plan.settings(), plan.checkpoint.resume) as journal:
+        tracker = tracking.make(plan.tracking, plan.output_dir)
+        run_id = tracker.start(plan.label, _tags(plan), plan.settings(), journal.notes.get("run_id"), sweep)
+        status: tracking.Status = "FAILED"
+        try:
+            if run_id is not None and run_id != journal.notes.get("run_id"):
+                journal.note("run_id", run_id)
+            for step, record in enumerate(journal.records("bench")):
+                tracker.log(metrics.per_unit(record.data), step, record.at)
+            journal.on_append.append(lambda record: _track(tracker, journal, record))
+
+            engine = cache(lambda: _make_engine(plan))
+            measured: Measurements = {}
+            for stage in plan.stages:
+                found = STAGES[stage].run(engine, plan, journal)
+                measured |= {f"{stage}/{name}": value for name, value in found.items()}
+
+            result = _result(plan, journal, measured)
+            report.write(folder, [result])
+            bench.write_cycles(folder / "cycles.parquet", journal.records("bench"))
+            provenance.write_atomic(folder / report.FILE, json.dumps(result, indent=1))
+            tracker.log(measured, 0, max((r.at for s in plan.stages for r in journal.records(s)), default=0))
+            tracker.artifacts([folder])
+            if result["lossless"] == "no":
+                raise NotLossless(f"{plan.label}: {measured['bench/differing']:.0f} prompts differ from plain decoding")
+            status = "FINISHED"
+        except Interrupted:
+            status = "KILLED"
+            raise
+        finally:
+            tracker.finish(status)
+    return result
+
+
+def failed(plan: Plan, folder: Path, error: Exception) -> None:
+    """Leaves a result that says why there is none, unless the job wrote one before it failed."""
+    path = folder / report.FILE
+    known = dict(report.read(path)) if path.exists() else _nothing(plan)
+    provenance.write_atomic(path, json.dumps({**known, "status": "failed", "error": one_line(error)}, indent=1))
+
+
+def journal_folder(plan: Plan) -> Path:
+    """Where the plan's journal is kept."""
+    return Path(plan.checkpoint.dir) / "plans" / plan.id
+
+
+def _track(tracker: tracking.Tracker, journal: Journal, record: Record) -> None:
+    if record.stage == "bench":
+        tracker.log(metrics.per_unit(record.data), len(journal.records("bench")) - 1, record.at)
+
+
+def _make_engine(plan: Plan) -> Engine:
+    module, name = ENGINES[plan.engine.name].split(":")
+    engine: Engine = getattr(importlib.import_module(module), name)(plan)
+    return engine
+
+
+def _tags(plan: Plan) -> dict[str, str]:
+    git = provenance.git()
+    return {"selfspec.plan": plan.id, "selfspec.experiment": plan.name} | {f"git.{k}": v for k, v in git.items()}
+
+
+def _result(plan: Plan, journal: Journal, measured: Measurements) -> report.Result:
+    records = journal.records("bench")
+    result = _nothing(plan)
+    result["measurements"] = measured
+    if records:
+        result["acceptance_by_position"] = metrics.acceptance_by_position([r.data for r in bench.poolable(records)])
+        result["lossless"] = bench.verdict(records, plan)
+        result["notes"] = bench.notes(records)
+        result["provenance"] = bench.poolable(records)[0].data["provenance"]
+    return result
+
+
+def _nothing(plan: Plan) -> report.Result:
+    """The result of a plan that has measured nothing yet."""
+    return {
+        "version": report.VERSION,
+        "plan_id": plan.id,
+        "label": plan.label,
+        "name": plan.name,
+        "settings": plan.settings(),
+        "measurements": {},
+        "lossless": None,
+        "notes": [],
+        "provenance": provenance.collect(),
+        "acceptance_by_position": [],
+        "status": "finished",
+        "error": None,
+    }

@@ -1,0 +1,208 @@
+"""Config -> frozen :class:`Plan`: what will run, and its identity.
+
+The identity is a hash of what changes results and of nothing else: not paths, not the launcher, not
+tracking. What has no effect in a combination (the gate of a plan that drafts nothing) is left out of it,
+so that two jobs of a sweep which come to the same work have one identity and run once.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from selfspec import config as schema
+from selfspec.errors import ConfigError
+
+STAGE_VERSIONS = {"fit": 1, "bench": 1}
+"""Raise a stage's number when the same plan would give other results: old journals are then not taken."""
+
+_DRAFTS = Path(__file__).parent / "engine" / "draft"
+_OTHER_VALUE = {
+    "tau": lambda v: 1 - v if v != 0.5 else 0.25,
+    "tau_v": lambda v: v + 1,
+    "tau_h": lambda v: v + 1,
+    "K": lambda v: v + 1 if v < 64 else v - 1,
+    "exit_layer": lambda v: v - 1 if v > 1 else v + 1,
+    "seed": lambda v: v + 1 if v < 2**32 - 1 else v - 1,
+    "stages": lambda v: ["fit"] if list(v) != ["fit"] else ["bench"],
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One job, settled: every group as it will really be used."""
+
+    name: str
+    output_dir: Path
+    seed: int
+    stages: tuple[str, ...]
+    model: schema.Model
+    draft: schema.Draft
+    gate: schema.Gate
+    controller: schema.Controller
+    policy: schema.Policy
+    engine: schema.Engine
+    hardware: schema.Hardware
+    workload: schema.Workload
+    scale: schema.Scale
+    tracking: schema.Tracking
+    checkpoint: schema.Checkpoint
+
+    @property
+    def speculative(self) -> bool:
+        """Whether tokens are drafted and verified; else every step is one plain pass."""
+        return self.draft.name != "none" and self.policy.verify
+
+    @property
+    def exact(self) -> bool:
+        """Whether the tokens must equal those of plain decoding."""
+        return self.policy.verify
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and run lists, such as ``lsq12 varH=4 K=4``."""
+        parts = [self.draft.name + (str(self.draft.exit_layer) if self.draft.exit_layer else "")]
+        if self.draft.form is schema.HeadForm.low_rank:
+            parts[0] += f"r{self.draft.rank}"
+        if not self.policy.verify:
+            parts.append("unverified")
+        if self.gate.name is not schema.GateName.none:
+            parts.append(f"{self.gate.name.name}={self.gate.threshold:g}")
+        if self.speculative:
+            parts.append(f"K={self.controller.K}")
+        return " ".join(parts)
+
+    @cached_property
+    def answers_id(self) -> str:
+        """Identity of the fit data: the model's own greedy answers to the fit prompts."""
+        return _digest(
+            model=_model(self.model),
+            prompts=(self.workload.source, self.workload.sha256, self.seed),
+            scale=(self.scale.fit_prompts, self.scale.fit_new_tokens),
+            engine=self.engine.name,
+            dtype=self.hardware.dtype,
+            version=STAGE_VERSIONS["fit"],
+        )
+
+    @cached_property
+    def head_id(self) -> str:
+        """Identity of the fitted head: one head serves every job of a sweep that asks for the same."""
+        return _digest(answers=self.answers_id, draft=asdict(self.draft))
+
+    @cached_property
+    def id(self) -> str:
+        """Identity of the whole plan."""
+        return _digest(
+            model=_model(self.model),
+            draft=asdict(self.draft),
+            gate=asdict(self.gate),
+            controller=asdict(self.controller) if self.speculative else None,
+            policy=asdict(self.policy),
+            engine=asdict(replace(self.engine, drafts=None)),
+            hardware=(self.hardware.device, self.hardware.dtype, self.hardware.threads),
+            workload=asdict(replace(self.workload, name="")),
+            scale=asdict(replace(self.scale, name="")),
+            seed=self.seed,
+            stages={stage: STAGE_VERSIONS[stage] for stage in self.stages},
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The plan as plain nested values, for the journal, the tracker and the report."""
+        groups = {group: _plain(asdict(getattr(self, group))) for group in schema.GROUPS}
+        return {"name": self.name, "seed": self.seed, "stages": list(self.stages), **groups}
+
+
+def make(cfg: DictConfig) -> Plan:
+    """The plan of a composed config.
+
+    Raises:
+        ConfigError: a value that is not allowed, or a combination that cannot work, with the reason.
+    """
+    config = schema.load(cfg)
+    draft, gate, policy = config.draft, config.gate, config.policy
+    _check_draft(config)
+    if not (draft.name != "none" and policy.verify):
+        gate = schema.Gate()  # nothing is drafted, or nothing verified: there is nothing to stop
+    if draft.name == "none":
+        policy = replace(policy, verify=True)
+    _check_gate(gate)
+    stages = tuple(stage for stage in schema.STAGES if stage in config.stages)
+    return Plan(
+        name=config.name,
+        output_dir=Path(config.output_dir),
+        seed=config.seed,
+        stages=stages,
+        model=config.model,
+        draft=draft,
+        gate=gate,
+        controller=config.controller,
+        policy=policy,
+        engine=config.engine,
+        hardware=config.hardware,
+        workload=config.workload,
+        scale=config.scale,
+        tracking=config.tracking,
+        checkpoint=config.checkpoint,
+    )
+
+
+def idle_handles(cfg: DictConfig, handles: Iterable[str]) -> list[str]:
+    """Those of the given sweep handles that have no effect: another value gives the same plan."""
+    identity = make(cfg).id
+    idle = []
+    for handle in handles:
+        other = schema.with_handle(cfg, handle, _OTHER_VALUE[handle](cfg[handle]))
+        if make(other).id == identity:
+            idle.append(handle)
+    return idle
+
+
+def _check_draft(config: schema.Config) -> None:
+    draft, engine, layers = config.draft, config.engine, config.model.layers
+    known = sorted(p.stem for p in _DRAFTS.glob("*.py") if p.stem not in ("__init__", "base"))
+    runnable = known if engine.drafts is None else engine.drafts
+    if draft.name not in runnable:
+        raise ConfigError(f"draft={draft.name}: engine={engine.name.name} cannot run it; it runs {', '.join(runnable)}")
+    if draft.exit_layer is not None and layers is not None and draft.exit_layer >= layers:
+        raise ConfigError(
+            f"exit_layer={draft.exit_layer}: {config.model.name} has {layers} layers; must be from 1 to {layers - 1}"
+        )
+    if (draft.form is schema.HeadForm.low_rank) != (draft.rank is not None):
+        form = draft.form.name if draft.form else None
+        raise ConfigError(f"draft.rank={draft.rank}: form=low_rank needs a rank >= 1, other forms none; form={form}")
+    if not config.policy.verify and draft.name != "none" and draft.exit_layer is None:
+        raise ConfigError(f"policy.verify=false: only early-exit drafts can do without, draft={draft.name} is none")
+    if not config.policy.verify and draft.previous:
+        raise ConfigError("draft.previous=true: reads the verified final state, which policy.verify=false never has")
+    if draft.name != "lsq" and draft != schema.Draft(name=draft.name, exit_layer=draft.exit_layer):
+        raise ConfigError(f"draft={draft.name}: has no fitted head; form, rank, previous, ridge, sgd_epochs and head are lsq's")
+
+
+def _check_gate(gate: schema.Gate) -> None:
+    if gate.name is not schema.GateName.none and gate.threshold is None:
+        raise ConfigError(f"gate.threshold=null: gate={gate.name.name} needs a number")
+
+
+def _model(model: schema.Model) -> tuple[str, str | None]:
+    return (model.source, model.sha256)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _digest(**parts: Any) -> str:
+    canonical = json.dumps(_plain(parts), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

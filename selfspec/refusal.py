@@ -1,0 +1,50 @@
+"""What a user is told when Hydra, OmegaConf or selfspec refuses: one line with key, value and what is allowed."""
+
+import difflib
+import sys
+from dataclasses import fields, is_dataclass
+from typing import NoReturn
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from selfspec.errors import UserError, one_line
+
+BY_USER = (UserError, HydraException, OmegaConfBaseException)
+"""What the user can put right: told in one line, exit code 2."""
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Says why, on stderr, and exits with 2."""
+    print(f"error: {sentence(error)}", file=sys.stderr)
+    sys.exit(UserError.exit_code)
+
+
+def sentence(error: Exception) -> str:
+    """The error in one line."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={option}: no such option; allowed are {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {error.message.splitlines()[0]} (a value with special characters needs quotes: 'key=\"value\"')"
+    if isinstance(cause, ConfigKeyError) or type(cause).__name__ == "ConfigAttributeError":
+        return _unknown_key(cause)
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        asked = str(error).removeprefix("Error merging override ").splitlines()[0]
+        return f"{asked}: {str(cause).splitlines()[0]}"
+    if isinstance(error, HydraException):
+        return str(error).splitlines()[0]
+    return one_line(error)
+
+
+def _unknown_key(error: BaseException | None) -> str:
+    key = str(getattr(error, "full_key", ""))
+    owner = getattr(error, "object_type", None)
+    if not (isinstance(owner, type) and is_dataclass(owner)):
+        return f"{key}: no such key"
+    prefix = key.rpartition(".")[0]
+    known = [f"{prefix}.{field.name}" if prefix else field.name for field in fields(owner)]
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    return f"{key}: no such key; {hint}"

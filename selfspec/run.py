@@ -1,0 +1,67 @@
+"""The front door: ``python -m selfspec.run [-m] [group=option] [handle=value]``; ``--help`` says more."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from selfspec.config import Config
+from selfspec.errors import Interrupted, SelfspecError
+from selfspec.refusal import BY_USER, refuse, sentence
+
+_PACKAGE = Path(__file__).parent
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+"""Installed, the configs lie in the package; in a checkout, beside it."""
+
+ConfigStore.instance().store("schema", Config)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def run(cfg: DictConfig) -> float | None:
+    """One job, called by Hydra. Returns the speed-up, for sweepers that optimise."""
+    from selfspec import job, plan, report, sweep
+
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    if settings.mode is not RunMode.MULTIRUN:
+        result = job.run(plan.make(cfg), folder)
+    else:
+        try:
+            result = job.run(plan.make(cfg), folder, sweep.parent_run(Path(settings.sweep.dir)))
+        except Exception as error:  # one failed job hides no other: it becomes a row of the table
+            if isinstance(error, (*BY_USER, SelfspecError)):
+                print(f"error: {sentence(error)}", file=sys.stderr)
+            else:
+                traceback.print_exception(error)
+            job.failed(plan.make(cfg), folder, error)
+            return None
+    report.show([result])
+    return result["measurements"].get("bench/speedup")
+
+
+def main() -> None:
+    """Runs Hydra; an error the user can put right ends in one line and exit code 2."""
+    full_errors = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing in its own way
+    try:
+        run()
+    except Interrupted as interrupted:
+        print(f"{interrupted}: finished work is kept; the same command carries on", file=sys.stderr)
+        sys.exit(interrupted.exit_code)
+    except BY_USER as error:
+        if full_errors:
+            raise
+        refuse(error)
+    except SelfspecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

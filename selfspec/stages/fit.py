@@ -1,0 +1,113 @@
+"""The fit stage: a fitted head for the plan's draft, made once and shared by all who ask for the same.
+
+The model answers the fit prompts greedily, batch by batch (each a unit of a journal of its own, shared by
+heads of every exit layer); the head is then fitted on those answers. Who comes second waits for the first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from selfspec import heads, workload
+from selfspec.checkpoint import Journal
+from selfspec.config import Resume
+from selfspec.engine.base import Engine
+from selfspec.errors import ConfigError
+from selfspec.plan import Plan
+from selfspec.progress import progress
+from selfspec.provenance import fingerprint, storing, versions
+from selfspec.stages import LazyEngine
+from selfspec.types import Measurements
+
+BATCH = 64
+"""Prompts answered together: compute-bound on a CPU, and a batch's loss to a kill is small."""
+
+
+def head_path(plan: Plan) -> Path:
+    """Where the plan's head is, or will be."""
+    if plan.draft.head is not None:
+        return Path(plan.draft.head)
+    return Path(plan.checkpoint.dir) / "heads" / f"{plan.head_id}.safetensors"
+
+
+def wanted(plan: Plan) -> dict[str, Any]:
+    """The facts that the plan's head must have."""
+    return {
+        "model": plan.model.sha256 or plan.model.source,
+        "exit_layer": plan.draft.exit_layer,
+        "previous": plan.draft.previous,
+    }
+
+
+def check_head(plan: Plan) -> dict[str, Any]:
+    """The facts of the plan's head, which must be there and fit.
+
+    Raises:
+        ConfigError: it has not been fitted.
+        HeadError: it is corrupt or was fitted for something else.
+    """
+    path = head_path(plan)
+    if plan.draft.head is None and not path.exists():
+        raise ConfigError(
+            f"stages={list(plan.stages)}: draft={plan.draft.name} needs a head and none is fitted yet; "
+            "add fit, or name one with draft.head"
+        )
+    return heads.check(path, wanted(plan))
+
+
+def run(engine: LazyEngine, plan: Plan, journal: Journal) -> Measurements:
+    """Sees to it that the plan's head exists; nothing to do for drafts without one."""
+    if not plan.draft.fitted:
+        return {}
+    path = head_path(plan)
+    if plan.draft.head is None and not path.exists():
+        pairs = _answered(engine, plan)
+        with storing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                about = {**wanted(plan), "format": 1, "versions": versions()}
+                engine().fit(pairs, path, about)
+    facts = check_head(plan)
+    if journal.get("fit", "head") is None:
+        journal.append("fit", "head", facts, fingerprint())
+    return measurements(facts)
+
+
+def measurements(facts: dict[str, Any]) -> Measurements:
+    """What a head's facts say in numbers."""
+    return {name: float(value) for name, value in facts.items() if isinstance(value, (int, float)) and name in _SHOWN}
+
+
+_SHOWN = ("agreement", "raw_agreement", "sgd_gain", "train_tokens", "heldout_tokens", "parameters", "solve_s")
+
+
+def _answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """The fit prompts and the model's answers, those of earlier runs from their journal."""
+    folder = Path(plan.checkpoint.dir) / "fit" / plan.answers_id
+    with Journal.open(folder, plan.answers_id, {"model": plan.model.source, "seed": plan.seed}, Resume.auto) as journal:
+        batches = [f"batch-{i:04d}" for i in range(-(-plan.scale.fit_prompts // BATCH))]
+        missing = [i for i, unit in enumerate(batches) if journal.get("answers", unit) is None]
+        if missing:
+            made = engine()
+            prompts = _prompts(made, plan)
+            with progress("answers", len(batches), len(batches) - len(missing)) as advance:
+                for i in missing:
+                    batch = prompts[i * BATCH : (i + 1) * BATCH]
+                    answers = made.answer(batch, plan.scale.fit_new_tokens)
+                    data = {"prompts": batch, "answers": answers}
+                    journal.append("answers", batches[i], data, fingerprint(made.describe()))
+                    advance()
+        records = [journal.get("answers", unit) for unit in batches]
+    pairs = [pair for r in records if r for pair in zip(r.data["prompts"], r.data["answers"], strict=True)]
+    return pairs
+
+
+def _prompts(engine: Engine, plan: Plan) -> list[tuple[int, ...]]:
+    """Fit prompts are chat turns whatever the bench decodes: one head serves every workload of a source."""
+    source = replace(plan.workload, chat=True, prompt_tokens=None)
+    chosen = workload.select(source, "fit", plan.scale.fit_prompts, plan.seed, lambda text: engine.encode(text, True))
+    return sorted((prompt.tokens for prompt in chosen), key=len)  # a batch is as wide as its longest prompt

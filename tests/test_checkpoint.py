@@ -1,0 +1,502 @@
+"""The journal: nothing finished is ever lost or done twice, whatever kills the process."""
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import selfspec
+from selfspec.checkpoint import FILE, Journal, Record, inspect
+from selfspec.config import Resume
+from selfspec.errors import Interrupted, JournalError, StorageError
+from selfspec.interrupt import trap
+
+REPO = Path(selfspec.__file__).parents[1]
+PLAN = "0123456789abcdef"
+
+
+def begin(folder: Path, resume: Resume = Resume.auto, plan: str = PLAN) -> Journal:
+    return Journal.open(folder, plan, {"K": 4}, resume)
+
+
+def written(folder: Path, units: int) -> bytes:
+    """A journal of so many units, and what it looks like on the disk."""
+    with begin(folder) as journal:
+        for n in range(units):
+            journal.append("bench", f"unit {n}", {"n": n, "text": "ü\n"}, "cpu")
+    return (folder / FILE).read_bytes()
+
+
+def units(folder: Path) -> list[str]:
+    """What is in the journal of a process that has ended, in order."""
+    return [json.loads(line)["unit"] for line in (folder / FILE).read_bytes().splitlines()[1:]]
+
+
+# --- what it keeps
+
+
+def test_units_come_back(tmp_path: Path) -> None:
+    with begin(tmp_path) as journal:
+        first = journal.append("fit", "block/0", {"loss": float("inf"), "shape": (1, 2), "by_k": {3: None}}, "cpu")
+        second = journal.append("bench", "block/0", {}, "gpu")
+        third = journal.append("fit", "block/1", {}, "cpu")
+    assert first.data == {"loss": float("inf"), "shape": [1, 2], "by_k": {"3": None}}  # as it will be read
+    with begin(tmp_path, Resume.require) as again:
+        assert again.created == journal.created
+        assert again.records("fit") == [first, third]
+        assert again.records("bench") == [second]
+        assert again.records("quality") == []
+        assert again.get("bench", "block/0") == second
+        assert again.get("bench", "block/1") is None
+
+
+def test_the_file(tmp_path: Path) -> None:
+    data = written(tmp_path, 1)
+    header, unit = map(json.loads, data.splitlines())
+    assert header["journal"] == 1
+    assert header["plan"] == PLAN
+    assert header["settings"] == {"K": 4}
+    assert header["created"].endswith("+00:00")
+    assert list(unit) == ["stage", "unit", "at", "on", "data"]
+    assert abs(unit["at"] / 1000 - (tmp_path / FILE).stat().st_mtime) < 60
+    with begin(tmp_path) as journal:
+        assert journal.path.read_bytes() == data  # opening it adds nothing
+
+
+def test_a_unit_is_on_the_disk_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    write, fsync = os.write, os.fsync
+
+    def seen_write(fd: int, data: bytes) -> int:
+        calls.append(("write", fd))
+        return write(fd, data)
+
+    def seen_fsync(fd: int) -> None:
+        calls.append(("fsync", fd))
+        fsync(fd)
+
+    with begin(tmp_path) as journal:
+        monkeypatch.setattr(os, "write", seen_write)
+        monkeypatch.setattr(os, "fsync", seen_fsync)
+        journal.append("bench", "a", {"text": "x" * 100_000}, "cpu")
+        monkeypatch.undo()
+    assert [name for name, _ in calls] == ["write", "fsync"]
+    assert calls[0][1] == calls[1][1]
+
+
+def test_a_unit_is_appended_once(tmp_path: Path) -> None:
+    with begin(tmp_path) as journal:
+        journal.append("bench", "a", {}, "cpu")
+        with pytest.raises(ValueError, match="unit 'a' of stage 'bench' is in the journal already"):
+            journal.append("bench", "a", {}, "cpu")
+    with begin(tmp_path) as journal, pytest.raises(ValueError, match="already"):
+        journal.append("bench", "a", {}, "cpu")
+    assert units(tmp_path) == ["a"]
+
+
+def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with begin(tmp_path) as journal:
+        with pytest.raises(TypeError):
+            journal.append("bench", "a", {"x": object()}, "cpu")
+        with pytest.raises(TypeError):
+            journal.note("x", object())
+        journal.append("bench", "a", {}, "cpu")
+    assert units(tmp_path) == ["a"]
+
+
+def test_a_closed_journal_takes_nothing_but_can_be_read(tmp_path: Path) -> None:
+    with begin(tmp_path) as journal:
+        record = journal.append("bench", "a", {}, "cpu")
+    journal.close()
+    assert journal.records("bench") == [record]
+    with pytest.raises(ValueError, match="is closed"):
+        journal.append("bench", "b", {}, "cpu")
+    with pytest.raises(ValueError, match="is closed"):
+        journal.note("key", 1)
+
+
+def test_notes(tmp_path: Path) -> None:
+    with begin(tmp_path) as journal:
+        assert journal.notes == {}
+        journal.note("run_id", "one")
+        journal.note("run_id", "two")
+        journal.note("other", {"a": (1,)})
+        assert journal.notes == {"run_id": "two", "other": {"a": [1]}}
+        assert journal.records("bench") == []
+    with begin(tmp_path) as journal:
+        assert journal.notes == {"run_id": "two", "other": {"a": [1]}}
+
+
+def test_observers_see_new_units_once_they_are_safe(tmp_path: Path) -> None:
+    seen: list[Record] = []
+    on_disk: list[int] = []
+    written(tmp_path, 1)
+    with begin(tmp_path) as journal:
+        journal.on_append += [seen.append, lambda record: on_disk.append(units(tmp_path).count(record.unit))]
+        journal.append("bench", "a", {}, "cpu")
+        journal.note("key", 1)
+    assert [record.unit for record in seen] == ["a"]
+    assert on_disk == [1]
+
+
+# --- what it resumes from
+
+
+def test_never_moves_the_old_one_aside(tmp_path: Path) -> None:
+    first = written(tmp_path, 2)
+    with begin(tmp_path, Resume.never) as journal:
+        assert journal.records("bench") == []
+        journal.append("bench", "unit 0", {}, "cpu")
+    second = (tmp_path / FILE).read_bytes()
+    begin(tmp_path, Resume.never).close()
+    assert (tmp_path / "journal.1.jsonl").read_bytes() == first
+    assert (tmp_path / "journal.2.jsonl").read_bytes() == second
+    assert len((tmp_path / FILE).read_bytes().splitlines()) == 1
+
+
+def test_never_begins_where_there_is_none(tmp_path: Path) -> None:
+    begin(tmp_path, Resume.never).close()
+    assert not list(tmp_path.glob("journal.*.jsonl"))
+
+
+def test_require_wants_a_journal(tmp_path: Path) -> None:
+    folder = tmp_path / "none"
+    with pytest.raises(JournalError, match=r"checkpoint\.resume=require: there is no journal .*; auto begins one"):
+        begin(folder, Resume.require)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / FILE).write_bytes(written(tmp_path, 0)[:-5])
+    with pytest.raises(JournalError, match=r"checkpoint\.resume=require"):
+        begin(folder, Resume.require)
+    written(folder, 1)
+    with begin(folder, Resume.require) as journal:
+        assert len(journal.records("bench")) == 1
+
+
+def test_another_plans_journal_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, 1)
+    with pytest.raises(JournalError, match=f"is the journal of plan {PLAN}, not of other"):
+        begin(tmp_path, plan="other")
+    with pytest.raises(JournalError, match="not of other"):
+        inspect(tmp_path, "other")
+    begin(tmp_path, Resume.never, plan="other").close()
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    data = b'{"journal": 2, "anything": "else"}\n{"new": "kind"}\n'
+    (tmp_path / FILE).write_bytes(data)
+    message = (
+        r"journal\.jsonl: was written by journal format 2; this selfspec reads 1: "
+        r"upgrade selfspec, or use checkpoint\.resume=never$"
+    )
+    for resume in (Resume.auto, Resume.require):
+        with pytest.raises(JournalError, match=message):
+            begin(tmp_path, resume)
+        with pytest.raises(JournalError, match=message):
+            inspect(tmp_path, PLAN, resume)
+    assert (tmp_path / FILE).read_bytes() == data
+    inspect(tmp_path, PLAN, Resume.never)
+    begin(tmp_path, Resume.never).close()
+    assert (tmp_path / "journal.1.jsonl").read_bytes() == data
+
+
+def test_inspect_changes_and_creates_nothing(tmp_path: Path) -> None:
+    inspect(tmp_path / "none", PLAN)
+    with pytest.raises(JournalError, match="require"):
+        inspect(tmp_path / "none", PLAN, Resume.require)
+    assert not list(tmp_path.iterdir())
+    torn = written(tmp_path / "there", 2)[:-5]
+    (tmp_path / "there" / FILE).write_bytes(torn)
+    inspect(tmp_path / "there", PLAN, Resume.require)
+    assert (tmp_path / "there" / FILE).read_bytes() == torn
+
+
+def test_a_journal_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(JournalError, match=r"journal\.jsonl: cannot be read: is a directory"):
+        inspect(tmp_path, PLAN)
+    with pytest.raises(JournalError, match="is a directory"):
+        begin(tmp_path)
+
+
+# --- torn and corrupt
+
+
+def test_torn_at_every_byte(tmp_path: Path) -> None:
+    """Cut anywhere: every unit whose line is whole is there, and the journal can be carried on with."""
+    data = written(tmp_path, 3)
+    ends = [n + 1 for n, byte in enumerate(data) if byte == ord("\n")]
+    for cut in range(len(data) + 1):
+        (tmp_path / FILE).write_bytes(data[:cut])
+        whole = max(sum(end <= cut for end in ends) - 1, 0)
+        inspect(tmp_path, PLAN)
+        with begin(tmp_path) as journal:
+            found = [record.unit for record in journal.records("bench")]
+            assert found == [f"unit {n}" for n in range(whole)], cut
+            journal.append("bench", "next", {}, "cpu")
+        assert units(tmp_path) == [*found, "next"], cut
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 50 + b"\n", b"\0" * 50, b'{"stage":"be\n', b"\xff\n", b"\n"])
+def test_a_last_line_that_never_reached_the_disk(tmp_path: Path, tail: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    data = written(tmp_path, 2)
+    assert not caplog.records
+    (tmp_path / FILE).write_bytes(data + tail)
+    with begin(tmp_path) as journal:
+        assert len(journal.records("bench")) == 2
+    assert (tmp_path / FILE).read_bytes() == data
+    assert "the last line was torn" in caplog.text
+
+
+@pytest.mark.parametrize("line", [1, 2, 3])
+@pytest.mark.parametrize("bad", [b"", b"{", b"\0\0", b"\xff", b"[]", b"3", b'{"stage":"bench"}', b'{"journal":1}'])
+def test_damage_in_the_middle_is_refused(tmp_path: Path, line: int, bad: bytes) -> None:
+    lines = written(tmp_path, 3).splitlines()
+    lines[line - 1] = bad
+    data = b"\n".join(lines) + b"\n"
+    (tmp_path / FILE).write_bytes(data)
+    for check in (lambda: begin(tmp_path), lambda: inspect(tmp_path, PLAN)):
+        with pytest.raises(JournalError, match=rf"journal\.jsonl, line {line}: is n.*checkpoint\.resume=never"):
+            check()
+    assert (tmp_path / FILE).read_bytes() == data
+
+
+def test_a_foreign_file_is_not_cut(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text('{"somebody": "else"}\n')
+    with pytest.raises(JournalError, match="line 1: is no line of a journal"):
+        begin(tmp_path)
+    assert (tmp_path / FILE).read_text() == '{"somebody": "else"}\n'
+
+
+def test_a_unit_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    data = written(tmp_path, 2)
+    (tmp_path / FILE).write_bytes(data + data.splitlines(keepends=True)[1])
+    with pytest.raises(JournalError, match="line 4: repeats unit 'unit 0' of stage 'bench'"):
+        begin(tmp_path)
+
+
+# --- disks that take no more
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("cannot mount a file system here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    journal = begin(small_disk / "run")
+    with pytest.raises(StorageError, match=r"journal\.jsonl: cannot be written: no space left on device"), journal:
+        for n in range(1000):
+            journal.append("bench", f"unit {n}", {"text": "x" * 10_000}, "cpu")
+    finished = [record.unit for record in journal.records("bench")]
+    assert finished
+    assert units(small_disk / "run") == finished  # nothing half-written is left
+    with begin(small_disk / "run") as again:
+        assert [record.unit for record in again.records("bench")] == finished
+        again.append("bench", "small enough", {}, "cpu")
+
+
+def test_a_read_only_disk(small_disk: Path) -> None:
+    written(small_disk, 1)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    inspect(small_disk, PLAN)
+    for folder in (small_disk, small_disk / "new"):
+        with pytest.raises(StorageError, match=f"^{folder}: cannot be written: read-only file system"):
+            begin(folder)
+
+
+def test_a_write_that_falls_short(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with begin(tmp_path) as journal:
+        journal.append("bench", "a", {}, "cpu")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(StorageError, match=r"journal\.jsonl: cannot be written: file too large"):
+                journal.append("bench", "b", {"text": "x" * 10_000}, "cpu")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert journal.get("bench", "b") is None
+        with pytest.raises(ValueError, match="is closed"):  # rather than write after what may be half a line
+            journal.append("bench", "c", {}, "cpu")
+    assert units(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_failed_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
+    """The unit counts as not finished; or as finished, if not even the clean-up worked."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with begin(tmp_path) as journal:
+        journal.append("bench", "a", {}, "cpu")
+        monkeypatch.setattr(os, "fsync", fail)
+        if not cut:
+            monkeypatch.setattr(os, "ftruncate", fail)
+        with pytest.raises(StorageError, match="input/output error"):
+            journal.append("bench", "b", {}, "cpu")
+        monkeypatch.undo()
+    with begin(tmp_path) as journal:
+        assert [record.unit for record in journal.records("bench")] == (["a"] if cut else ["a", "b"])
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/run: cannot be written: not a directory"):
+        begin(tmp_path / "file" / "run")
+
+
+# --- signals and kills
+
+
+def test_a_signal_waits_for_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Record] = []
+    write = os.write
+
+    def interrupted(fd: int, data: bytes) -> int:
+        written = write(fd, data[:10])  # and falls short, too
+        os.kill(os.getpid(), signal.SIGTERM)
+        return written
+
+    with pytest.raises(Interrupted), trap(), begin(tmp_path) as journal:
+        journal.on_append.append(seen.append)
+        monkeypatch.setattr(os, "write", interrupted)
+        journal.append("bench", "a", {}, "cpu")
+    monkeypatch.undo()
+    assert journal.get("bench", "a") is not None
+    assert not seen
+    assert units(tmp_path) == ["a"]
+
+
+def test_the_journal_works_while_cleaning_up(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted), trap(), begin(tmp_path) as journal:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            journal.note("status", "KILLED")
+    with begin(tmp_path) as journal:
+        assert journal.notes == {"status": "KILLED"}
+
+
+WORKER = """if True:
+    import random, sys
+    from pathlib import Path
+    from selfspec.checkpoint import Journal
+    from selfspec.config import Resume
+    from selfspec.errors import Interrupted
+    from selfspec.interrupt import trap
+
+    folder, count, wait = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["wait"]
+    try:
+        with trap(), Journal.open(folder, "plan", {}, Resume.auto) as journal:
+            print("open", flush=True)
+            if wait:
+                sys.stdin.readline()
+            for n in range(count):
+                if journal.get("bench", str(n)) is None:
+                    journal.append("bench", str(n), {"text": "x" * random.choice([10, 1000, 100_000])}, "cpu")
+                    print(n, flush=True)
+    except Interrupted as error:
+        sys.exit(error.exit_code)
+"""
+
+
+def worker(folder: Path, count: int, *options: str) -> "subprocess.Popen[str]":
+    """A process that does those of ``count`` units that are not done, and prints each one it has done."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", WORKER, str(folder), str(count), *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+    )
+
+
+def stop(child: "subprocess.Popen[str]", signum: int, after: int, wait_s: float) -> list[str]:
+    """Signal a worker once it has done some units; every unit it says it has done."""
+    assert child.stdout is not None
+    assert child.stdout.readline() == "open\n"
+    done = [child.stdout.readline().strip() for _ in range(after)]
+    time.sleep(wait_s)
+    child.send_signal(signum)
+    out, err = child.communicate()
+    assert not err
+    return done + out.split("\n")[:-1]  # what comes after the last newline may be half a number
+
+
+def test_kill_9_at_random_moments(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    done: list[str] = []
+    for _ in range(10):
+        child = worker(tmp_path, 100_000)
+        done += stop(child, signal.SIGKILL, after=chance.randrange(20), wait_s=chance.random() / 50)
+        assert child.returncode == -signal.SIGKILL
+        with begin(tmp_path, Resume.auto, "plan") as journal:  # which cuts a torn line off
+            kept = [record.unit for record in journal.records("bench")]
+        assert set(done) <= set(kept)
+        assert kept == [str(n) for n in range(len(kept))]
+    assert len(done) == len(set(done))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_leave_a_clean_journal(tmp_path: Path, signum: int, code: int) -> None:
+    chance = random.Random(1)
+    for _ in range(3):
+        child = worker(tmp_path, 100_000)
+        done = stop(child, signum, after=chance.randrange(20), wait_s=chance.random() / 50)
+        assert child.returncode == code
+        data = (tmp_path / FILE).read_bytes()
+        kept = units(tmp_path)
+        assert data.endswith(b"\n")
+        assert set(done) <= set(kept)
+        assert kept == [str(n) for n in range(len(kept))]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_second_process_waits(tmp_path: Path, killed: bool) -> None:
+    first = worker(tmp_path, 20, "wait")
+    assert first.stdout is not None
+    assert first.stdout.readline() == "open\n"
+    second = worker(tmp_path, 20)
+    assert second.stderr is not None
+    assert second.stderr.readline() == f"waiting for another process that runs the same plan: {tmp_path}\n"
+    if killed:
+        first.kill()
+        done, _ = first.communicate()
+    else:
+        done, _ = first.communicate("\n")
+    more, err = second.communicate()
+    assert second.returncode == 0
+    assert not err  # said once
+    assert more.split() == ["open", *(() if done else map(str, range(20)))]
+    assert bool(done) is not killed
+    assert units(tmp_path) == [str(n) for n in range(20)]
+
+
+def test_two_processes_do_each_unit_once(tmp_path: Path) -> None:
+    children = [worker(tmp_path, 50) for _ in range(2)]
+    done: list[str] = []
+    for child in children:
+        out, _ = child.communicate()
+        assert child.returncode == 0
+        done += out.split()[1:]
+    assert sorted(done, key=int) == units(tmp_path) == [str(n) for n in range(50)]
