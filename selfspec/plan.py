@@ -180,8 +180,10 @@ def _check_draft(config: schema.Config) -> None:
         raise ConfigError(f"policy.verify=false: only early-exit drafts can do without, draft={draft.name} is none")
     if not config.policy.verify and draft.previous:
         raise ConfigError("draft.previous=true: reads the verified final state, which policy.verify=false never has")
-    if draft.name != "lsq" and draft != schema.Draft(name=draft.name, exit_layer=draft.exit_layer):
-        raise ConfigError(f"draft={draft.name}: has no fitted head; form, rank, previous, ridge, sgd_epochs and head are lsq's")
+    if not draft.fitted and draft != schema.Draft(name=draft.name, exit_layer=draft.exit_layer):
+        raise ConfigError(
+            f"draft={draft.name}: has no fitted head; rank, previous, ridge, sgd_epochs and head mean nothing"
+        )
 
 
 def _check_gate(gate: schema.Gate) -> None:

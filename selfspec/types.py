@@ -1,9 +1,7 @@
 """The nouns that everything shares. This module imports nothing of ours."""
 
-
 from dataclasses import dataclass
 from typing import Literal
-
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,9 @@ def _sgd(model: Llama, head: Head, states: States, epochs: int, seed: int) -> He
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         for _ in range(epochs):
             for rows in torch.randperm(len(states), generator=order).split(_BATCH):
-                x = features(states.exit[rows].float().cpu(), states.previous[rows].float().cpu() if head.previous else None)
+                x = features(
+                    states.exit[rows].float().cpu(), states.previous[rows].float().cpu() if head.previous else None
+                )
                 target = F.linear(states.final[rows], lm_head).argmax(-1)
                 guess = learned.map(x.clone()).to(lm_head.device, lm_head.dtype)
                 loss = F.cross_entropy(F.linear(guess, lm_head).float(), target)
