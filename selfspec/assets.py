@@ -126,6 +126,24 @@ def fingerprint(path: Path, *parts: object) -> str:
     return _sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{parts!r}")
 
 
+def identity(source: str, sha256: str | None = None) -> str:
+    """What ``source`` is, for identities of results: the same name for other content is something else.
+
+    The hash where there is one, else the source itself; of a local file or folder, the names, sizes and time
+    stamps of the files there (not the path: a folder may move).
+    """
+    if sha256 is not None:
+        return sha256.lower()
+    try:
+        place = _parse(source)
+        if not isinstance(place, _Local):
+            return source
+        files = sorted(place.path.iterdir()) if place.path.is_dir() else [place.path]
+        return _sha256(repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]))
+    except (AssetError, OSError):
+        return source  # refused when it is fetched
+
+
 def declared_layers(source: str) -> int | None:
     """``num_hidden_layers`` by the source's ``config.json``, if that is on this disk as a plain file.
 

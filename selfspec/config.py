@@ -5,7 +5,7 @@ wrong is checked here, when :func:`load` turns the composed config into objects;
 can get wrong (a draft the engine cannot run, an exit layer beyond the model) is checked by ``plan.py``.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -221,7 +221,7 @@ def _within(key: str, value: float | None, low: float, high: float | None = None
     raise ConfigError(f"{key}={value}: must be {allowed}")
 
 
-_SCHEMAS = {f.name: f.default_factory for f in fields(Config) if isinstance(f.default_factory, type)}
+_SCHEMAS: dict[str, Any] = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
 GROUPS: tuple[str, ...] = tuple(_SCHEMAS)
 HANDLES: tuple[str, ...] = ("tau", "tau_v", "tau_h", "K", "exit_layer", "seed", "stages")
 

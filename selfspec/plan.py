@@ -7,7 +7,7 @@ so that two jobs of a sweep which come to the same work have one identity and ru
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from selfspec import assets
 from selfspec import config as schema
 from selfspec.errors import ConfigError
 
@@ -23,7 +24,7 @@ STAGE_VERSIONS = {"fit": 1, "bench": 1}
 """Raise a stage's number when the same plan would give other results: old journals are then not taken."""
 
 _DRAFTS = Path(__file__).parent / "engine" / "draft"
-_OTHER_VALUE = {
+_OTHER_VALUE: dict[str, Callable[[Any], Any]] = {
     "tau": lambda v: 1 - v if v != 0.5 else 0.25,
     "tau_v": lambda v: v + 1,
     "tau_h": lambda v: v + 1,
@@ -78,12 +79,24 @@ class Plan:
             parts.append(f"K={self.controller.K}")
         return " ".join(parts)
 
+    @property
+    def model_id(self) -> str:
+        """Identity of the weights; a fitted head carries it too."""
+        return assets.identity(self.model.source, self.model.sha256)
+
+    @property
+    def _head_digest(self) -> str | None:
+        """Of a head the user names: its content, not its path, changes results."""
+        if self.draft.head is None or not Path(self.draft.head).is_file():
+            return self.draft.head  # one that cannot be read is refused before anything runs
+        return hashlib.sha256(Path(self.draft.head).read_bytes()).hexdigest()
+
     @cached_property
     def answers_id(self) -> str:
         """Identity of the fit data: the model's own greedy answers to the fit prompts."""
         return _digest(
-            model=_model(self.model),
-            prompts=(self.workload.source, self.workload.sha256, self.seed),
+            model=self.model_id,
+            prompts=(assets.identity(self.workload.source, self.workload.sha256), self.seed),
             scale=(self.scale.fit_prompts, self.scale.fit_new_tokens),
             engine=self.engine.name,
             dtype=self.hardware.dtype,
@@ -98,15 +111,16 @@ class Plan:
     @cached_property
     def id(self) -> str:
         """Identity of the whole plan."""
+        prompts = assets.identity(self.workload.source, self.workload.sha256)
         return _digest(
-            model=_model(self.model),
-            draft=asdict(self.draft),
+            model=self.model_id,
+            draft=asdict(replace(self.draft, head=self._head_digest)),
             gate=asdict(self.gate),
             controller=asdict(self.controller) if self.speculative else None,
             policy=asdict(self.policy),
             engine=asdict(replace(self.engine, drafts=None)),
             hardware=(self.hardware.device, self.hardware.dtype, self.hardware.threads),
-            workload=asdict(replace(self.workload, name="")),
+            workload=asdict(replace(self.workload, name="", source=prompts, sha256=None)),
             scale=asdict(replace(self.scale, name="")),
             seed=self.seed,
             stages={stage: STAGE_VERSIONS[stage] for stage in self.stages},
@@ -164,7 +178,8 @@ def idle_handles(cfg: DictConfig, handles: Iterable[str]) -> list[str]:
 
 
 def _check_draft(config: schema.Config) -> None:
-    draft, engine, layers = config.draft, config.engine, config.model.layers
+    draft, engine = config.draft, config.engine
+    layers = assets.declared_layers(config.model.source) or config.model.layers
     known = sorted(p.stem for p in _DRAFTS.glob("*.py") if p.stem not in ("__init__", "base"))
     runnable = known if engine.drafts is None else engine.drafts
     if draft.name not in runnable:
@@ -189,10 +204,6 @@ def _check_draft(config: schema.Config) -> None:
 def _check_gate(gate: schema.Gate) -> None:
     if gate.name is not schema.GateName.none and gate.threshold is None:
         raise ConfigError(f"gate.threshold=null: gate={gate.name.name} needs a number")
-
-
-def _model(model: schema.Model) -> tuple[str, str | None]:
-    return (model.source, model.sha256)
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,8 @@ def sentence(error: Exception) -> str:
         group, _, option = str(error.missing_cfg_file or "").rpartition("/")
         return f"{group}={option}: no such option; allowed are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: {error.message.splitlines()[0]} (a value with special characters needs quotes: 'key=\"value\"')"
+        reason = error.message.splitlines()[0]
+        return f"{error.override}: {reason} (a value with special characters needs quotes: 'key=\"value\"')"
     if isinstance(cause, ConfigKeyError) or type(cause).__name__ == "ConfigAttributeError":
         return _unknown_key(cause)
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):

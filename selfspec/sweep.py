@@ -15,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from selfspec import job, plan, report, tracking
 from selfspec.config import HANDLES
@@ -52,7 +52,7 @@ def parent_run(folder: Path) -> str | None:
         return None
 
 
-def _or_refuse(action: Callable[[], None]) -> None:
+def _or_refuse(action: Callable[[], object]) -> None:
     try:
         action()
     except BY_USER as error:

@@ -8,7 +8,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-WORDS = "a model drafts some tokens and another verifies them so that nothing is lost but time is won".split()
+WORDS = ["a", "model", "drafts", "tokens", "and", "another", "verifies", "them", "so", "that", "nothing", "is", "lost"]
 VOCABULARY = ["<pad>", "<eos>", "<user>", "<model>", "<unk>", *WORDS, *(f"w{i}" for i in range(80 - 5 - len(WORDS)))]
 TINY = {
     "architectures": ["LlamaForCausalLM"],

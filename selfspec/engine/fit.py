@@ -60,6 +60,11 @@ def join(parts: list[States]) -> States:
     return States(*(torch.cat([getattr(p, name) for p in parts]) for name in ("exit", "previous", "final")))
 
 
+def split(parts: list[States]) -> tuple[States, States]:
+    """Sequences to fit on, and every fifth held out."""
+    return join([part for i, part in enumerate(parts) if i % 5 != 4]), join(parts[4::5])
+
+
 def fit_head(model: Llama, train: States, heldout: States, draft: DraftConfig, seed: int) -> Head:
     """Fits a head and measures it.
 
@@ -69,7 +74,7 @@ def fit_head(model: Llama, train: States, heldout: States, draft: DraftConfig, s
     """
     begin = time.perf_counter()
     facts: dict[str, Any] = {"previous": draft.previous, "form": draft.form.name if draft.form else None}
-    head = Head(_ridge(train, draft), facts)
+    head = Head(ridge(train, draft), facts)
     facts["solve_s"] = round(time.perf_counter() - begin, 3)
     facts["agreement"] = agreement(model, head.to(model.dtype, model.device), heldout)
     facts["raw_agreement"] = agreement(model, RawExit(model), heldout)
@@ -93,7 +98,8 @@ def agreement(model: Llama, head: ExitHead, states: States) -> float:
     return same / len(states)
 
 
-def _ridge(states: States, draft: DraftConfig) -> dict[str, Tensor]:
+def ridge(states: States, draft: DraftConfig) -> dict[str, Tensor]:
+    """The closed-form solution as a head's tensors (see :class:`~selfspec.engine.head.Head`)."""
     ridge = draft.ridge if draft.ridge is not None else 0.0
     gram, cross = _moments(states, draft.previous)
     strength = ridge * gram.diagonal().mean()
@@ -136,7 +142,7 @@ def _sgd(model: Llama, head: Head, states: States, epochs: int, seed: int) -> He
         optimiser = torch.optim.AdamW(tensors.values(), lr=5e-4, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         for _ in range(epochs):
-            for rows in torch.randperm(len(states), generator=order).split(_BATCH):
+            for rows in torch.split(torch.randperm(len(states), generator=order), _BATCH):
                 x = features(
                     states.exit[rows].float().cpu(), states.previous[rows].float().cpu() if head.previous else None
                 )

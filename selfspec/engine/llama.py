@@ -133,7 +133,7 @@ class Llama:
             qkv = F.linear(x, w.qkv, w.qkv_bias).view(rows, count, roped + s.kv_heads, s.head_dim)
             qk = qkv[:, :, :roped]
             if w.q_norm is not None and w.k_norm is not None:
-                q, k = qk.split((s.heads, s.kv_heads), 2)
+                q, k = qk[:, :, : s.heads], qk[:, :, s.heads :]
                 q = F.rms_norm(q, (s.head_dim,), w.q_norm, eps)
                 k = F.rms_norm(k, (s.head_dim,), w.k_norm, eps)
                 qk = torch.cat((q, k), 2)
@@ -243,5 +243,6 @@ def _llama3(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:
     """Llama 3.1's scaling: long wavelengths are stretched by ``factor``, with a smooth passage between."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
-    share = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - share) * frequencies / rope["factor"] + share * frequencies
+    share: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
+    stretched: Tensor = frequencies / rope["factor"]
+    return (1 - share) * stretched + share * frequencies

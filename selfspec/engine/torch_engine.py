@@ -171,8 +171,7 @@ class TorchEngine:
             for prompt, answer in pairs:
                 parts.append(fit.collect(self.model, (*prompt, *answer), len(prompt), draft.exit_layer))
                 advance()
-        train = fit.join([part for i, part in enumerate(parts) if i % 5 != 4])
-        head = fit.fit_head(self.model, train, fit.join(parts[4::5]), draft, self.plan.seed)
+        head = fit.fit_head(self.model, *fit.split(parts), draft, self.plan.seed)
         head.facts.update(facts, hidden=self.model.shape.hidden)
         write_atomic(path, head.to_bytes())
 

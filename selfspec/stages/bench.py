@@ -8,6 +8,7 @@ candidates are compared in float32, and what the dtype's rounding explains is a 
 import io
 import time
 from pathlib import Path
+from typing import Literal
 
 from selfspec import metrics, workload
 from selfspec.checkpoint import Journal, Record
@@ -18,6 +19,8 @@ from selfspec.provenance import collect, write_atomic
 from selfspec.stages import LazyEngine
 from selfspec.stages.fit import check_head, head_path
 from selfspec.types import Completion, Cycle, Measurements, Prompt, Request
+
+Verdict = Literal["yes", "ties", "no", "lossy", "reference"]
 
 
 def run(engine: LazyEngine, plan: Plan, journal: Journal) -> Measurements:
@@ -42,7 +45,7 @@ def notes(records: list[Record]) -> list[str]:
     return [f"{left_out} of {len(records)} units ran on other hardware and are left out"] if left_out else []
 
 
-def verdict(records: list[Record], plan: Plan) -> str:
+def verdict(records: list[Record], plan: Plan) -> Verdict:
     """``yes``, ``ties`` (differences that rounding explains), ``no``, ``lossy`` by design, or ``reference``."""
     if plan.draft.name == "none":
         return "reference"
@@ -84,11 +87,12 @@ def _measure(engine: Engine, plan: Plan, journal: Journal, missing: list[tuple[i
     for prompt in prompts[plan.scale.prompts :]:
         _unit(engine, plan, prompt, plain_first=True)
     provenance = collect(engine.describe())
+    on = str(provenance["fingerprint"])
     total = plan.scale.repeats * plan.scale.prompts
     with progress("bench", total, total - len(missing)) as advance:
         for repeat, number in missing:
             data = _unit(engine, plan, prompts[number], plain_first=(repeat + number) % 2 == 0)
-            journal.append("bench", _name(repeat, number), data | {"provenance": provenance}, provenance["fingerprint"])
+            journal.append("bench", _name(repeat, number), data | {"provenance": provenance}, on)
             advance()
 
 

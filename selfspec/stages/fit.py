@@ -36,7 +36,7 @@ def head_path(plan: Plan) -> Path:
 def wanted(plan: Plan) -> dict[str, Any]:
     """The facts that the plan's head must have."""
     return {
-        "model": plan.model.sha256 or plan.model.source,
+        "model": plan.model_id,
         "exit_layer": plan.draft.exit_layer,
         "previous": plan.draft.previous,
     }
@@ -64,7 +64,7 @@ def run(engine: LazyEngine, plan: Plan, journal: Journal) -> Measurements:
         return {}
     path = head_path(plan)
     if plan.draft.head is None and not path.exists():
-        pairs = _answered(engine, plan)
+        pairs = answered(engine, plan)
         with storing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -85,7 +85,7 @@ def measurements(facts: dict[str, Any]) -> Measurements:
 _SHOWN = ("agreement", "raw_agreement", "sgd_gain", "train_tokens", "heldout_tokens", "parameters", "solve_s")
 
 
-def _answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequence[int]]]:
+def answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequence[int]]]:
     """The fit prompts and the model's answers, those of earlier runs from their journal."""
     folder = Path(plan.checkpoint.dir) / "fit" / plan.answers_id
     with Journal.open(folder, plan.answers_id, {"model": plan.model.source, "seed": plan.seed}, Resume.auto) as journal:

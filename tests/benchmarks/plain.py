@@ -1,0 +1,98 @@
+"""Plain greedy decoding against transformers' ``generate``, and against what memory bandwidth allows.
+
+    python tests/benchmarks/plain.py [--prompts 8] [--new-tokens 64] [--rounds 3]
+
+The two decode the same ShareGPT prompts in turn, in this process, in the same dtype; the ratio is per
+prompt, its interval a bootstrap over prompts. The floor is the time to read all weights once, at the
+bandwidth that the model's own matrix-vector products reach when nothing else is done.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from transformers import AutoModelForCausalLM
+
+from selfspec import metrics, plan, workload
+from selfspec.engine.torch_engine import TorchEngine
+from selfspec.run import CONF
+from selfspec.types import Request
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = plan.make(compose("config", ["draft=none", "tracking=none"]))
+    engine = TorchEngine(settings)
+    theirs = AutoModelForCausalLM.from_pretrained(engine.folder, dtype=engine.dtype).to(engine.device).eval()
+    prompts = workload.select(settings.workload, "bench", options.prompts, 0, lambda text: engine.encode(text, True))
+
+    def ours(tokens: tuple[int, ...]) -> None:
+        engine.generate(Request(tokens, options.new_tokens, ignore_eos=True), plain=True)
+
+    def transformers(tokens: tuple[int, ...]) -> None:
+        ids = torch.tensor([tokens], device=engine.device)
+        length = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
+        theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **length)
+
+    ours(prompts[0].tokens), transformers(prompts[0].tokens)
+    ratios, rates = [], []
+    for prompt in prompts:
+        pairs = [(timed(ours, prompt.tokens), timed(transformers, prompt.tokens)) for _ in range(options.rounds)]
+        ratios.append(median(slow / fast for fast, slow in pairs))
+        rates.append(options.new_tokens / median(fast for fast, _ in pairs))
+    low, high = metrics.bootstrap_median(ratios, seed=0)
+    step = 1 / median(rates)
+    weights, head = products(engine)
+    print(engine.describe())
+    print(f"ours / transformers, end to end: {median(ratios):.2f}x [{low:.2f}, {high:.2f}]")
+    print(f"ours: {median(rates):.1f} tok/s, {1e3 * step:.2f} ms a token")
+    print(f"  matrix products alone, nothing between them: {1e3 * weights:.2f} ms ({weights / step:.0%} of a token)")
+    print(f"  of which the language-model head: {1e3 * head:.2f} ms")
+    size = sum(w.numel() * w.element_size() for layer in engine.model.layers for w in matrices(layer))
+    size += engine.model.lm_head.numel() * engine.model.lm_head.element_size()
+    print(f"  weights read: {size / 1e6:.0f} MB a token, {size / weights / 1e9:.1f} GB/s while they are")
+
+
+def timed(decode: Callable[[tuple[int, ...]], None], tokens: tuple[int, ...]) -> float:
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    decode(tokens)
+    return time.perf_counter() - begin
+
+
+def matrices(layer: object) -> list[torch.Tensor]:
+    """A layer's four projections."""
+    return [getattr(layer, name) for name in ("qkv", "out", "gate_up", "down")]
+
+
+@torch.inference_mode()
+def products(engine: TorchEngine, rounds: int = 30) -> tuple[float, float]:
+    """Median seconds of one token's matrix-vector products, and of the head's among them."""
+    model = engine.model
+    inputs = {w.shape[1]: torch.randn(1, w.shape[1]).to(model.device, model.dtype) for w in matrices(model.layers[0])}
+    all_of_them, heads = [], []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for layer in model.layers:
+            for weight in matrices(layer):
+                F.linear(inputs[weight.shape[1]], weight)
+        middle = time.perf_counter()
+        F.linear(inputs[model.shape.hidden], model.lm_head)
+        all_of_them.append(time.perf_counter() - begin)
+        heads.append(time.perf_counter() - middle)
+    return median(all_of_them), median(heads)
+
+
+if __name__ == "__main__":
+    main()
