@@ -2,9 +2,10 @@
 
 With X the features (unit-RMS exit state, perhaps the previous final state, a constant) and Y the normed
 final state, the head is B = argmin |Y - X B|^2 + lambda |B|^2, that is (X'X + lambda I)^-1 X'Y, lambda in
-units of the mean diagonal of X'X. Its low-rank form is reduced-rank regression (Izenman 1975): B V V', V
-the leading eigenvectors of the fitted values' covariance B'X'X B, which is the best map of that rank under
-the same loss. All in float32 on the CPU, the solution itself in float64.
+units of the mean diagonal of X'X. The low-rank form is a fitted scale for each coordinate of the exit state,
+which late exits need most, and reduced-rank regression (Izenman 1975) of what that leaves: B V V', V the
+leading eigenvectors of the fitted values' covariance B'X'X B, the best map of that rank under the same loss.
+All in float32 on the CPU, the solution itself in float64.
 """
 
 import time
@@ -100,21 +101,29 @@ def agreement(model: Llama, head: ExitHead, states: States) -> float:
 
 def ridge(states: States, draft: DraftConfig) -> dict[str, Tensor]:
     """The closed-form solution as a head's tensors (see :class:`~selfspec.engine.head.Head`)."""
-    ridge = draft.ridge if draft.ridge is not None else 0.0
     gram, cross = _moments(states, draft.previous)
-    strength = ridge * gram.diagonal().mean()
-    solution = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=gram.dtype), cross)  # [P + 1, D]
-    weight, bias = solution[:-1].T.float(), solution[-1].float()
     if draft.form is HeadForm.affine:
-        return {"weight": weight.contiguous(), "bias": bias}
+        solution = _solve(gram, cross, draft)
+        return {"weight": solution[:-1].T.float().contiguous(), "bias": solution[-1].float()}
     assert draft.rank is not None, "checked by the plan"
-    centred = gram[:-1, :-1] - torch.outer(gram[-1, :-1], gram[-1, :-1]) / gram[-1, -1]
-    fitted = solution[:-1].T @ centred @ solution[:-1]
-    top = torch.linalg.eigh(fitted).eigenvectors[:, -draft.rank :].float()  # [D, r]
-    mean_x = (gram[-1, :-1] / gram[-1, -1]).float()
-    mean_y = weight @ mean_x + bias
+    size = cross.shape[1]
+    scale = cross.diagonal() / gram.diagonal()[:size]
+    solution = _solve(gram, cross - gram[:, :size] * scale, draft)
+    weight, bias = solution[:-1].T, solution[-1]
+    mean = gram[-1, :-1] / gram[-1, -1]
+    centred = gram[:-1, :-1] - gram[-1, -1] * torch.outer(mean, mean)
+    top = torch.linalg.eigh(weight @ centred @ weight.T).eigenvectors[:, -draft.rank :]  # [D, r]
     down = top.T @ weight
-    return {"up": top.contiguous(), "down": down.contiguous(), "bias": mean_y - top @ (down @ mean_x)}
+    bias = bias + weight @ mean - top @ (down @ mean)  # the fit still goes through the means
+    tensors = {"scale": scale, "up": top, "down": down, "bias": bias}
+    return {name: t.float().contiguous() for name, t in tensors.items()}
+
+
+def _solve(gram: Tensor, cross: Tensor, draft: DraftConfig) -> Tensor:
+    """Ridge regression from moments: ``[P + 1, D]``, the last row the bias."""
+    strength = (draft.ridge or 0.0) * gram.diagonal().mean()
+    solution: Tensor = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=gram.dtype), cross)
+    return solution
 
 
 def _moments(states: States, previous: bool) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,8 @@ class RawExit:
 class Head:
     """A fitted affine map of the RMS-normalised exit state (and, where asked, of the previous final state).
 
-    ``weight`` is ``[D, P]`` with P = D or 2 D, or the product of ``up`` ``[D, r]`` and ``down`` ``[r, P]``;
-    ``bias`` is ``[D]``.
+    Affine: ``weight`` ``[D, P]``, P = D or 2 D, and ``bias`` ``[D]``. Low rank: in the place of ``weight``, a
+    ``scale`` ``[D]`` of the exit state's coordinates and ``up`` ``[D, r]`` times ``down`` ``[r, P]``.
     """
 
     def __init__(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -57,7 +57,8 @@ class Head:
         t = self.tensors
         if "weight" in t:
             return F.linear(x, t["weight"], t["bias"])
-        return F.linear(F.linear(x, t["down"]), t["up"], t["bias"])
+        scaled = torch.addcmul(t["bias"], x[:, : len(t["scale"])], t["scale"])
+        return torch.addmm(scaled, F.linear(x, t["down"]), t["up"].t())
 
     def to(self, dtype: torch.dtype, device: torch.device) -> "Head":
         """The same head, ready to run beside a model of that dtype and device."""

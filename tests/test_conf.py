@@ -1,0 +1,125 @@
+"""Every file of ``conf/`` composes into a plan, says what it is meant to say, and is explained in ``--help``."""
+
+from collections.abc import Iterator
+from enum import Enum
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from selfspec import config, plan
+from selfspec.config import GROUPS, HANDLES
+from selfspec.plan import Plan
+from selfspec.run import CONF
+
+OPTIONS = sorted(
+    (folder.name, file.stem) for folder in CONF.iterdir() if folder.is_dir() for file in folder.glob("*.yaml")
+)
+COMPANIONS = {("engine", "fake"): ["draft=layerskip"]}
+"""What an option needs beside the defaults."""
+PROMPTS = {"baseline_sanity": (8, 16), "baseline": (32, 128), "skip12": (32, 128), "skip12_lsq": (32, 128)}
+SWEEPS = {
+    "selfspec_maxp": ("lsq", "maxp", "tau", [0.30, 0.35, 0.40]),
+    "selfspec_varH": ("lsq", "varH", "tau_v", [4, 5, 6]),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+@cache
+def composed(*overrides: str) -> Plan:
+    return plan.make(compose("config", list(overrides)))
+
+
+def sweep_of(experiment: str) -> dict[str, list[float]]:
+    """What an experiment sweeps, as numbers."""
+    hydra: DictConfig = compose("config", [f"experiment={experiment}"], return_hydra_config=True).hydra
+    params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
+    assert (hydra.mode is not None and hydra.mode.name == "MULTIRUN") == bool(params)
+    return {key: [float(value) for value in str(values).split(",")] for key, values in params.items()}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_file_composes_into_a_plan(group: str, option: str) -> None:
+    made = composed(f"{group}={option}", *COMPANIONS.get((group, option), []))
+    if group == "experiment":
+        assert made.name == option, "its results go to a folder of its own name"
+    elif group not in ("draft", "model"):  # two files may say how one draft is made; a model's name is a proper one
+        assert getattr(getattr(made, group).name, "name", getattr(made, group).name) == option
+
+
+@pytest.mark.parametrize("experiment", [option for group, option in OPTIONS if group == "experiment"])
+def test_every_job_of_an_experiments_sweep_is_a_plan_of_its_own(experiment: str) -> None:
+    jobs = [f"{key}={value:g}" for key, values in sweep_of(experiment).items() for value in values]
+    assert len({composed(f"experiment={experiment}", job).id for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize(("experiment", "lengths"), PROMPTS.items())
+def test_fixed_prompts_and_answers(experiment: str, lengths: tuple[int, int]) -> None:
+    workload = composed(f"experiment={experiment}").workload
+    assert (workload.prompt_tokens, workload.new_tokens) == lengths
+    assert workload.ignore_eos and not workload.chat, "so long, whatever the model says"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "draft"), [("skip12", "layerskip"), ("skip12_lsq", "lsq"), ("baseline", "none")]
+)
+def test_layer_skipping_is_not_verified(experiment: str, draft: str) -> None:
+    made = composed(f"experiment={experiment}")
+    exit_layer = None if draft == "none" else 12
+    assert (made.draft.name, made.draft.exit_layer, made.policy.verify) == (draft, exit_layer, draft == "none")
+
+
+@pytest.mark.parametrize("experiment", SWEEPS)
+def test_threshold_sweeps(experiment: str) -> None:
+    draft, gate, handle, values = SWEEPS[experiment]
+    made = composed(f"experiment={experiment}", f"{handle}={values[0]}")
+    assert (made.draft.name, made.gate.name.name, made.gate.threshold) == (draft, gate, values[0])
+    assert made.exact and sweep_of(experiment) == {handle: values}
+
+
+def test_exits_and_lengths_swept() -> None:
+    (exits,), (lengths,) = sweep_of("exit_sweep").values(), sweep_of("k_sweep").values()
+    assert len(set(exits)) == len(exits) == 3
+    assert {1, 2, 3, 4} < set(lengths) and len(set(lengths)) == len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("group", "names"),
+    [
+        ("gate", config.GateName),
+        ("controller", config.ControllerName),
+        ("policy", config.PolicyName),
+        ("engine", config.EngineName),
+        ("tracking", config.TrackerName),
+    ],
+)
+def test_what_the_schema_allows_has_a_file(group: str, names: type[Enum]) -> None:
+    assert {name.name for name in names} == {option for other, option in OPTIONS if other == group}
+
+
+def test_every_draft_has_a_file_and_every_file_a_draft() -> None:
+    modules = {path.stem for path in (Path(plan.__file__).parent / "engine" / "draft").glob("*.py")}
+    files = {path.stem: yaml.safe_load(path.read_text())["name"] for path in (CONF / "draft").glob("*.yaml")}
+    assert set(files.values()) == modules - {"__init__", "base"} <= set(files)
+
+
+def test_help_explains_every_group_and_handle() -> None:
+    said = (CONF / "hydra" / "help" / "selfspec.yaml").read_text()
+    explained = {line.split()[0] for line in said.splitlines() if line.startswith("    ") and line.strip()}
+    assert {*GROUPS, "experiment", *HANDLES} <= explained
+    assert {folder.name for folder in CONF.iterdir() if folder.is_dir()} == {*GROUPS, "experiment", "hydra"}
+
+
+def test_handles_stand_at_the_root() -> None:
+    values = yaml.safe_load((CONF / "config.yaml").read_text())
+    assert set(values) - {"defaults", "name", "output_dir", "hydra"} == set(HANDLES)

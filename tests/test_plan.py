@@ -1,0 +1,196 @@
+"""A plan's identity is what changes results; what cannot work is refused, with the reason."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from selfspec import plan
+from selfspec.config import HANDLES
+from selfspec.errors import ConfigError
+from selfspec.plan import Plan
+from selfspec.run import CONF
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> Plan:
+    return plan.make(config(*overrides))
+
+
+@cache
+def config(*overrides: str) -> DictConfig:
+    return compose("config", list(overrides))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("K=5", "exit_layer=11", "seed=1", "stages=[fit]", "gate=maxp", "draft=layerskip", "draft=lsq_lowrank"),
+        *("draft.previous=true", "draft.ridge=0.1", "draft.sgd_epochs=1", "policy.verify=false"),
+        *("model=qwen2_5_0_5b", "model.sha256=null", "hardware=cpu", "hardware.dtype=fp16", "hardware.threads=1"),
+        *("workload=fixed_8_16", "workload.chat=false", "workload.ignore_eos=true", "workload.max_prompt_tokens=9"),
+        *("workload.sha256=null", "scale=full", "scale.repeats=2", "scale.fit_prompts=10", "scale.warmup=0"),
+    ],
+)
+def test_identity_changes_with_what_changes_results(change: str) -> None:
+    assert composed(change).id != composed().id
+
+
+@pytest.mark.parametrize(("gate", "change"), [("maxp", "tau=0.5"), ("varH", "tau_v=6"), ("entropy", "tau_h=1")])
+def test_identity_changes_with_the_gates_own_threshold(gate: str, change: str) -> None:
+    assert composed(f"gate={gate}", change).id != composed(f"gate={gate}").id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("name=other", "output_dir=/elsewhere", "tracking=none", "tracking.experiment=x", "checkpoint.dir=/x"),
+        *("checkpoint.resume=never", "hydra.job.name=x", "hydra.sweep.dir=/x", "tau=0.9", "tau_v=1", "tau_h=1"),
+        *("workload.name=x", "scale.name=x", "engine.drafts=[lsq]", "model.name=x", "model.layers=31"),
+        *("workload.source=file:/a/copy", "model.source=file:/a/copy", "stages=[bench,fit,fit]"),
+    ],
+)
+def test_identity_does_not_change_with_names_paths_and_tracking(change: str) -> None:
+    assert composed(change).id == composed().id
+
+
+def test_a_new_stage_version_is_a_new_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = composed().id, composed().head_id
+    monkeypatch.setitem(plan.STAGE_VERSIONS, "fit", 99)
+    assert composed().id != before[0] and composed().head_id != before[1]
+
+
+@pytest.mark.xfail(strict=True, reason="stages=[bench] leaves out the version of the fit whose head it benches")
+def test_a_new_fit_version_is_a_new_bench_of_a_fitted_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = composed("stages=[bench]").id
+    monkeypatch.setitem(plan.STAGE_VERSIONS, "fit", 99)
+    assert composed("stages=[bench]").id != before
+
+
+def test_a_named_head_counts_by_its_content(tmp_path: Path) -> None:
+    one, copy, other = (tmp_path / name for name in ("one", "copy", "other"))
+    for path, content in ((one, "a"), (copy, "a"), (other, "b")):
+        path.write_text(content)
+    ids = [composed(f"draft.head={path}").id for path in (one, copy, other)]
+    assert ids[0] == ids[1] != ids[2] != composed().id
+
+
+def test_plain_decoding_ignores_how_to_draft() -> None:
+    plain = composed("draft=none")
+    assert plain.id == composed("draft=none", "gate=varH", "K=9", "exit_layer=3", "policy.verify=false").id
+    assert (plain.label, plain.speculative, plain.exact) == ("none", False, True)
+
+
+def test_unverified_drafts_ignore_gate_and_length() -> None:
+    assert composed("policy.verify=false").id == composed("policy.verify=false", "gate=maxp", "K=9").id
+
+
+@pytest.mark.parametrize(
+    ("overrides", "idle"),
+    [
+        ("gate=none", {"tau", "tau_v", "tau_h"}),
+        ("gate=maxp", {"tau_v", "tau_h"}),
+        ("gate=varH", {"tau", "tau_h"}),
+        ("gate=entropy", {"tau", "tau_v"}),
+        ("draft=none", {"tau", "tau_v", "tau_h", "K", "exit_layer"}),
+        ("draft=none gate=varH K=64 exit_layer=1", {"tau", "tau_v", "tau_h", "K", "exit_layer"}),
+        ("policy.verify=false gate=maxp", {"tau", "tau_v", "tau_h", "K"}),
+        ("gate=maxp tau=0.5 exit_layer=1 K=64 seed=4294967295 stages=[fit]", {"tau_v", "tau_h"}),
+        ("gate=maxp gate.threshold=0.2", {"tau", "tau_v", "tau_h"}),
+    ],
+)
+def test_idle_handles(overrides: str, idle: set[str]) -> None:
+    assert set(plan.idle_handles(config(*overrides.split()), HANDLES)) == idle
+
+
+@pytest.mark.xfail(strict=True, raises=ConfigError, reason="tries exit_layer=2, which a model of two layers has not")
+def test_idle_handles_of_the_smallest_model() -> None:
+    cfg = config("model.layers=2", "exit_layer=1")
+    assert plan.idle_handles(cfg, ["exit_layer"]) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ("engine=fake", "draft=lsq: engine=fake cannot run it; it runs none, layerskip"),
+        ("draft.name=eagle", "draft=eagle: engine=torch cannot run it; it runs layerskip, lsq, none"),
+        ("exit_layer=30", "exit_layer=30: SmolLM2-135M-Instruct has 30 layers; must be from 1 to 29"),
+        ("draft=layerskip exit_layer=99", "exit_layer=99: .* must be from 1 to 29"),
+        ("draft=lsq_lowrank draft.rank=null", "draft.rank=None: form=low_rank needs a rank"),
+        ("draft.rank=8", "draft.rank=8: form=low_rank needs a rank >= 1, other forms none; form=affine"),
+        ("draft=layerskip draft.exit_layer=null policy.verify=false", "only early-exit drafts .* draft=layerskip"),
+        ("draft.previous=true policy.verify=false", "draft.previous=true: reads the verified final state"),
+        *((f"draft=layerskip draft.{o}", "draft=layerskip: has no fitted head") for o in ("ridge=1", "head=/x")),
+        ("gate=varH gate.threshold=null", "gate.threshold=null: gate=varH needs a number"),
+        *((o, f"{o}: must be") for o in ("tau=1.5", "tau_v=-1.0", "tau=nan", "K=0", "K=65", "seed=-1", "draft.rank=0")),
+        *((f"{key}=0", f"{key}=0: must be >= ") for key in ("scale.prompts", "scale.repeats", "workload.new_tokens")),
+        ("stages=[]", r"stages=\[\]: allowed are one or more of fit, bench"),
+        ("stages=[bench,soak]", "stages=.*soak.* allowed are"),
+        ("scale.prompts=???", "scale.prompts: has no value"),
+        ("+gate.tau=1", "gate.tau: no such key"),
+    ],
+)
+def test_refused_with_the_reason(overrides: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        composed(*overrides.split())
+
+
+def test_layers_are_not_guessed_where_nobody_knows_them() -> None:
+    assert composed("model.layers=null", "exit_layer=500").draft.exit_layer == 500
+
+
+@pytest.mark.parametrize(
+    ("change", "head", "answers"),
+    [
+        *((o, True, True) for o in ("gate=maxp", "K=9", "tau=0.1", "name=x", "policy.verify=false", "hardware=cpu")),
+        *((o, False, True) for o in ("exit_layer=11", "draft=lsq_lowrank", "draft.previous=true", "draft.ridge=1")),
+        *((o, False, False) for o in ("seed=1", "scale.fit_prompts=10", "scale.fit_new_tokens=9", "model.sha256=null")),
+        *((o, False, False) for o in ("hardware.dtype=fp16", "workload.sha256=null")),
+        *((o, True, True) for o in ("scale.prompts=1", "workload.prompt_tokens=9", "workload.new_tokens=9")),
+        pytest.param(
+            *("workload.max_prompt_tokens=9", False, False),
+            marks=pytest.mark.xfail(strict=True, reason="it changes the fit prompts, but not the identity"),
+        ),
+    ],
+)
+def test_who_shares_heads_and_answers(change: str, head: bool, answers: bool) -> None:
+    one, other = composed(), composed(change)
+    assert (one.head_id == other.head_id, one.answers_id == other.answers_id) == (head, answers)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        ("draft=none gate=maxp", "none"),
+        ("gate=varH tau_v=4", "lsq12 varH=4 K=4"),
+        ("draft=lsq_lowrank exit_layer=6 K=2", "lsq6r128 K=2"),
+        ("draft=layerskip policy.verify=false gate=maxp", "layerskip12 unverified"),
+        ("gate=maxp tau=0.30", "lsq12 maxp=0.3 K=4"),
+    ],
+)
+def test_label(overrides: str, label: str) -> None:
+    assert composed(*overrides.split()).label == label
+
+
+def test_settings_are_plain_values() -> None:
+    settings = composed("gate=varH").settings()
+    assert settings["gate"] == {"name": "varH", "threshold": 5.0}
+    assert settings["stages"] == ["fit", "bench"] and settings["workload"]["name"] == "sharegpt"
+
+
+def test_a_plan_cannot_be_changed() -> None:
+    made = composed()
+    with pytest.raises(AttributeError):
+        made.seed = 1  # type: ignore[misc]
+    assert replace(made, seed=1).id != made.id
