@@ -7,8 +7,7 @@
     │   ├── HeadError             a fitted head that is corrupt or belongs to something else
     │   ├── JournalError          a checkpoint that cannot be read or resumed
     │   └── StorageError          an output folder that cannot be written
-    └── StageError                a stage ran and its result is a failure
-        └── NotLossless           an exact policy gave tokens that plain decoding does not give
+    └── StageError                a stage ran and its result is a failure, such as lost losslessness
     Interrupted                   SIGTERM or SIGINT arrived: exit code 143 or 130
 
 A ``UserError``'s message names the key, the value and what is allowed.
@@ -50,11 +49,7 @@ class StorageError(UserError):
 
 
 class StageError(SelfspecError):
-    """A stage ran to its end and its result is a failure."""
-
-
-class NotLossless(StageError):
-    """An exact policy produced tokens that plain decoding does not produce."""
+    """A stage ran to its end and its result is a failure, such as an exact policy that changed tokens."""
 
 
 class Interrupted(BaseException):

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -9,10 +11,11 @@ from selfspec import assets, checkpoint, metrics, provenance, report, tracking
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import EngineName
 from selfspec.engine.base import Engine
-from selfspec.errors import Interrupted, NotLossless, one_line
+from selfspec.errors import Interrupted, one_line
 from selfspec.interrupt import trap
 from selfspec.plan import Plan
 from selfspec.stages import bench, fit
+from selfspec.tracking import Tracker
 from selfspec.types import Measurements
 
 STAGES = {"fit": fit, "bench": bench}
@@ -54,44 +57,54 @@ def run(plan: Plan, folder: Path, sweep: str | None = None) -> report.Result:
         sweep: the tracker's run of the sweep this job belongs to.
 
     Returns:
-        The result, as written to ``result.json``.
+        The result, as written to ``result.json``; its status is ``failed`` where an exact policy changed tokens.
 
     Raises:
-        NotLossless: an exact policy changed tokens; the result is written all the same.
+        UserError: something the user can put right.
         Interrupted: SIGTERM or SIGINT; what is finished is kept.
     """
-    with trap(), Journal.open(journal_folder(plan), plan.id, plan.settings(), plan.checkpoint.resume) as journal:
-        tracker = tracking.make(plan.tracking, plan.output_dir)
-        run_id = tracker.start(plan.label, _tags(plan), plan.settings(), journal.notes.get("run_id"), sweep)
-        status: tracking.Status = "FAILED"
-        try:
-            if run_id is not None and run_id != journal.notes.get("run_id"):
-                journal.note("run_id", run_id)
-            for step, record in enumerate(journal.records("bench")):
-                tracker.log(metrics.per_unit(record.data), step, record.at)
-            journal.on_append.append(lambda record: _track(tracker, journal, record))
+    with (
+        trap(),
+        Journal.open(journal_folder(plan), plan.id, plan.settings(), plan.checkpoint.resume) as journal,
+        _tracked(plan, journal, sweep) as tracker,
+    ):
+        engine = cache(lambda: _make_engine(plan))
+        measured: Measurements = {}
+        for stage in plan.stages:
+            found = STAGES[stage].run(engine, plan, journal)
+            measured |= {f"{stage}/{name}": value for name, value in found.items()}
 
-            engine = cache(lambda: _make_engine(plan))
-            measured: Measurements = {}
-            for stage in plan.stages:
-                found = STAGES[stage].run(engine, plan, journal)
-                measured |= {f"{stage}/{name}": value for name, value in found.items()}
+        result = _result(plan, journal, measured)
+        report.write(folder, [result])
+        bench.write_cycles(folder / "cycles.parquet", journal.records("bench"))
+        provenance.write_atomic(folder / report.FILE, json.dumps(result, indent=1))
 
-            result = _result(plan, journal, measured)
-            report.write(folder, [result])
-            bench.write_cycles(folder / "cycles.parquet", journal.records("bench"))
-            provenance.write_atomic(folder / report.FILE, json.dumps(result, indent=1))
-            tracker.log(measured, 0, max((r.at for s in plan.stages for r in journal.records(s)), default=0))
-            tracker.artifacts([folder])
-            if result["lossless"] == "no":
-                raise NotLossless(f"{plan.label}: {measured['bench/differing']:.0f} prompts differ from plain decoding")
-            status = "FINISHED"
-        except Interrupted:
-            status = "KILLED"
-            raise
-        finally:
-            tracker.finish(status)
+        ended = max((record.at for stage in plan.stages for record in journal.records(stage)), default=0)
+        tracker.log(measured, 0, ended)
+        tracker.artifacts([folder, fit.head_path(plan)] if plan.draft.fitted else [folder])
+        tracker.finish("FAILED" if result["status"] == "failed" else "FINISHED", ended or None)
     return result
+
+
+@contextmanager
+def _tracked(plan: Plan, journal: Journal, sweep: str | None) -> Iterator[Tracker]:
+    """The plan's run of the tracker, resumed where there is one; units are logged as they finish."""
+    tracker = tracking.make(plan.tracking, plan.output_dir)
+    known = journal.notes.get("run_id")
+    run_id = tracker.start(plan.label, _tags(plan), plan.settings(), known, sweep)
+    try:
+        if run_id not in (None, known):
+            journal.note("run_id", run_id)
+        for step, record in enumerate(journal.records("bench")):  # again: what is stored already stays as it is
+            tracker.log(metrics.per_unit(record.data), step, record.at)
+        journal.on_append.append(lambda record: _log_unit(tracker, journal, record))
+        yield tracker
+    except Interrupted:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
 
 
 def failed(plan: Plan, folder: Path, error: Exception) -> None:
@@ -106,7 +119,7 @@ def journal_folder(plan: Plan) -> Path:
     return Path(plan.checkpoint.dir) / "plans" / plan.id
 
 
-def _track(tracker: tracking.Tracker, journal: Journal, record: Record) -> None:
+def _log_unit(tracker: Tracker, journal: Journal, record: Record) -> None:
     if record.stage == "bench":
         tracker.log(metrics.per_unit(record.data), len(journal.records("bench")) - 1, record.at)
 
@@ -118,8 +131,8 @@ def _make_engine(plan: Plan) -> Engine:
 
 
 def _tags(plan: Plan) -> dict[str, str]:
-    git = provenance.git()
-    return {"selfspec.plan": plan.id, "selfspec.experiment": plan.name} | {f"git.{k}": v for k, v in git.items()}
+    ours = {"plan": plan.id, "experiment": plan.name, "hardware": str(provenance.hardware()["cpu"])}
+    return {f"selfspec.{k}": v for k, v in ours.items()} | {f"git.{k}": v for k, v in provenance.git().items()}
 
 
 def _result(plan: Plan, journal: Journal, measured: Measurements) -> report.Result:
@@ -127,6 +140,9 @@ def _result(plan: Plan, journal: Journal, measured: Measurements) -> report.Resu
     result = _nothing(plan)
     result["measurements"] = measured
     if records:
+        if bench.verdict(records, plan) == "no":
+            result["status"] = "failed"
+            result["error"] = f"not lossless: {measured['bench/differing']:.0f} prompts differ from plain decoding"
         result["acceptance_by_position"] = metrics.acceptance_by_position([r.data for r in bench.poolable(records)])
         result["lossless"] = bench.verdict(records, plan)
         result["notes"] = bench.notes(records)

@@ -138,15 +138,15 @@ def distinct(results: Iterable[Result]) -> list[Result]:
     return list(chosen.values())
 
 
-def table(results: Iterable[Result]) -> Table:
-    """One row a plan, as given; the caption says what was measured where, and what the columns mean."""
+def table(results: Iterable[Result], explain: bool = True) -> Table:
+    """One row a plan, as given; ``explain``: a caption says what was measured where, and what the columns mean."""
     rows = distinct(results)
     made = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        caption=Text(_caption(rows)),
+        caption=Text(_caption(rows)) if explain else None,
         caption_justify="left",
     )
     for header in _COLUMNS:
@@ -169,27 +169,27 @@ def table(results: Iterable[Result]) -> Table:
     return made
 
 
-def text(results: Iterable[Result]) -> str:
+def text(results: Iterable[Result], explain: bool = True) -> str:
     """The table as plain text (and Markdown), as wide as it needs to be: no cell is cut off or wrapped."""
-    made = table(results)
+    made = table(results, explain)
     made.box, made.show_edge, made.pad_edge, made.padding = box.MARKDOWN, True, True, (0, 1)
     buffer = io.StringIO()
     Console(file=buffer, width=10_000, color_system=None, force_terminal=False).print(made)
     return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines()) + "\n"
 
 
-def show(results: Iterable[Result]) -> None:
+def show(results: Iterable[Result], explain: bool = True) -> None:
     """Prints the table on stdout: fitted to a terminal, in full anywhere else."""
     console = Console()
     if console.is_terminal:
-        made = table(results)
+        made = table(results, explain)
         if console.measure(made, options=console.options.update(width=10_000)).maximum > console.width:
             for column in made.columns[1:]:  # as narrow as their longest word, which is enough for 80 columns
                 column.width = max(map(len, [*str(column.header).split(), "[115.4,"]))
         console.print(made, crop=False)
     else:
         encoding = sys.stdout.encoding or "utf-8"
-        sys.stdout.write(text(results).encode(encoding, "replace").decode(encoding))
+        sys.stdout.write(text(results, explain).encode(encoding, "replace").decode(encoding))
 
 
 def write(folder: Path, results: Iterable[Result]) -> list[Path]:

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from selfspec.config import Config
-from selfspec.errors import Interrupted, SelfspecError
+from selfspec.errors import Interrupted, SelfspecError, StageError
 from selfspec.refusal import BY_USER, refuse, sentence
 
 _PACKAGE = Path(__file__).parent
@@ -29,7 +29,8 @@ def run(cfg: DictConfig) -> float | None:
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
-    if settings.mode is not RunMode.MULTIRUN:
+    alone = settings.mode is not RunMode.MULTIRUN  # a sweep explains its words and its failures once, at its end
+    if alone:
         result = job.run(plan.make(cfg), folder)
     else:
         try:
@@ -41,7 +42,9 @@ def run(cfg: DictConfig) -> float | None:
                 traceback.print_exception(error)
             job.failed(plan.make(cfg), folder, error)
             return None
-    report.show([result])
+    report.show([result], explain=alone)
+    if alone and result["status"] == "failed":
+        raise StageError(f"{result['label']}: {result['error']}")
     return result["measurements"].get("bench/speedup")
 
 

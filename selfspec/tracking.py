@@ -94,8 +94,8 @@ class Tracker(Protocol):
     def artifacts(self, paths: Iterable[Path]) -> None:
         """Copies files, and all that is below folders, to the run's artifacts."""
 
-    def finish(self, status: Status) -> None:
-        """Sends what is buffered and ends the run."""
+    def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
+        """Sends what is buffered and ends the run, as of ``timestamp_ms``; ``None``: now."""
 
 
 class NoTracker:
@@ -120,7 +120,7 @@ class NoTracker:
     def artifacts(self, paths: Iterable[Path]) -> None:
         """See :class:`Tracker`."""
 
-    def finish(self, status: Status) -> None:
+    def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
         """See :class:`Tracker`."""
 
 
@@ -206,10 +206,10 @@ class MLflowTracker:
             else:
                 self._client.log_artifact(self._run_id, str(path))
 
-    def finish(self, status: Status) -> None:
+    def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
         """See :class:`Tracker`."""
         self._flush()
-        self._client.set_terminated(self._run_id, status)
+        self._client.set_terminated(self._run_id, status, timestamp_ms)
         if self._parent:
             self._settle(self._parent)
 
@@ -308,9 +308,9 @@ class Forgiving:
         """See :class:`Tracker`."""
         self._try(lambda tracker: tracker.artifacts(paths))
 
-    def finish(self, status: Status) -> None:
+    def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
         """See :class:`Tracker`."""
-        self._try(lambda tracker: tracker.finish(status))
+        self._try(lambda tracker: tracker.finish(status, timestamp_ms))
 
     def _try(self, call: Callable[[Tracker], T]) -> T:
         try:

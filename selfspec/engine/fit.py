@@ -22,6 +22,7 @@ from selfspec.engine.head import ExitHead, Head, RawExit, features
 from selfspec.engine.llama import Llama
 
 _BATCH = 1024
+_SGD_BATCH, _SGD_RATE = 256, 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +148,11 @@ def _sgd(model: Llama, head: Head, states: States, epochs: int, seed: int) -> He
         learned = Head(tensors, head.facts)
         lm_head = model.lm_head.clone()  # a tensor made in inference mode cannot take part in autograd
         order = torch.Generator().manual_seed(seed)
-        steps = epochs * -(-len(states) // _BATCH)
-        optimiser = torch.optim.AdamW(tensors.values(), lr=5e-4, weight_decay=0.0)
+        steps = epochs * -(-len(states) // _SGD_BATCH)
+        optimiser = torch.optim.AdamW(tensors.values(), lr=_SGD_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         for _ in range(epochs):
-            for rows in torch.split(torch.randperm(len(states), generator=order), _BATCH):
+            for rows in torch.split(torch.randperm(len(states), generator=order), _SGD_BATCH):
                 x = features(
                     states.exit[rows].float().cpu(), states.previous[rows].float().cpu() if head.previous else None
                 )

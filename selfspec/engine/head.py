@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfspec import heads
 from selfspec.engine.llama import Llama
-from selfspec.errors import HeadError
+from selfspec.errors import HeadError, one_line
 
 
 class ExitHead(Protocol):
@@ -78,12 +78,15 @@ class Head:
         """
         facts = heads.facts(path)
         try:
-            tensors = load(path.read_bytes())
+            head = cls(load(path.read_bytes()), facts)
+            probe = torch.zeros(1, facts["hidden"])
+            if head(probe, probe).shape != probe.shape:
+                raise ValueError("tensors of other sizes than its facts say")
+            if not all(bool(t.isfinite().all()) for t in head.tensors.values()):
+                raise ValueError("not finite")
         except Exception as error:  # safetensors raises its own and several built-in errors on damage
-            raise HeadError(f"{path}: corrupt head ({error}); delete it to fit it again") from error
-        if not all(bool(t.isfinite().all()) for t in tensors.values()):
-            raise HeadError(f"{path}: corrupt head (not finite); delete it to fit it again")
-        return cls(tensors, facts)
+            raise HeadError(f"{path}: corrupt head ({one_line(error)}); delete it to fit it again") from error
+        return head
 
 
 def features(hidden: Tensor, previous: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@
 
 The solution is timed on random states of the size asked for (its time does not depend on the values); the
 agreement is measured on the model's own answers, every fifth prompt held out, for each exit layer: raw exit,
-least squares, least squares with the previous position's final state, and its low-rank form.
+least squares, with the previous position's final state, with SGD on top, and in the low-rank form.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def main() -> None:
     forms = {
         "lsq": draft,
         "lsq + previous": replace(draft, previous=True),
+        "lsq + 2 epochs of SGD": replace(draft, sgd_epochs=2),
         "low rank 128": replace(draft, form=HeadForm.low_rank, rank=128),
     }
     pairs = stage.answered(lambda: engine, settings)
