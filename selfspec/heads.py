@@ -31,11 +31,13 @@ def facts(path: Path) -> dict[str, Any]:
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
             if path.stat().st_size != 8 + length + end:
                 raise ValueError("cut off or padded")
-            found: dict[str, Any] = json.loads(header["__metadata__"][FACTS])
+            found = json.loads(header["__metadata__"][FACTS])
+            if not isinstance(found, dict):
+                raise ValueError("facts of another form")
             return found
     except OSError as error:
         raise HeadError(f"{path}: no head can be read there ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise HeadError(f"{path}: corrupt head, or none of selfspec's ({error}); delete it to fit it again") from error
 
 

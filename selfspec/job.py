@@ -12,7 +12,7 @@ from selfspec.checkpoint import Journal, Record
 from selfspec.config import EngineName
 from selfspec.engine.base import Engine
 from selfspec.errors import Interrupted, one_line
-from selfspec.interrupt import trap
+from selfspec.interrupt import shield, trap
 from selfspec.plan import Plan
 from selfspec.stages import bench, fit
 from selfspec.tracking import Tracker
@@ -33,7 +33,8 @@ def check(plan: Plan) -> None:
     """
     checkpoint.inspect(journal_folder(plan), plan.id, plan.checkpoint.resume)
     tracking.make(plan.tracking, plan.output_dir)
-    if plan.draft.fitted and (plan.draft.head is not None or "fit" not in plan.stages or fit.head_path(plan).exists()):
+    new = not (journal_folder(plan) / checkpoint.FILE).exists()
+    if plan.draft.fitted and (fit.head_path(plan).exists() or (new and not fit.may_fit(plan))):
         fit.check_head(plan)
 
 
@@ -81,7 +82,8 @@ def run(plan: Plan, folder: Path, sweep: str | None = None) -> report.Result:
 
         ended = max((record.at for stage in plan.stages for record in journal.records(stage)), default=0)
         tracker.log(measured, 0, ended)
-        tracker.artifacts([folder, fit.head_path(plan)] if plan.draft.fitted else [folder])
+        head = [fit.head_path(plan)] if plan.draft.fitted and fit.head_path(plan).exists() else []
+        tracker.artifacts([folder, *head])
         tracker.finish("FAILED" if result["status"] == "failed" else "FINISHED", ended or None)
     return result
 
@@ -91,10 +93,11 @@ def _tracked(plan: Plan, journal: Journal, sweep: str | None) -> Iterator[Tracke
     """The plan's run of the tracker, resumed where there is one; units are logged as they finish."""
     tracker = tracking.make(plan.tracking, plan.output_dir)
     known = journal.notes.get("run_id")
-    run_id = tracker.start(plan.label, _tags(plan), plan.settings(), known, sweep)
     try:
-        if run_id not in (None, known):
-            journal.note("run_id", run_id)
+        with shield():  # a run that is started and not noted would be started again
+            run_id = tracker.start(plan.label, _tags(plan), plan.settings(), known, sweep)
+            if run_id not in (None, known):
+                journal.note("run_id", run_id)
         for step, record in enumerate(journal.records("bench")):  # again: what is stored already stays as it is
             tracker.log(metrics.per_unit(record.data), step, record.at)
         journal.on_append.append(lambda record: _log_unit(tracker, journal, record))
@@ -141,8 +144,9 @@ def _result(plan: Plan, journal: Journal, measured: Measurements) -> report.Resu
     result["measurements"] = measured
     if records:
         if bench.verdict(records, plan) == "no":
+            differing = sum(record.data["verdict"] == "differs" for record in records)
             result["status"] = "failed"
-            result["error"] = f"not lossless: {measured['bench/differing']:.0f} prompts differ from plain decoding"
+            result["error"] = f"not lossless: {differing} prompts differ from plain decoding"
         result["acceptance_by_position"] = metrics.acceptance_by_position([r.data for r in bench.poolable(records)])
         result["lossless"] = bench.verdict(records, plan)
         result["notes"] = bench.notes(records)

@@ -124,6 +124,7 @@ class Plan:
             scale=asdict(replace(self.scale, name="")),
             seed=self.seed,
             stages={stage: STAGE_VERSIONS[stage] for stage in self.stages},
+            fit=STAGE_VERSIONS["fit"] if self.draft.fitted else None,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -172,8 +173,11 @@ def idle_handles(cfg: DictConfig, handles: Iterable[str]) -> list[str]:
     idle = []
     for handle in handles:
         other = schema.with_handle(cfg, handle, _OTHER_VALUE[handle](cfg[handle]))
-        if make(other).id == identity:
-            idle.append(handle)
+        try:
+            if make(other).id == identity:
+                idle.append(handle)
+        except ConfigError:  # another value would not do, so this one has an effect
+            continue
     return idle
 
 

@@ -3,7 +3,9 @@
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -11,9 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from selfspec.config import Config
-from selfspec.errors import Interrupted, SelfspecError, StageError
-from selfspec.refusal import BY_USER, refuse, sentence
+from selfspec.config import Config, Resume
+from selfspec.errors import Interrupted, SelfspecError, StageError, UserError
+from selfspec.interrupt import trap
+from selfspec.refusal import BY_USER, sentence
 
 _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -28,23 +31,26 @@ def run(cfg: DictConfig) -> float | None:
     from selfspec import job, plan, report, sweep
 
     settings = HydraConfig.get()
-    folder = Path(settings.runtime.output_dir)
-    alone = settings.mode is not RunMode.MULTIRUN  # a sweep explains its words and its failures once, at its end
+    folder, todo = Path(settings.runtime.output_dir), plan.make(cfg)
+    alone = settings.mode is not RunMode.MULTIRUN
     if alone:
-        result = job.run(plan.make(cfg), folder)
-    else:
         try:
-            result = job.run(plan.make(cfg), folder, sweep.parent_run(Path(settings.sweep.dir)))
+            result = job.run(todo, folder)
+        except (*BY_USER, SelfspecError) as error:
+            _leave(error)  # from here: Hydra would print a line of its own first
+    else:
+        swept = Path(settings.sweep.dir)
+        if sweep.has_run(swept, todo.id):
+            todo = replace(todo, checkpoint=replace(todo.checkpoint, resume=Resume.auto))
+        try:
+            result = job.run(todo, folder, sweep.parent_run(swept))
         except Exception as error:  # one failed job hides no other: it becomes a row of the table
-            if isinstance(error, (*BY_USER, SelfspecError)):
-                print(f"error: {sentence(error)}", file=sys.stderr)
-            else:
-                traceback.print_exception(error)
-            job.failed(plan.make(cfg), folder, error)
+            _say(error)
+            job.failed(todo, folder, error)
             return None
-    report.show([result], explain=alone)
+    report.show([result], explain=alone)  # a sweep explains its words and its failures once, at its end
     if alone and result["status"] == "failed":
-        raise StageError(f"{result['label']}: {result['error']}")
+        _leave(StageError(f"{result['label']}: {result['error']}"))
     return result["measurements"].get("bench/speedup")
 
 
@@ -53,17 +59,28 @@ def main() -> None:
     full_errors = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing in its own way
     try:
-        run()
+        with trap():
+            run()
     except Interrupted as interrupted:
         print(f"{interrupted}: finished work is kept; the same command carries on", file=sys.stderr)
         sys.exit(interrupted.exit_code)
-    except BY_USER as error:
+    except Exception as error:
         if full_errors:
             raise
-        refuse(error)
-    except SelfspecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _leave(error)
+
+
+def _leave(error: Exception) -> NoReturn:
+    _say(error)
+    sys.exit(getattr(error, "exit_code", UserError.exit_code if isinstance(error, BY_USER) else 1))
+
+
+def _say(error: Exception) -> None:
+    """One line for what selfspec or Hydra refuse or find; a traceback for what nobody foresaw."""
+    if isinstance(error, (*BY_USER, SelfspecError)):
+        print(f"error: {sentence(error)}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
 
 
 if __name__ == "__main__":

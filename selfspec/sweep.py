@@ -7,6 +7,7 @@ sweep's tracker run in ``sweep.json`` in the sweep's folder.
 import hashlib
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Sweep(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One job: refuses a plan that cannot work, before Hydra makes its folder."""
-        _or_refuse(lambda: _check([config], fetch=True))
+        _or_refuse(lambda: _begin(config))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: refuses all of it if one of its plans cannot work; else opens its tracker run."""
@@ -57,6 +58,22 @@ def _or_refuse(action: Callable[[], object]) -> None:
         action()
     except BY_USER as error:
         refuse(error)
+    except Exception as error:  # Hydra would make a warning of it, and go on
+        traceback.print_exception(error)
+        sys.exit(SelfspecError.exit_code)
+
+
+def has_run(folder: Path, plan_id: str) -> bool:
+    """Whether a job of the sweep in ``folder`` has finished this plan: a second one takes its journal."""
+    results = map(report.read, folder.glob(f"*/{report.FILE}"))
+    return any(result["plan_id"] == plan_id and result["status"] == "finished" for result in results)
+
+
+def _begin(config: DictConfig) -> None:
+    _check([config], fetch=True)
+    folder = Path(config.hydra.run.dir)
+    with storing(folder):  # Hydra makes it next, and would not say why it cannot
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _open(config: DictConfig) -> None:

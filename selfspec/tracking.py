@@ -209,6 +209,8 @@ class MLflowTracker:
     def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
         """See :class:`Tracker`."""
         self._flush()
+        if timestamp_ms is not None and timestamp_ms < self._client.get_run(self._run_id).info.start_time:
+            timestamp_ms = None  # a new run for an old journal
         self._client.set_terminated(self._run_id, status, timestamp_ms)
         if self._parent:
             self._settle(self._parent)
@@ -340,7 +342,13 @@ def make(tracking: schema.Tracking, output_dir: Path) -> Tracker:
         return NoTracker()
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
-        raise ConfigError(f"tracking.uri={uri}: must be sqlite:///<file>, http(s)://<server> or another database URI")
+        shown = _without_credentials(uri)
+        raise ConfigError(f"tracking.uri={shown}: must be sqlite:///<file>, http(s)://<server> or another database URI")
+    if tracking.uri and _without_credentials(tracking.uri) != tracking.uri:  # configs are kept and shown
+        raise ConfigError(
+            f"tracking.uri={_without_credentials(uri)}: must hold no credentials; "
+            "use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or give it as MLFLOW_TRACKING_URI"
+        )
     return Forgiving(MLflowTracker(uri, tracking.experiment, output_dir / "mlartifacts"), uri)
 
 

@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +21,7 @@ OPTIONS = sorted(
 COMPANIONS = {("engine", "fake"): ["draft=layerskip"]}
 """What an option needs beside the defaults."""
 PROMPTS = {"baseline_sanity": (8, 16), "baseline": (32, 128), "skip12": (32, 128), "skip12_lsq": (32, 128)}
-SWEEPS = {
+SWEEPS: dict[str, tuple[str, str, str, list[float]]] = {
     "selfspec_maxp": ("lsq", "maxp", "tau", [0.30, 0.35, 0.40]),
     "selfspec_varH": ("lsq", "varH", "tau_v", [4, 5, 6]),
 }
@@ -43,7 +42,7 @@ def composed(*overrides: str) -> Plan:
 def sweep_of(experiment: str) -> dict[str, list[float]]:
     """What an experiment sweeps, as numbers."""
     hydra: DictConfig = compose("config", [f"experiment={experiment}"], return_hydra_config=True).hydra
-    params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
+    params = hydra.sweeper.get("params") or {}
     assert (hydra.mode is not None and hydra.mode.name == "MULTIRUN") == bool(params)
     return {key: [float(value) for value in str(values).split(",")] for key, values in params.items()}
 
@@ -88,7 +87,7 @@ def test_threshold_sweeps(experiment: str) -> None:
 
 
 def test_exits_and_lengths_swept() -> None:
-    (exits,), (lengths,) = sweep_of("exit_sweep").values(), sweep_of("k_sweep").values()
+    exits, lengths = sweep_of("exit_sweep")["exit_layer"], sweep_of("k_sweep")["K"]
     assert len(set(exits)) == len(exits) == 3
     assert {1, 2, 3, 4} < set(lengths) and len(set(lengths)) == len(lengths)
 
@@ -109,7 +108,7 @@ def test_what_the_schema_allows_has_a_file(group: str, names: type[Enum]) -> Non
 
 def test_every_draft_has_a_file_and_every_file_a_draft() -> None:
     modules = {path.stem for path in (Path(plan.__file__).parent / "engine" / "draft").glob("*.py")}
-    files = {path.stem: yaml.safe_load(path.read_text())["name"] for path in (CONF / "draft").glob("*.yaml")}
+    files = {path.stem: str(OmegaConf.select(OmegaConf.load(path), "name")) for path in (CONF / "draft").glob("*.yaml")}
     assert set(files.values()) == modules - {"__init__", "base"} <= set(files)
 
 
@@ -121,5 +120,5 @@ def test_help_explains_every_group_and_handle() -> None:
 
 
 def test_handles_stand_at_the_root() -> None:
-    values = yaml.safe_load((CONF / "config.yaml").read_text())
+    values = OmegaConf.load(CONF / "config.yaml")
     assert set(values) - {"defaults", "name", "output_dir", "hydra"} == set(HANDLES)

@@ -228,7 +228,8 @@ def test_a_broken_tracker_warns_once_and_fails_nothing(
         "other schema": f"sqlite:///{tmp_path}/other.db",
         "unknown scheme": "nosuch://me:secret@host",
     }[kind]
-    exercise(make(uri, tmp_path), tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # where credentials may stand
+    exercise(tracking.make(config.Tracking(name=config.TrackerName.mlflow), tmp_path), tmp_path)
     out, err = capfd.readouterr()
     assert out == ""
     assert err.count("\n") == 1, err
@@ -254,7 +255,7 @@ def test_a_tracker_that_breaks_halfway_goes_quiet(
 
 def test_an_interrupt_is_not_swallowed() -> None:
     class Interrupting(NoTracker):
-        def finish(self, status: tracking.Status) -> None:
+        def finish(self, status: tracking.Status, timestamp_ms: int | None = None) -> None:
             raise Interrupted(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
@@ -285,6 +286,11 @@ def test_none_tracks_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
 def test_a_uri_that_mlflow_cannot_log_to_is_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri=.*: must be sqlite"):
         make(uri, tmp_path)
+
+
+def test_credentials_do_not_belong_in_a_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^tracking\.uri=http://host: must hold no credentials"):
+        make("http://me:secret@host", tmp_path)
 
 
 def test_flatten() -> None:

@@ -3,10 +3,11 @@
 transformers reads a GGUF in about 15 s, and everything else here reads safetensors: so it is converted once.
 """
 
+import io
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from selfspec import assets
@@ -80,7 +81,8 @@ def _silence() -> Iterator[None]:
     logging.set_verbosity(logging.ERROR)
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        # The GGUF reader draws a bar of its own, which no switch of transformers' turns off.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

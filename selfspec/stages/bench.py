@@ -17,7 +17,7 @@ from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import collect, write_atomic
 from selfspec.stages import LazyEngine
-from selfspec.stages.fit import check_head, head_path
+from selfspec.stages.fit import head_path, ready
 from selfspec.types import Completion, Cycle, Measurements, Prompt, Request
 
 Verdict = Literal["yes", "ties", "no", "lossy", "reference"]
@@ -79,12 +79,11 @@ def write_cycles(path: Path, records: list[Record]) -> None:
 
 def _measure(engine: Engine, plan: Plan, journal: Journal, missing: list[tuple[int, int]]) -> None:
     if plan.draft.fitted:
-        check_head(plan)
+        ready(lambda: engine, plan)  # a job may be resumed after its head was deleted
         engine.use_head(head_path(plan))
     encode = lambda text: engine.encode(text, plan.workload.chat)  # noqa: E731
-    count = plan.scale.prompts + plan.scale.warmup
-    prompts = workload.select(plan.workload, "bench", count, plan.seed, encode)
-    for prompt in prompts[plan.scale.prompts :]:
+    prompts = workload.select(plan.workload, "bench", plan.scale.prompts, plan.seed, encode)
+    for prompt in workload.select(plan.workload, "fit", plan.scale.warmup, plan.seed, encode):
         _unit(engine, plan, prompt, plain_first=True)
     provenance = collect(engine.describe())
     on = str(provenance["fingerprint"])

@@ -22,6 +22,7 @@ from selfspec.provenance import fingerprint, storing, versions
 from selfspec.stages import LazyEngine
 from selfspec.types import Measurements
 
+MAX_PROMPT_TOKENS = 256
 BATCH = 64
 """Prompts answered together: compute-bound on a CPU, and a batch's loss to a kill is small."""
 
@@ -40,6 +41,11 @@ def wanted(plan: Plan) -> dict[str, Any]:
         "exit_layer": plan.draft.exit_layer,
         "previous": plan.draft.previous,
     }
+
+
+def may_fit(plan: Plan) -> bool:
+    """Whether a head that is missing is to be fitted."""
+    return plan.draft.head is None and "fit" in plan.stages
 
 
 def check_head(plan: Plan) -> dict[str, Any]:
@@ -62,19 +68,27 @@ def run(engine: LazyEngine, plan: Plan, journal: Journal) -> Measurements:
     """Sees to it that the plan's head exists; nothing to do for drafts without one."""
     if not plan.draft.fitted:
         return {}
+    record = journal.get("fit", "head")
+    if record is None:
+        record = journal.append("fit", "head", ready(engine, plan), fingerprint())
+    return measurements(record.data)
+
+
+def ready(engine: LazyEngine, plan: Plan) -> dict[str, Any]:
+    """The facts of the plan's head, which is there from now on: fitted if it is missing and may be.
+
+    Raises:
+        ConfigError, HeadError: as :func:`check_head`.
+    """
     path = head_path(plan)
-    if plan.draft.head is None and not path.exists():
+    if may_fit(plan) and not path.exists():
         pairs = answered(engine, plan)
         with storing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                about = {**wanted(plan), "format": 1, "versions": versions()}
-                engine().fit(pairs, path, about)
-    facts = check_head(plan)
-    if journal.get("fit", "head") is None:
-        journal.append("fit", "head", facts, fingerprint())
-    return measurements(facts)
+                engine().fit(pairs, path, {**wanted(plan), "format": 1, "versions": versions()})
+    return check_head(plan)
 
 
 def measurements(facts: dict[str, Any]) -> Measurements:
@@ -108,6 +122,6 @@ def answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequen
 
 def _prompts(engine: Engine, plan: Plan) -> list[tuple[int, ...]]:
     """Fit prompts are chat turns whatever the bench decodes: one head serves every workload of a source."""
-    source = replace(plan.workload, chat=True, prompt_tokens=None)
+    source = replace(plan.workload, chat=True, prompt_tokens=None, max_prompt_tokens=MAX_PROMPT_TOKENS)
     chosen = workload.select(source, "fit", plan.scale.fit_prompts, plan.seed, lambda text: engine.encode(text, True))
     return sorted((prompt.tokens for prompt in chosen), key=len)  # a batch is as wide as its longest prompt

@@ -1,0 +1,266 @@
+"""decode: the loop's counts, its stops, what runs how often, and layer skipping, which verifies nothing."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from selfspec.config import Gate as GateConfig
+from selfspec.config import GateName
+from selfspec.engine import gate
+from selfspec.engine.cache import KVCache
+from selfspec.engine.controller import Controller, Fixed
+from selfspec.engine.decode import Target, decode
+from selfspec.engine.draft.base import Draft, Proposal, Verified
+from selfspec.engine.draft.layerskip import EarlyExit
+from selfspec.engine.draft.none import NoDraft
+from selfspec.engine.gate import Gate
+from selfspec.engine.head import ExitHead, Head, RawExit
+from selfspec.engine.llama import Llama
+from selfspec.engine.policy import longest_prefix
+from selfspec.types import Completion, Cycle, Request
+
+EXIT, LAYERS = 3, 6
+OPEN = gate.make(GateConfig())
+PROMPT = (40, 7, 66, 7, 21)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def inference() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> Llama:
+    """Late layers matter more than in the file, and no token ends a text."""
+    model = Llama.load(tiny_folder, torch.device("cpu"), torch.float32)
+    for layer in model.layers[EXIT:]:
+        layer.out *= 8
+        layer.down *= 8
+    model.lm_head = torch.randn(80, 32, generator=torch.Generator().manual_seed(5))
+    return with_eos(model)
+
+
+def with_eos(model: Llama, *tokens: int) -> Llama:
+    model.shape = replace(model.shape, eos=frozenset(tokens))
+    return model
+
+
+def whole(model: Llama) -> Target:
+    return Target(model, model.shape.layers, model.norm)
+
+
+def run(
+    target: Target,
+    request: Request,
+    draft: Draft | None = None,
+    k: int | Controller = 0,
+    gate: Gate = OPEN,
+) -> Completion:
+    cache = target.model.new_cache(len(request.tokens) + request.max_new_tokens)
+    controller = Fixed(k) if isinstance(k, int) else k
+    completion = decode(target, draft or NoDraft(target.model), gate, controller, longest_prefix, request, cache)
+    cache.check_integrity(target.depth)
+    assert cache.length <= len(request.tokens) + request.max_new_tokens - 1
+    return completion
+
+
+class Script:
+    """Proposes what it is told: what follows a position, tokens shifted by ``wrong``."""
+
+    def __init__(self, model: Llama, prompt: int, tokens: Sequence[int], wrong: int = 0) -> None:
+        self.model, self.prompt, self.tokens, self.wrong = model, prompt, tokens, wrong
+
+    def propose(self, verified: Verified, k: int, gate: Gate, cache: KVCache) -> Proposal:
+        at = cache.length - self.prompt
+        assert self.tokens[at] == verified.token
+        tokens = [(token + self.wrong) % 80 for token in self.tokens[at + 1 : at + 1 + k]]
+        return Proposal(tokens, self.model.embed([verified.token, *tokens]), 0, [])
+
+
+class TestCounts:
+    """With drafts that are always right, and always wrong, every count is known."""
+
+    @pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 64])
+    @pytest.mark.parametrize("new", [1, 2, 3, 9, 10])
+    def test_always_right(self, model: Llama, new: int, k: int) -> None:
+        request = Request(PROMPT, new)
+        plain = run(whole(model), request)
+        got = run(whole(model), request, Script(model, len(PROMPT), plain.tokens), k)
+        assert got.tokens == plain.tokens and len(got.tokens) == new and got.finish == "length"
+        sizes = [min(k + 1, new - 1 - i) for i in range(0, new - 1, k + 1)]
+        assert [cycle.new_tokens for cycle in got.cycles] == sizes
+        assert all(c.accepted == c.proposed == c.k_asked == c.new_tokens - 1 for c in got.cycles)
+
+    @pytest.mark.parametrize("k", [1, 3, 64])
+    def test_always_wrong(self, model: Llama, k: int) -> None:
+        request = Request(PROMPT, 9)
+        plain = run(whole(model), request)
+        got = run(whole(model), request, Script(model, len(PROMPT), plain.tokens, wrong=1), k)
+        assert got.tokens == plain.tokens
+        room = [min(k, 7 - i) for i in range(8)]
+        assert [(c.k_asked, c.proposed, c.accepted, c.new_tokens) for c in got.cycles] == [(r, r, 0, 1) for r in room]
+
+    def test_plain_decoding_is_a_cycle_a_token(self, model: Llama) -> None:
+        got = run(whole(model), Request(PROMPT, 9))
+        assert [(c.k_asked, c.proposed, c.new_tokens, c.signals) for c in got.cycles] == [(0, 0, 1, ())] * 8
+
+    def test_it_is_greedy_decoding_without_a_cache(self, model: Llama) -> None:
+        tokens: tuple[int, ...] = PROMPT
+        for _ in range(12):
+            hidden = model.run(model.embed(tokens), model.new_cache(len(tokens)), 0, 0, LAYERS)
+            tokens += (int(model.logits(model.norm(hidden[-1:])).argmax()),)
+        assert run(whole(model), Request(PROMPT, 12)).tokens == tokens[len(PROMPT) :]
+
+    def test_a_controller_sees_all_cycles_so_far(self, model: Llama) -> None:
+        seen: list[list[Cycle]] = []
+
+        class Growing:
+            def ask(self, history: Sequence[Cycle]) -> int:
+                seen.append(list(history))
+                return len(history)
+
+        got = run(whole(model), Request(PROMPT, 9), EarlyExit(model, EXIT, RawExit(model)), Growing())
+        assert seen == [list(got.cycles[:i]) for i in range(len(got.cycles))]
+        assert [c.k_asked for c in got.cycles[:3]] == [0, 1, 2]
+
+
+class TestStops:
+    @pytest.mark.parametrize("k", [0, 1, 2, 4, 8])
+    @pytest.mark.parametrize("at", range(8))
+    def test_at_the_first_stop_token_wherever_it_falls(self, model: Llama, at: int, k: int) -> None:
+        plain = run(whole(model), Request(PROMPT, 16)).tokens
+        at = plain.index(plain[at])
+        with_eos(model, plain[at], 79 if 79 not in plain else plain[at])
+        got = run(whole(model), Request(PROMPT, 16), Script(model, len(PROMPT), plain), k)
+        assert (got.tokens, got.finish) == (plain[: at + 1], "stop")
+        assert sum(cycle.new_tokens for cycle in got.cycles) == at
+        ignored = run(whole(model), Request(PROMPT, 16, ignore_eos=True), Script(model, len(PROMPT), plain), k)
+        assert (ignored.tokens, ignored.finish) == (plain, "length")
+
+    def test_a_stop_token_at_the_very_end_is_a_stop(self, model: Llama) -> None:
+        plain = run(whole(model), Request(PROMPT, 16)).tokens
+        last = next(i for i in range(15, 0, -1) if plain[i] not in plain[:i])
+        with_eos(model, plain[last])
+        assert run(whole(model), Request(PROMPT, last + 1)).finish == "stop"
+        assert run(whole(model), Request(PROMPT, last)).finish == "length"
+
+    def test_a_stop_token_in_the_prompt_stops_nothing(self, model: Llama) -> None:
+        plain = run(whole(model), Request(PROMPT, 9))
+        with_eos(model, *set(PROMPT) - set(plain.tokens))
+        assert model.shape.eos and run(whole(model), Request(PROMPT, 9)).tokens == plain.tokens
+
+
+class TestSharing:
+    """What the draft has run is not run again."""
+
+    @pytest.fixture
+    def passes(self, model: Llama, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int, int]]:
+        """Every pass: its first position, how many tokens, from which layer, to which."""
+        passes: list[tuple[int, int, int, int]] = []
+        real = Llama.run
+
+        def counting(self: Llama, hidden: Tensor, cache: KVCache, start: int, first: int, last: int) -> Tensor:
+            passes.append((start, len(hidden), first, last))
+            return real(self, hidden, cache, start, first, last)
+
+        monkeypatch.setattr(Llama, "run", counting)
+        return passes
+
+    @pytest.mark.parametrize("gate_name", [GateName.none, GateName.maxp])
+    @pytest.mark.parametrize("k", [1, 3, 8])
+    def test_each_layer_runs_once_for_a_token(
+        self, model: Llama, passes: list[tuple[int, int, int, int]], k: int, gate_name: GateName
+    ) -> None:
+        draft, doubts = EarlyExit(model, EXIT, RawExit(model)), gate.make(GateConfig(gate_name, 0.3))
+        got = run(whole(model), Request(PROMPT, 24), draft, k, doubts)
+        assert passes.pop(0) == (0, len(PROMPT), 0, LAYERS)
+        at = len(PROMPT)
+        for cycle in got.cycles:
+            mine = [passes.pop(0) for _ in range(cycle.proposed + 2)]
+            assert mine[:-1] == [(at + i, 1, 0, EXIT) for i in range(cycle.proposed + 1)]
+            assert mine[-1] == (at, cycle.proposed + 1, EXIT, LAYERS)
+            at += cycle.new_tokens
+        assert not passes
+        assert gate_name is GateName.none or any(c.proposed < c.k_asked for c in got.cycles)
+
+    def test_signals_are_those_of_the_tokens_looked_at(self, model: Llama) -> None:
+        reading = gate.make(GateConfig(GateName.maxp, 0.3))
+        draft = EarlyExit(model, EXIT, RawExit(model))
+        for cycle in run(whole(model), Request(PROMPT, 24), draft, 3, reading).cycles:
+            *sure, last = cycle.signals or (1.0,)
+            assert all(signal >= 0.3 for signal in sure) and (last < 0.3) == (cycle.proposed < cycle.k_asked)
+
+    def test_a_head_is_given_the_previous_final_state(self, model: Llama) -> None:
+        """The verified one first, then its own estimates."""
+        given: list[Tensor] = []
+        said: list[Tensor] = []
+
+        class Spy:
+            def __call__(self, hidden: Tensor, previous: Tensor) -> Tensor:
+                given.append(previous)
+                said.append(model.norm(hidden))
+                return said[-1]
+
+        got = run(whole(model), Request(PROMPT, 12), EarlyExit(model, EXIT, Spy()), 3)
+        tokens = PROMPT + got.tokens
+        finals = model.norm(model.run(model.embed(tokens), model.new_cache(len(tokens)), 0, 0, LAYERS))
+        at, step = len(PROMPT), 0
+        for cycle in got.cycles:
+            if cycle.proposed:
+                torch.testing.assert_close(given[step], finals[at - 1 : at], atol=1e-4, rtol=1e-4)
+                for j in range(1, cycle.proposed):
+                    assert given[step + j] is said[step + j - 1]
+            step, at = step + cycle.proposed, at + cycle.new_tokens
+        assert step == len(given) > 4
+
+
+class TestLayerSkipping:
+    """``policy.verify=false``: the first layers alone decide."""
+
+    @pytest.fixture(params=[1, 3, 5])
+    def depth(self, request: pytest.FixtureRequest) -> int:
+        return int(request.param)
+
+    @pytest.mark.parametrize("prompt", [(5,), PROMPT, PROMPT * 4], ids=len)
+    def test_it_is_the_truncated_model(
+        self, tiny_folder: Path, tmp_path: Path, depth: int, prompt: tuple[int, ...]
+    ) -> None:
+        config = json.loads((tiny_folder / "config.json").read_text()) | {"num_hidden_layers": depth}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "model.safetensors").symlink_to(tiny_folder / "model.safetensors")
+        short, full = (Llama.load(f, torch.device("cpu"), torch.float32) for f in (tmp_path, tiny_folder))
+        read = RawExit(full)
+        skipping = Target(full, depth, lambda hidden: read(hidden, hidden))
+        assert len(short.layers) == depth
+        assert run(skipping, Request(prompt, 20)).tokens == run(whole(short), Request(prompt, 20)).tokens
+
+    def test_with_a_fitted_head(self, model: Llama, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        random = torch.Generator().manual_seed(3)
+        tensors = {"weight": torch.randn(32, 32, generator=random), "bias": torch.randn(32, generator=random)}
+        head: ExitHead = Head(tensors, {"previous": False})
+        tokens: tuple[int, ...] = PROMPT
+        for _ in range(10):
+            hidden = model.run(model.embed(tokens), model.new_cache(len(tokens)), 0, 0, depth)[-1]
+            unit = hidden / hidden.square().mean().sqrt()
+            tokens += (int((model.lm_head @ (tensors["weight"] @ unit + tensors["bias"])).argmax()),)
+
+        deepest = 0
+        real: Callable[..., Tensor] = Llama.run
+
+        def watching(self: Llama, hidden: Tensor, cache: KVCache, start: int, first: int, last: int) -> Tensor:
+            nonlocal deepest
+            deepest = max(deepest, last)
+            return real(self, hidden, cache, start, first, last)
+
+        monkeypatch.setattr(Llama, "run", watching)
+        got = run(Target(model, depth, lambda hidden: head(hidden, hidden)), Request(PROMPT, 10))
+        assert PROMPT + got.tokens == tokens and deepest == depth

@@ -1,0 +1,183 @@
+"""metrics: every definition on a case worked out by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from selfspec import metrics
+from selfspec.metrics import bootstrap_median, first_difference, summarise
+from selfspec.types import Completion, Cycle
+
+
+def cycle(proposed: int, accepted: int, asked: int = 4, new: int | None = None) -> Cycle:
+    return Cycle(asked, proposed, accepted, accepted + 1 if new is None else new, (0.5,), 1.0 + proposed, 10.0)
+
+
+def completion(tokens: int, ttft: float, total: float, *cycles: Cycle) -> dict[str, Any]:
+    return metrics.pack(Completion(tuple(range(tokens)), cycles, ttft, total, "length"))
+
+
+def unit(
+    configured: dict[str, Any], plain: dict[str, Any] | None = None, prompt: str = "a", **changed: Any
+) -> dict[str, Any]:
+    fixed = {"cpu_utilisation": 1.0, "device_utilisation": None, "peak_memory_mb": 100.0, "verdict": "equal"}
+    return {"prompt": prompt, "plain": plain or configured, "configured": configured} | fixed | changed
+
+
+def timed(prompt: str, plain_s: float, configured_s: float) -> dict[str, Any]:
+    """Ten tokens after the first, in so many seconds plainly and as configured."""
+    return unit(completion(11, 1.0, 1.0 + configured_s), completion(11, 2.0, 2.0 + plain_s), prompt)
+
+
+EXAMPLE = [
+    unit(
+        completion(8, 0.5, 4.0, cycle(4, 4, new=3), cycle(3, 1), cycle(0, 0, asked=2), cycle(1, 0, asked=1)),
+        completion(8, 0.5, 7.5),
+    ),
+    unit(completion(3, 1.0, 2.0, cycle(2, 1)), completion(3, 3.0, 4.0), "b", peak_memory_mb=300.0, cpu_utilisation=0.5),
+]
+
+
+def test_pack_is_json_with_cycles_as_columns() -> None:
+    assert metrics.pack(Completion((7, 8, 9), (cycle(4, 1), cycle(0, 0)), 0.25, 1.0, "stop")) == {
+        **{"tokens": [7, 8, 9], "ttft_s": 0.25, "total_s": 1.0, "finish": "stop"},
+        "cycles": {
+            **{"k_asked": [4, 4], "proposed": [4, 0], "accepted": [1, 0], "new_tokens": [2, 1]},
+            **{"signals": [(0.5,), (0.5,)], "draft_ms": [5.0, 1.0], "verify_ms": [10.0, 10.0]},
+        },
+    }
+
+
+def test_acceptance() -> None:
+    found = summarise(EXAMPLE, 0)
+    assert found["acceptance"] == (4 + 1 + 0 + 0 + 1) / (4 + 3 + 0 + 1 + 2)
+    assert found["proposed_share"] == (4 + 3 + 0 + 1 + 2) / (4 + 4 + 2 + 1 + 4)
+
+
+def test_acceptance_by_position() -> None:
+    """At position j among the drafts that reach it: 4 of them reach the first, one the fourth."""
+    assert metrics.acceptance_by_position(EXAMPLE) == [3 / 4, 1 / 3, 1 / 2, 1 / 1]
+    assert metrics.acceptance_by_position([unit(completion(2, 1, 2, cycle(0, 0)))]) == []
+    assert metrics.acceptance_by_position([unit(completion(1, 1, 1))]) == []
+
+
+def test_tokens_per_cycle_leaves_out_the_first_and_what_a_stop_cut_off() -> None:
+    assert summarise(EXAMPLE, 0)["tokens_per_cycle"] == (3 + 2 + 1 + 1 + 2) / 5
+
+
+def test_means_over_cycles() -> None:
+    found = summarise(EXAMPLE, 0)
+    assert found["draft_ms"] == (5 + 4 + 1 + 2 + 3) / 5 and found["verify_ms"] == 10
+
+
+def test_rates() -> None:
+    one, two = EXAMPLE[0]["configured"], EXAMPLE[1]["configured"]
+    assert (metrics.decode_rate(one), metrics.decode_rate(two)) == (7 / 3.5, 2 / 1.0)
+    found = summarise(EXAMPLE, 0)
+    assert found["tok_s"] == 2 and found["plain_tok_s"] == np.median([7 / 7, 2 / 1])
+    assert found["e2e_tok_s"] == np.median([8 / 4, 3 / 2])
+    assert found["ttft_ms"] == np.median([500, 1000]) and found["plain_ttft_ms"] == np.median([500, 3000])
+
+
+def test_counts_and_resources() -> None:
+    found = summarise([*EXAMPLE, EXAMPLE[0]], 0)
+    assert (found["units"], found["prompts"], found["new_tokens"]) == (3, 2, 19)
+    assert found["peak_memory_mb"] == 300 and found["cpu_utilisation"] == pytest.approx(2.5 / 3)
+    assert "device_utilisation" not in found
+    busy = [unit(completion(2, 1, 2), device_utilisation=u) for u in (0.25, None, 0.75)]
+    assert summarise(busy, 0)["device_utilisation"] == 0.5
+
+
+class TestSpeedup:
+    def test_is_a_ratio_for_each_prompt_not_of_totals(self) -> None:
+        """Long prompts count no more than short ones; nor does their speed."""
+        units = [timed("a", 1.0, 0.5), timed("b", 30.0, 10.0), timed("c", 100.0, 200.0)]
+        assert summarise(units, 0)["speedup"] == 2
+
+    def test_repeats_are_averaged_before_the_median(self) -> None:
+        """a: (1 + 3) / 2, b: 5, c: 1.5. The median over all five units would be 1.5."""
+        a, b, c = [timed("a", 1.0, 1.0), timed("a", 3.0, 1.0)], [timed("b", 5.0, 1.0)], [timed("c", 1.5, 1.0)] * 2
+        assert summarise([*a, *b, *c], 0)["speedup"] == 2
+
+    def test_a_repeat_is_compared_with_its_own_plain_run(self) -> None:
+        """The machine was twice as slow during the second."""
+        assert summarise([timed("a", 4.0, 2.0), timed("a", 8.0, 4.0)], 0)["speedup"] == 2
+
+    def test_prompts_of_a_single_token_have_none(self) -> None:
+        single = unit(completion(1, 1.0, 1.0), prompt="b")
+        assert metrics.decode_rate(single["configured"]) is None
+        assert summarise([timed("a", 3.0, 1.0), single], 0)["speedup"] == 3
+        alone = summarise([single], 0)
+        assert not {"tok_s", "plain_tok_s", "speedup", "speedup_low", "acceptance", "tokens_per_cycle"} & set(alone)
+        assert (alone["e2e_tok_s"], alone["new_tokens"], alone["equal_tokens"]) == (1, 1, 1)
+
+
+class TestBootstrap:
+    def test_is_settled_by_the_seed(self) -> None:
+        values = list(np.random.default_rng(1).normal(size=20))
+        assert bootstrap_median(values, 3) == bootstrap_median(values, 3) != bootstrap_median(values, 4)
+
+    def test_of_one_value_is_that_value(self) -> None:
+        assert bootstrap_median([2.5], 0) == (2.5, 2.5)
+        found = summarise([timed("a", 3.0, 1.0)], 0)
+        assert found["speedup_low"] == found["speedup"] == found["speedup_high"] == 3
+
+    def test_lies_within_the_values_around_their_median(self) -> None:
+        values = [1.0, 1.5, 2.0, 2.5, 9.0]
+        low, high = bootstrap_median(values, 0)
+        assert 1 <= low < 2 < high <= 9
+
+    def test_covers_the_truth_about_as_often_as_it_says(self) -> None:
+        random = np.random.default_rng(0)
+        intervals = [bootstrap_median(list(random.lognormal(size=25)), seed) for seed in range(200)]
+        assert 0.88 <= np.mean([low <= 1 <= high for low, high in intervals]) <= 0.99
+
+    def test_narrows_with_more_prompts(self) -> None:
+        random = np.random.default_rng(0)
+        few, many = (bootstrap_median(list(random.normal(size=n)), 0) for n in (10, 1000))
+        assert many[1] - many[0] < 0.3 * (few[1] - few[0])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "index"),
+    [
+        ([1, 2, 3], [1, 2, 3], None),
+        ([], [], None),
+        ([1, 2, 3], [1, 5, 3], 1),
+        ([1, 2, 3], [4, 2, 3], 0),
+        ([1, 2], [1, 2, 3], 2),
+        ([1, 2, 3], [1, 2], 2),
+        ([], [1], 0),
+        ([1, 2], [3], 0),
+    ],
+)
+def test_first_difference(a: list[int], b: list[int], index: int | None) -> None:
+    assert first_difference(a, b) == first_difference(b, a) == index
+
+
+def test_losslessness() -> None:
+    def compared(plain: list[int], configured: list[int], verdict: str) -> dict[str, Any]:
+        one, other = (completion(0, 1.0, 2.0) | {"tokens": tokens} for tokens in (configured, plain))
+        return unit(one, other, verdict=verdict)
+
+    found = summarise(
+        [
+            compared([1, 2, 3, 4], [1, 2, 3, 4], "equal"),
+            compared([1, 2, 3, 4], [1, 2, 9, 4], "tie"),
+            compared([1, 2, 3], [7, 2, 3], "differs"),
+            compared([1, 2, 3, 4, 5], [1, 2], "differs"),
+        ],
+        0,
+    )
+    assert (found["ties"], found["differing"]) == (1, 2)
+    assert found["equal_tokens"] == (4 + 2 + 0 + 2) / (4 + 4 + 3 + 5)
+
+
+def test_what_a_tracker_shows_of_a_unit() -> None:
+    shown = metrics.per_unit(EXAMPLE[0])
+    assert shown == {
+        **{"unit/ttft_ms": 500, "unit/new_tokens": 8, "unit/tok_s": 2, "unit/plain_tok_s": 1, "unit/speedup": 2},
+        "unit/acceptance": 5 / 8,
+    }
+    assert metrics.per_unit(unit(completion(1, 1.0, 1.0))) == {"unit/ttft_ms": 1000, "unit/new_tokens": 1}

@@ -1,0 +1,219 @@
+"""The stages: what they run, in which order, what they do not run again, and what they never mix."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from selfspec import heads, job, plan, workload
+from selfspec.checkpoint import Journal
+from selfspec.config import Resume
+from selfspec.engine.fake import FakeEngine
+from selfspec.errors import ConfigError, HeadError
+from selfspec.plan import Plan
+from selfspec.report import Result
+from selfspec.run import CONF
+from selfspec.stages import fit
+from selfspec.types import Completion, Request
+
+Make = Callable[..., Plan]
+FAKE = ("engine=fake", "draft=layerskip")
+
+
+@pytest.fixture
+def make(overrides: list[str], prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """A plan on the tiny model, with a journal of its own."""
+    monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
+
+    def made(*more: str) -> Plan:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return plan.make(compose("config", [*overrides, "hardware.threads=1", *more]))
+
+    return made
+
+
+def run(made: Plan, folder: Path) -> Result:
+    folder.mkdir(parents=True, exist_ok=True)
+    return job.run(made, folder)
+
+
+def journal(made: Plan) -> Journal:
+    return Journal.open(job.journal_folder(made), made.id, {}, Resume.require)
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, name: str, fail_at: int | None = None) -> list[dict[str, Any]]:
+    """The keyword arguments of every call of a method of the torch engine; the given call fails."""
+    from selfspec.engine.torch_engine import TorchEngine
+
+    calls = list[dict[str, Any]]()
+    method = getattr(TorchEngine, name)
+
+    def spy(*args: Any, **options: Any) -> Any:
+        calls.append(options)
+        if len(calls) == fail_at:
+            raise RuntimeError("out of memory")
+        return method(*args, **options)
+
+    monkeypatch.setattr(TorchEngine, name, spy)
+    return calls
+
+
+def test_fit_and_bench_of_a_gated_head(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = spied(monkeypatch, "generate")
+    made = make("gate=varH", "tau_v=2")
+    result = run(made, tmp_path)
+    assert (result["lossless"], result["status"], result["notes"]) == ("yes", "finished", [])
+    with journal(made) as kept:
+        records, (head,) = kept.records("bench"), kept.records("fit")
+
+    plain = [bool(options.get("plain")) for options in calls]
+    assert plain == [True, False, True, False, False, True, True, False], "warm-up, then each in turn first"
+    for record in records:
+        assert record.data["verdict"] == "equal" and record.data["provenance"]["extra"]["dtype"] == "float32"
+        assert record.on == record.data["provenance"]["fingerprint"] and record.data["peak_memory_mb"] > 0
+        cycles = record.data["configured"]["cycles"]
+        assert sum(cycles["new_tokens"]) + 1 == len(record.data["configured"]["tokens"])
+        gated = (cycles[name] for name in ("proposed", "k_asked", "signals"))
+        assert all(p == k or s[-1] > 2 for p, k, s in zip(*gated, strict=True))
+
+    measured = result["measurements"]
+    named = {
+        "speedup",
+        "speedup_low",
+        "speedup_high",
+        "tok_s",
+        "plain_tok_s",
+        "acceptance",
+        "tokens_per_cycle",
+        "ttft_ms",
+    }
+    assert {f"bench/{name}" for name in named} <= set(measured)
+    assert (measured["bench/differing"], measured["bench/equal_tokens"], measured["bench/units"]) == (0, 1, 3)
+    assert 0 < measured["fit/raw_agreement"] <= 1 and 0 < measured["fit/agreement"] <= 1
+    assert measured["fit/train_tokens"] > measured["fit/heldout_tokens"] > 0
+    assert measured["fit/agreement"] == head.data["agreement"] == heads.facts(fit.head_path(made))["agreement"]
+    assert fit.wanted(made).items() <= head.data.items()
+
+
+@pytest.mark.parametrize(
+    ("more", "lossless", "speculates"),
+    [
+        ("draft=none", "reference", 0),
+        ("draft=layerskip", "yes", 1),
+        ("draft=layerskip exit_layer=1 policy.verify=false", "lossy", 0),
+    ],
+)
+def test_verdicts(make: Make, tmp_path: Path, more: str, lossless: str, speculates: int) -> None:
+    result = run(make(*more.split()), tmp_path)
+    assert result["lossless"] == lossless and ("bench/acceptance" in result["measurements"]) == speculates
+    assert (result["measurements"]["bench/equal_tokens"] == 1) == (lossless != "lossy")
+
+
+def test_repeats_begin_the_other_way_round(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[bool]()
+    generate = FakeEngine.generate
+
+    def spy(self: FakeEngine, request: Request, *, plain: bool = False) -> Completion:
+        calls.append(plain)
+        return generate(self, request, plain=plain)
+
+    monkeypatch.setattr(FakeEngine, "generate", spy)
+    made = make(*FAKE, "scale.prompts=2", "scale.repeats=2", "scale.warmup=0")
+    result = run(made, tmp_path)
+    first, second = [True, False, False, True], [False, True, True, False]
+    assert calls == first + second
+    assert (result["measurements"]["bench/units"], result["measurements"]["bench/prompts"]) == (4, 2)
+
+
+@pytest.mark.parametrize(("before", "kept"), [(1, 3), (3, 3), (2, 2)])
+def test_timings_of_different_hardware_are_not_pooled(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, kept: int
+) -> None:
+    """Four prompts, some of them on another machine; of two halves, the first."""
+    made = make(*FAKE, "scale.prompts=4", "scale.warmup=0")
+    describe = FakeEngine.describe
+
+    def other(self: FakeEngine) -> Mapping[str, object]:
+        return {**describe(self), "device": "another"}
+
+    generate, calls = FakeEngine.generate, list[Request]()
+
+    def failing(self: FakeEngine, request: Request, *, plain: bool = False) -> Completion:
+        calls.append(request)
+        if len(calls) > 2 * before:
+            raise RuntimeError("the machine is taken away")
+        return generate(self, request, plain=plain)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(FakeEngine, "describe", other)
+        patch.setattr(FakeEngine, "generate", failing)
+        run(made, tmp_path / "taken")
+    result = run(made, tmp_path)
+    assert result["measurements"]["bench/units"] == kept
+    assert result["notes"] == [f"{4 - kept} of 4 units ran on other hardware and are left out"]
+    assert result["provenance"]["extra"]["device"] == ("none" if before == 1 else "another")
+    assert result["notes"][0] in (tmp_path / "report.txt").read_text()
+
+
+def test_a_bench_never_sees_a_prompt_its_head_was_fitted_on(make: Make, tmp_path: Path) -> None:
+    made = make("scale.fit_prompts=60", "scale.prompts=30")
+    ids = {
+        split: {
+            prompt.id for prompt in workload.select(made.workload, split, 40, made.seed, lambda text: text.encode())
+        }
+        for split in ("fit", "bench", "quality")
+    }
+    assert all(not one & other for one, other in [(ids["fit"], ids["bench"]), (ids["fit"], ids["quality"])])
+
+
+def test_answers_and_head_are_made_once(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "BATCH", 8)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        spied(patch, "answer", fail_at=3)
+        run(make(), tmp_path / "failed")
+    answers, fits = spied(monkeypatch, "answer"), spied(monkeypatch, "fit")
+    run(make(), tmp_path / "one")
+    assert (len(answers), len(fits)) == (1, 1), "of three batches, two were in the journal"
+    run(make("gate=maxp"), tmp_path / "two")
+    assert (len(answers), len(fits)) == (1, 1), "another gate asks for the same head"
+    run(make("exit_layer=2"), tmp_path / "three")
+    assert (len(answers), len(fits)) == (1, 2), "another exit asks for another head, of the same answers"
+    run(make("seed=1", "stages=[fit]"), tmp_path / "four")
+    assert (len(answers), len(fits)) == (4, 3)
+
+
+def test_a_head_of_the_users_is_taken_and_checked(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = make("stages=[fit]")
+    run(fitted, tmp_path)
+    path = fit.head_path(fitted).rename(tmp_path / "mine.safetensors")
+    fits = spied(monkeypatch, "fit")
+    made = make(f"draft.head={path}", "stages=[bench]", f"checkpoint.dir={tmp_path / 'other'}")
+    job.check(made)
+    assert run(made, tmp_path / "bench")["lossless"] == "yes" and fits == []
+    for change in ("exit_layer=2", "draft.previous=true"):
+        with pytest.raises(HeadError, match=f"{path}: fitted for "):
+            job.check(make(f"draft.head={path}", change))
+    data = bytearray(path.read_bytes())
+    path.write_bytes(data[:-1])
+    with pytest.raises(HeadError, match="cut off"):
+        job.check(made)
+    path.write_bytes(data[:-4] + b"\x00\x00\xc0\x7f")  # a NaN
+    other = make(f"draft.head={path}", "stages=[bench]", "seed=1")
+    with pytest.raises(HeadError, match="not finite"):
+        run(other, tmp_path / "nan")
+
+
+def test_a_bench_without_its_head_is_refused(make: Make) -> None:
+    with pytest.raises(ConfigError, match="draft=lsq needs a head and none is fitted yet; add fit, or name one"):
+        job.check(make("stages=[bench]"))
+
+
+def test_a_finished_job_outlives_its_head(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(make(), tmp_path)
+    fit.head_path(make()).unlink()
+    fits = spied(monkeypatch, "fit")
+    assert run(make(), tmp_path)["measurements"] == first["measurements"] and fits == []

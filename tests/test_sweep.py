@@ -1,0 +1,314 @@
+"""A sweep: checked whole, tracked as a parent and its children, each plan run once, one table at the end."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from selfspec import job, plan, report, sweep
+from selfspec.checkpoint import FILE
+from selfspec.engine.fake import FakeEngine
+from selfspec.run import CONF, main
+from selfspec.tracking import MLflowTracker
+from selfspec.types import Completion, Request
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py
+
+COUNTED = """
+import os, time
+from selfspec.engine.fake import FakeEngine
+from selfspec.run import main
+generate = FakeEngine.generate
+def counted(*args, **options):
+    os.write(1, b"generated" + bytes([10]))
+    time.sleep(0.02)
+    return generate(*args, **options)
+FakeEngine.generate = counted
+main()
+"""
+"""The command line with an engine that says when it works, and takes its time."""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow store for the module: making one costs seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def fake(tmp_path: Path, prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides for jobs without a model or a tracker, with all they may write below ``tmp_path``."""
+    monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
+    return [
+        *("engine=fake", "draft=layerskip", "exit_layer=3", "model.name=tiny", "model.layers=30", "model.sha256=null"),
+        *(f"model.source=file:{prompts_file}", f"workload.source=file:{prompts_file}", "workload.sha256=null"),
+        *("workload.new_tokens=12", "scale=smoke", "tracking=none", f"output_dir={tmp_path / 'outputs'}"),
+    ]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fake: list[str]) -> Run:
+    """``python -m selfspec.run`` in this process, with those and more overrides: exit code, stdout, stderr."""
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        options = [arg for arg in argv if arg.startswith("-")]
+        monkeypatch.setattr(sys, "argv", ["selfspec.run", *options, *fake, *(a for a in argv if a not in options)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The K of every call of the engine."""
+    calls = list[int]()
+    generate = FakeEngine.generate
+
+    def spy(self: FakeEngine, request: Request, *, plain: bool = False) -> Completion:
+        calls.append(self.plan.controller.K)
+        return generate(self, request, plain=plain)
+
+    monkeypatch.setattr(FakeEngine, "generate", spy)
+    return calls
+
+
+def tracked(uri: str, experiment: str) -> tuple[Any, list[Any]]:
+    """The one parent of an experiment, and its children in the order they began."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    known = client.get_experiment_by_name(experiment)
+    assert known is not None
+    runs = client.search_runs([known.experiment_id])
+    (parent,) = [found for found in runs if "selfspec.sweep_id" in found.data.tags]
+    children = [found for found in runs if found.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(runs) == 1 + len(children), "nothing stands beside the sweep"
+    return parent, sorted(children, key=lambda found: found.info.start_time)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+
+
+def folders(tmp_path: Path) -> list[Path]:
+    """Of the sweeps, in the order they began."""
+    return sorted(file.parent for file in tmp_path.rglob(sweep.FILE))
+
+
+def journalled(tmp_path: Path) -> Counter[str]:
+    """How often each unit of each plan is in a journal; its header makes one more."""
+    return Counter(
+        f"{path.parent.name} {entry.get('unit')}"
+        for path in tmp_path.rglob(FILE)
+        for entry in map(json.loads, path.read_text().splitlines())
+        if "unit" in entry
+    )
+
+
+def test_one_parent_three_children_and_the_same_ones_again(
+    run: Run, uri: str, tmp_path: Path, generated: list[int]
+) -> None:
+    tracking = ("tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=three")
+    code, out, err = run("-m", *tracking, "K=1,2,3")
+    assert (code, err) == (0, "")
+    assert set(Counter(generated).values()) == {8} and set(generated) == {1, 2, 3}
+    (folder,) = folders(tmp_path)
+    assert [row["label"] for row in rows(folder)] == [f"layerskip3 K={k}" for k in (1, 2, 3)]
+    assert all(out.count(f"| layerskip3 K={k} |") == 2 for k in (1, 2, 3)), "as it finishes, and in the last table"
+    files = {"summary.csv", "accept.tsv", "report.txt", "tok_s.png", "acceptance.png"}
+    assert files <= {path.name for path in folder.iterdir()}
+
+    parent, children = tracked(uri, "three")
+    assert [child.data.params["controller.K"] for child in children] == ["1", "2", "3"]
+    assert {found.info.status for found in (parent, *children)} == {"FINISHED"}
+    assert json.loads((folder / sweep.FILE).read_text())["run_id"] == parent.info.run_id
+    assert files <= {path.name for path in (Path(parent.info.artifact_uri.removeprefix("file://"))).iterdir()}
+    before = {child.info.run_id: child.data for child in children}
+
+    generated.clear()
+    code, out, err = run("-m", *tracking, "K=3,2,1")
+    assert (code, err, generated) == (0, "", [])
+    again, children = tracked(uri, "three")
+    assert again.info.run_id == parent.info.run_id and {child.info.run_id for child in children} == set(before)
+    assert all(child.data.metrics == before[child.info.run_id].metrics for child in children)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    for child in children:
+        steps = {key: [m.step for m in client.get_metric_history(child.info.run_id, key)] for key in child.data.metrics}
+        assert all(len(set(found)) == len(found) for found in steps.values())
+    assert len(rows(folders(tmp_path)[1])) == 3
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "checkpoint.resume=auto",
+        pytest.param(
+            "checkpoint.resume=never",
+        ),
+    ],
+)
+def test_jobs_that_come_to_one_plan_run_once(run: Run, tmp_path: Path, generated: list[int], more: str) -> None:
+    code, _, err = run("-m", "gate=none", "tau=.3,.4,.5", more)
+    assert (code, err) == (0, "warning: tau has no effect in this combination\n")
+    assert len(generated) == 8 and set(journalled(tmp_path).values()) == {1} and len(journalled(tmp_path)) == 3
+    assert len(rows(folders(tmp_path)[0])) == 1
+
+
+def test_a_handle_that_some_jobs_heed_is_not_warned_about(run: Run) -> None:
+    assert run("-m", "draft=none,layerskip", "K=2")[::2] == (0, "")
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, k: int, changes_tokens: bool) -> None:
+    """One job's engine fails, or gives other tokens than plain decoding."""
+    generate = FakeEngine.generate
+
+    def wrong(self: FakeEngine, request: Request, *, plain: bool = False) -> Completion:
+        made = generate(self, request, plain=plain)
+        if k != self.plan.controller.K or plain:
+            return made
+        if not changes_tokens:
+            raise RuntimeError("out of memory")
+        return Completion(made.tokens[:-1], made.cycles, made.ttft_s, made.total_s, made.finish)
+
+    monkeypatch.setattr(FakeEngine, "generate", wrong)
+
+
+@pytest.mark.parametrize("changes_tokens", [False, True])
+def test_a_failing_job_hides_no_other_and_is_not_hidden(
+    run: Run, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes_tokens: bool
+) -> None:
+    experiment = f"failing-{changes_tokens}"
+    argv = ("-m", "tracking=mlflow", f"tracking.uri={uri}", f"tracking.experiment={experiment}", "K=2,3")
+    with monkeypatch.context() as patch:
+        failing(patch, 2, changes_tokens)
+        code, out, err = run(*argv)
+    assert code == 1 and err.count("Traceback") == (not changes_tokens)
+    assert ("out of memory" in err) == (not changes_tokens) and "FAILED" in out
+    table = rows(folders(tmp_path)[0])
+    assert [(row["label"], row["status"]) for row in table] == [
+        ("layerskip3 K=2", "failed"),
+        ("layerskip3 K=3", "finished"),
+    ]
+    assert ("differ" if changes_tokens else "out of memory") in table[0]["error"]
+    assert bool(table[0]["bench/speedup"]) == changes_tokens, "what it measured is kept"
+    parent, children = tracked(uri, experiment)
+    assert [found.info.status for found in (parent, *children)] == ["FAILED", "FAILED", "FINISHED"]
+
+    code, _, _ = run(*argv)  # mended: the rest is carried on with; a verdict in the journal stands
+    again, children = tracked(uri, experiment)
+    statuses = ["FAILED" if changes_tokens else "FINISHED", "FINISHED"]
+    assert code == int(changes_tokens) and [child.info.status for child in children] == statuses
+    assert again.info.run_id == parent.info.run_id
+    assert again.info.status == ("FAILED" if changes_tokens else "FINISHED")
+
+
+def test_a_job_alone_that_changes_tokens(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, 4, changes_tokens=True)
+    code, out, err = run("K=4")
+    assert code == 1 and "| FAILED " in out
+    assert err.endswith("error: layerskip3 K=4: not lossless: 3 prompts differ from plain decoding\n")
+
+
+@pytest.mark.filterwarnings("ignore:Callback Sweep.on_multirun_end raised")
+def test_a_report_that_fails_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> None:
+        raise ZeroDivisionError("no pixels")
+
+    monkeypatch.setattr(report, "find", broken)
+    code, _, err = run("-m", "K=1,2")
+    assert code == 1 and "no pixels" in err
+
+
+def test_an_experiment_sweeps_without_being_asked_to(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("experiment=k_sweep", "draft=layerskip", "gate=none")
+    assert (code, err) == (0, "")
+    (folder,) = folders(tmp_path)
+    assert folder.parts[-3:-1] == ("k_sweep", "sweeps")
+    assert [row["controller.K"] for row in rows(folder)] == ["1", "2", "3", "4", "6", "8"]
+
+
+def test_what_is_asked_for_stands_above_the_experiments_sweep(run: Run, tmp_path: Path) -> None:
+    assert run("experiment=k_sweep", "draft=layerskip", "K=5,7")[0] == 0
+    assert [row["controller.K"] for row in rows(folders(tmp_path)[0])] == ["5", "7"]
+
+
+def test_a_sweep_whose_tracker_is_down(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise ConnectionError("the server is down")
+
+    for method in ("start", "sweep_parent"):
+        monkeypatch.setattr(MLflowTracker, method, broken)
+    code, _, err = run("-m", "tracking=mlflow", "tracking.uri=http://127.0.0.1:9", "K=1,2")
+    assert code == 0 and set(err.splitlines()) == {
+        "warning: not tracking to http://127.0.0.1:9: ConnectionError: the server is down"
+    }
+    assert len(rows(folders(tmp_path)[0])) == 2
+
+
+def test_two_processes_with_one_plan_share_its_work(fake: list[str], tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", COUNTED, *fake, "scale.prompts=20", "scale.warmup=0"]
+    pair = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert sum(out.count("generated") for out, _ in said) == 2 * 20
+    assert set(journalled(tmp_path).values()) == {1} and len(journalled(tmp_path)) == 20
+    one, other = report.find(tmp_path / "outputs")
+    assert one["measurements"] == other["measurements"]
+
+
+def test_two_jobs_at_once_fit_their_common_head_once(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfspec.engine.torch_engine import TorchEngine
+
+    monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plans = [
+            plan.make(compose("config", [*overrides, "gate=varH", f"tau_v={t}", "hardware.threads=1"])) for t in (1, 2)
+        ]
+    calls = list[str]()
+    for name in ("fit", "answer"):
+        monkeypatch.setattr(TorchEngine, name, _noting(calls, getattr(TorchEngine, name)))
+
+    def one(number: int) -> report.Result:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        return job.run(plans[number], folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(one, range(2)))
+    assert sorted(calls) == ["answer", "fit"]
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    assert plans[0].id != plans[1].id and plans[0].head_id == plans[1].head_id
+    agreement = {result["measurements"]["fit/agreement"] for result in results}
+    assert len(agreement) == 1 and [result["lossless"] for result in results] == ["yes", "yes"]
+
+
+def _noting(calls: list[str], method: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*args: Any) -> Any:
+        calls.append(method.__name__)
+        return method(*args)
+
+    return noted

@@ -1,0 +1,296 @@
+"""torch_engine: what a plan asks for is what runs; batches answer as single prompts do; refusals say why."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from selfspec import heads, plan
+from selfspec.engine import torch_engine
+from selfspec.engine.base import Tie
+from selfspec.engine.llama import Llama
+from selfspec.engine.torch_engine import TorchEngine
+from selfspec.errors import ConfigError, HeadError
+from selfspec.run import CONF
+from selfspec.types import Request
+
+Maker = Callable[..., TorchEngine]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hydra() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def engine(overrides: list[str]) -> Maker:
+    """An engine of the tiny model's plan, with further overrides."""
+
+    def make(*more: str) -> TorchEngine:
+        return TorchEngine(plan.make(compose("config", [*overrides, "hardware.threads=1", *more])))
+
+    return make
+
+
+def random_prompts(*lengths: int) -> list[tuple[int, ...]]:
+    random = torch.Generator().manual_seed(2)
+    return [tuple(torch.randint(5, 80, (n,), generator=random).tolist()) for n in lengths]
+
+
+def fitted(engine: TorchEngine, path: Path) -> TorchEngine:
+    prompts = random_prompts(*[6] * 20)
+    pairs = list(zip(prompts, engine.answer(prompts, 16), strict=True))
+    engine.fit(pairs, path, {"model": "tiny", "exit_layer": engine.plan.draft.exit_layer})
+    engine.use_head(path)
+    return engine
+
+
+class TestGenerate:
+    PROMPTS = random_prompts(3, 9, 20)
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            ("draft=none",),
+            ("draft=layerskip", "gate=maxp", "K=3"),
+            ("draft=lsq",),
+            ("draft=lsq", "draft.previous=true", "gate=varH", "tau_v=1", "K=8"),
+            ("draft=lsq_lowrank", "draft.rank=8", "gate=entropy", "exit_layer=1"),
+        ],
+        ids=" ".join,
+    )
+    def test_an_exact_plan_gives_plain_tokens(self, engine: Maker, tmp_path: Path, more: tuple[str, ...]) -> None:
+        made = engine(*more)
+        if made.plan.draft.fitted:
+            fitted(made, tmp_path / "head")
+        drafted = 0
+        for prompt in self.PROMPTS:
+            request = Request(prompt, 16, ignore_eos=True)
+            plain, got = made.generate(request, plain=True), made.generate(request)
+            assert got.tokens == plain.tokens and len(plain.tokens) == 16
+            assert len(plain.cycles) == 15 and all(cycle.k_asked == 0 for cycle in plain.cycles)
+            drafted += sum(cycle.proposed for cycle in got.cycles)
+        assert (drafted > 0) == (made.plan.draft.name != "none")
+
+    @pytest.mark.parametrize("draft", ["layerskip", "lsq"])
+    def test_an_unverified_plan_runs_only_its_first_layers(
+        self, engine: Maker, tmp_path: Path, draft: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = engine(f"draft={draft}", "policy.verify=false", "exit_layer=2")
+        if draft == "lsq":
+            fitted(made, tmp_path / "head")
+        request = Request(self.PROMPTS[1], 16, ignore_eos=True)
+        plain = made.generate(request, plain=True)
+        raw, tokens = made.model, list(request.tokens)
+        with torch.inference_mode():
+            for _ in range(16):
+                hidden = raw.run(raw.embed(tokens), raw.new_cache(len(tokens)), 0, 0, 2)[-1:]
+                state = raw.norm(hidden) if made._head is None else made._head(hidden, hidden)
+                tokens.append(int(raw.logits(state).argmax()))
+        real, ranges = Llama.run, set[tuple[int, int]]()
+
+        def watching(self: Llama, *args: int) -> torch.Tensor:
+            ranges.add((args[-2], args[-1]))
+            return real(self, *args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Llama, "run", watching)
+        got = made.generate(request)
+        assert ranges == {(0, 2)} and [*request.tokens, *got.tokens] == tokens
+        assert all((cycle.proposed, cycle.new_tokens) == (0, 1) for cycle in got.cycles)
+        assert made.generate(request, plain=True).tokens == plain.tokens
+
+    def test_as_many_positions_as_the_model_has(self, engine: Maker) -> None:
+        made = engine("draft=layerskip")
+        assert len(made.generate(Request(random_prompts(504)[0], 8, ignore_eos=True)).tokens) == 8
+        message = r"^workload: prompt and new tokens come to 513 positions; the model has 512$"
+        for plain in (True, False):
+            with pytest.raises(ConfigError, match=message):
+                made.generate(Request(random_prompts(505)[0], 8), plain=plain)
+        with pytest.raises(ConfigError, match=message):
+            made.answer(random_prompts(3, 505), 8)
+
+    def test_an_exit_beyond_the_model_is_found_when_its_layers_are_known(self, engine: Maker) -> None:
+        made = engine("draft=layerskip", "exit_layer=3")
+        made.plan.draft.exit_layer = 6  # as where neither the config nor the source declares the layers
+        with pytest.raises(ConfigError, match="exit_layer=6: tiny has 6 layers; must be from 1 to 5"):
+            made.generate(Request((5, 6), 4))
+
+
+class TestAnswer:
+    @pytest.mark.parametrize("new", [1, 2, 16])
+    def test_a_batch_answers_as_each_prompt_alone(self, engine: Maker, new: int) -> None:
+        made = engine("draft=none")
+        prompts = random_prompts(2, 17, 5, 5, 9, 1, 30, 12)
+        said = [made.generate(Request(prompt, 16, ignore_eos=True), plain=True).tokens for prompt in prompts]
+        ends = {said[1][3], said[4][0], said[6][7]}  # rows leave early, at different times, one at once
+        made.model.shape = replace(made.model.shape, eos=frozenset(ends))
+        alone = [made.generate(Request(prompt, new), plain=True) for prompt in prompts]
+        assert made.answer(prompts, new) == [completion.tokens for completion in alone]
+        if new == 16:
+            assert len({len(completion.tokens) for completion in alone}) >= 3
+            assert {completion.finish for completion in alone} == {"stop", "length"}
+
+    def test_of_one_prompt(self, engine: Maker) -> None:
+        made, (prompt,) = engine("draft=none"), random_prompts(7)
+        assert made.answer([prompt], 5) == [made.generate(Request(prompt, 5), plain=True).tokens]
+
+
+class TestEncode:
+    def test_text(self, engine: Maker) -> None:
+        assert [VOCABULARY[i] for i in engine().encode("a model drafts nonsense", chat=False)] == [
+            *("a", "model", "drafts", "<unk>"),
+        ]
+
+    def test_chat(self, engine: Maker) -> None:
+        tokens = engine().encode("a model", chat=True)
+        assert type(tokens) is list and [VOCABULARY[i] for i in tokens] == ["<user>", "a", "model", "<model>"]
+
+
+class TestHead:
+    def test_facts(self, engine: Maker, tmp_path: Path) -> None:
+        path = tmp_path / "head"
+        fitted(engine("draft=lsq"), path)
+        facts = heads.facts(path)
+        assert (facts["model"], facts["exit_layer"], facts["hidden"], facts["previous"]) == ("tiny", 3, 32, False)
+        assert 0 <= facts["raw_agreement"] <= 1 and 0 < facts["agreement"] <= 1
+
+    def test_the_same_data_gives_the_same_head(self, engine: Maker, tmp_path: Path) -> None:
+        one, two = tmp_path / "one", tmp_path / "two"
+        for path in (one, two):
+            fitted(engine("draft=lsq", "draft.sgd_epochs=1"), path)
+        assert heads.facts(one) | {"solve_s": 0} == heads.facts(two) | {"solve_s": 0}
+
+    def test_of_a_model_of_another_size(self, engine: Maker, tmp_path: Path) -> None:
+        path = tmp_path / "head"
+        fitted(engine("draft=lsq"), path)
+        made = engine("draft=lsq")
+        made.model.shape = replace(made.model.shape, hidden=64)
+        with pytest.raises(HeadError, match="fitted for hidden=32, but hidden=64 is asked for"):
+            made.use_head(path)
+
+    def test_a_head_used_later_is_the_one_that_drafts(self, engine: Maker, tmp_path: Path) -> None:
+        """Also where a draft, or an unverified exit, was already made with another."""
+        request = Request(random_prompts(9)[0], 16, ignore_eos=True)
+        one, two = tmp_path / "one", tmp_path / "two"
+        fitted(engine("draft=lsq"), one)
+        fitted(engine("draft=lsq", "draft.ridge=1000"), two)
+        for verify in ("true", "false"):
+            changing, fresh = (engine("draft=lsq", f"policy.verify={verify}") for _ in range(2))
+            changing.use_head(one)
+            changing.generate(request)
+            for made in (changing, fresh):
+                made.use_head(two)
+            got, wanted = changing.generate(request), fresh.generate(request)
+            assert got.tokens == wanted.tokens
+            assert [cycle.accepted for cycle in got.cycles] == [cycle.accepted for cycle in wanted.cycles]
+
+
+class TestCompare:
+    def test_the_gap_is_that_of_float32_logits(self, engine: Maker) -> None:
+        made, context = engine("draft=none"), random_prompts(9)[0]
+        model = made.model
+        with torch.inference_mode():
+            hidden = model.run(model.embed(context), model.new_cache(9), 0, 0, 6)
+            logits = model.logits(model.norm(hidden[-1:]))[0]
+        best, second = logits.topk(2).indices.tolist()
+        tie = made.compare(context, best, second)
+        assert tie.gap == pytest.approx(float(logits[best] - logits[second]), abs=1e-4)
+        assert tie == made.compare(context, second, best)
+        assert tie.rounding == pytest.approx(2 * 2**-23 * float(logits[best]), rel=1e-3) and not tie.explains
+        assert made.compare(context, best, best) == (0, tie.rounding) and made.compare(context, best, best).explains
+
+    def test_half_width_rounds_coarsely_and_is_compared_in_float32(self, engine: Maker) -> None:
+        full, half = engine("draft=none"), engine("draft=none", "hardware.dtype=bf16")
+        context = random_prompts(9)[0]
+        token = full.generate(Request(context, 1), plain=True).tokens[0]
+        one, other = full.compare(context, token, 7), half.compare(context, token, 7)
+        assert other.rounding / one.rounding == pytest.approx(2**-7 / 2**-23, rel=0.02)
+        assert half.model.dtype == torch.bfloat16
+        exact = half.model.to(torch.float32)
+        with torch.inference_mode():
+            hidden = exact.run(exact.embed(context), exact.new_cache(9), 0, 0, 6)
+            logits = exact.logits(exact.norm(hidden[-1:]))[0]
+        assert other.gap == pytest.approx(float((logits[token] - logits[7]).abs()), abs=1e-5)
+
+    @pytest.mark.parametrize(("gap", "explains"), [(0.0, True), (0.5, True), (0.50001, False)])
+    def test_a_tie_is_a_gap_within_rounding(self, gap: float, explains: bool) -> None:
+        assert Tie(gap, 0.5).explains is explains
+
+
+class TestPlace:
+    @pytest.mark.parametrize(
+        ("dtype", "wanted"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+    )
+    def test_the_dtype_asked_for(self, engine: Maker, dtype: str, wanted: torch.dtype) -> None:
+        made = engine("draft=none", f"hardware.dtype={dtype}")
+        assert made.dtype == made.model.dtype == made.model.new_cache(1).keys[0].dtype == wanted
+        about = made.describe()
+        assert (about["engine"], about["device"], about["threads"]) == ("torch", "cpu", 1)
+        assert about["dtype"] == str(wanted).removeprefix("torch.")
+
+    @pytest.mark.parametrize("computes", [True, False])
+    def test_auto_takes_half_width_where_it_is_computed_in(
+        self, engine: Maker, computes: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch_engine, "_cpu_computes_bf16", lambda: computes)
+        wanted = torch.bfloat16 if computes else torch.float32
+        assert engine("hardware.device=cpu", "hardware.dtype=auto").dtype == wanted
+
+    @pytest.mark.parametrize(
+        ("there", "wanted"), [((), "cpu"), (("mps",), "mps"), (("cuda", "mps"), "cuda"), (("cuda",), "cuda")]
+    )
+    def test_auto_takes_the_fastest_device(
+        self, engine: Maker, there: tuple[str, ...], wanted: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+        made = engine("hardware=auto")
+        assert made.device == torch.device(wanted)
+        assert made.dtype == {"cuda": torch.bfloat16, "mps": torch.float16}.get(wanted, made.dtype)
+
+    def test_a_device_that_is_not_there_is_refused(self, engine: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        for device in ("cuda", "mps"):
+            message = rf"^hardware\.device={device}: not available on this machine; it has cpu$"
+            with pytest.raises(ConfigError, match=message):
+                engine(f"hardware.device={device}")
+
+    def test_threads(self, engine: Maker) -> None:
+        before = torch.get_num_threads()
+        try:
+            assert engine("hardware.threads=2").describe()["threads"] == torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
+
+    def test_memory_and_utilisation(self, engine: Maker) -> None:
+        made = engine()
+        assert 50 < made.peak_memory_mb() < 1e6 and made.device_utilisation() is None
+
+    def test_nothing_is_loaded_before_it_is_asked_for(self, engine: Maker, tmp_path: Path) -> None:
+        made = engine(f"model.source=file:{tmp_path / 'none'}")
+        assert made.describe()["device"] == "cpu"
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(engine: Maker, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    made = engine(f"model.source=file:{folder}")
+    assert made.encode("a model", chat=False)
+    with pytest.raises(ConfigError, match="chat"):
+        made.encode("a model", chat=True)
