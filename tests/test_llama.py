@@ -22,7 +22,7 @@ BASE = {
 }
 LLAMA3 = {
     **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0},
-    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
 }
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("Llama", {"tie_word_embeddings": True}),
@@ -34,7 +34,7 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "mistral window": ("Mistral", {"sliding_window": 24}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True, "sliding_window": 8, "use_sliding_window": False}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
 TOKENS = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(1))
@@ -107,6 +107,15 @@ def test_settings_as_older_transformers_wrote_them(tmp_path: Path) -> None:
     ours = load(folder)
     assert_close(logits(ours, TOKENS), theirs(TOKENS[None]).logits[0], atol=1e-4, rtol=0)
     assert ours.shape.eos == {2, 7}
+
+
+@pytest.mark.parametrize(("used", "positions"), [(False, 64), (True, 8)])
+def test_a_window_counts_where_it_is_used(tmp_path: Path, used: bool, positions: int) -> None:
+    """Qwen's files name one, and say that it is not."""
+    _, folder = build("qwen2", tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"sliding_window": 8, "use_sliding_window": used}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load(folder).shape.max_positions == positions
 
 
 def test_another_dtype_is_the_same_model(qwen: Llama) -> None:

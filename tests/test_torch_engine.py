@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,14 +148,44 @@ class TestAnswer:
 
 
 class TestEncode:
-    def test_text(self, engine: Maker) -> None:
-        assert [VOCABULARY[i] for i in engine().encode("a model drafts nonsense", chat=False)] == [
-            *("a", "model", "drafts", "<unk>"),
-        ]
+    @pytest.fixture
+    def folder(self, tiny_folder: Path, tmp_path: Path) -> Path:
+        """The tiny model, its tokenizer one that begins every plain text with <pad>."""
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_folder, folder)
+        first = {"SpecialToken": {"id": "<pad>", "type_id": 0}}
+        self.edit(
+            folder / "tokenizer.json",
+            post_processor={
+                **{"type": "TemplateProcessing", "single": [first, {"Sequence": {"id": "A", "type_id": 0}}]},
+                **{"pair": [], "special_tokens": {"<pad>": {"id": "<pad>", "ids": [0], "tokens": ["<pad>"]}}},
+            },
+        )
+        return folder
 
-    def test_chat(self, engine: Maker) -> None:
-        tokens = engine().encode("a model", chat=True)
-        assert type(tokens) is list and [VOCABULARY[i] for i in tokens] == ["<user>", "a", "model", "<model>"]
+    def edit(self, path: Path, **change: Any) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    def said(self, engine: TorchEngine, chat: bool) -> str:
+        tokens = engine.encode("a model drafts nonsense", chat)
+        assert type(tokens) is list and {type(token) for token in tokens} == {int}
+        return " ".join(VOCABULARY[token] for token in tokens)
+
+    def test_text_is_taken_as_it_is(self, engine: Maker, folder: Path) -> None:
+        assert self.said(engine(f"model.source=file:{folder}"), chat=False) == "a model drafts <unk>"
+
+    def test_chat_is_a_users_turn_and_the_beginning_of_the_models(self, engine: Maker, folder: Path) -> None:
+        template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
+        self.edit(
+            folder / "tokenizer_config.json",
+            chat_template=template + "{% if add_generation_prompt %}<model>{% else %}<eos>{% endif %}",
+        )
+        assert self.said(engine(f"model.source=file:{folder}"), chat=True) == "<user> a model drafts <unk> <model>"
+
+    def test_a_tokenizer_without_a_chat_template_is_refused(self, engine: Maker, folder: Path) -> None:
+        self.edit(folder / "tokenizer_config.json", chat_template=None)
+        with pytest.raises(ConfigError, match="chat"):
+            engine(f"model.source=file:{folder}").encode("a model", chat=True)
 
 
 class TestHead:
@@ -282,15 +313,3 @@ class TestPlace:
     def test_nothing_is_loaded_before_it_is_asked_for(self, engine: Maker, tmp_path: Path) -> None:
         made = engine(f"model.source=file:{tmp_path / 'none'}")
         assert made.describe()["device"] == "cpu"
-
-
-def test_a_tokenizer_without_a_chat_template_is_refused(engine: Maker, tiny_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_folder, folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    del settings["chat_template"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    made = engine(f"model.source=file:{folder}")
-    assert made.encode("a model", chat=False)
-    with pytest.raises(ConfigError, match="chat"):
-        made.encode("a model", chat=True)

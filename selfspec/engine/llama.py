@@ -63,7 +63,7 @@ class Llama:
         """Fuses ``weights`` (Hugging Face names) as described by ``config`` (a parsed ``config.json``)."""
         self.shape = _shape(config)
         self.embedding = weights["model.embed_tokens.weight"]
-        self.lm_head = weights.get("lm_head.weight", self.embedding)
+        self.lm_head = self.embedding if config.get("tie_word_embeddings") else weights["lm_head.weight"]
         self.final_norm = weights["model.norm.weight"]
         self.layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device

@@ -68,7 +68,7 @@ class TorchEngine:
 
         return AutoTokenizer.from_pretrained(self.folder)
 
-    @cached_property
+    @property
     def _draft(self) -> Draft:
         module = importlib.import_module(f"selfspec.engine.draft.{self.plan.draft.name}")
         made: Draft = module.make(self.plan.draft, self.model, self._head)
@@ -78,7 +78,7 @@ class TorchEngine:
     def _plain(self) -> Target:
         return Target(self.model, self.model.shape.layers, self.model.norm)
 
-    @cached_property
+    @property
     def _target(self) -> Target:
         if self.plan.policy.verify:
             return self._plain
@@ -103,10 +103,18 @@ class TorchEngine:
         }
 
     def encode(self, text: str, chat: bool) -> list[int]:
-        """Text -> token ids; with ``chat``, as a user's turn in the model's chat template."""
+        """Text -> token ids; with ``chat``, as a user's turn in the model's chat template.
+
+        Raises:
+            ConfigError: the model has none.
+        """
         if not chat:
             ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids
+        if not self._tokenizer.chat_template:
+            raise ConfigError(
+                f"workload.chat=true: {self.plan.model.name} has no chat template; use workload.chat=false"
+            )
         turn = [{"role": "user", "content": text}]
         templated: list[int] = self._tokenizer.apply_chat_template(
             turn, add_generation_prompt=True, tokenize=True, return_dict=False
