@@ -200,7 +200,7 @@ class Config:
         _within("controller.K", self.controller.K, 1, 64)
         _within("draft.exit_layer", self.draft.exit_layer, 1)
         _within("draft.rank", self.draft.rank, 1)
-        _within("draft.ridge", self.draft.ridge, 0)
+        _within("draft.ridge", self.draft.ridge, 1e-9)  # without any, the solution need not exist
         _within("draft.sgd_epochs", self.draft.sgd_epochs, 0, 100)
         _within("engine.acceptance", self.engine.acceptance, 0, 1)
         _within("hardware.threads", self.hardware.threads, 1)

@@ -96,7 +96,7 @@ class Plan:
         """Identity of the fit data: the model's own greedy answers to the fit prompts."""
         return _digest(
             model=self.model_id,
-            prompts=(assets.identity(self.workload.source, self.workload.sha256), self.seed),
+            prompts=(assets.identity(self.workload.source, self.workload.sha256), self.workload.chat, self.seed),
             scale=(self.scale.fit_prompts, self.scale.fit_new_tokens),
             engine=self.engine.name,
             dtype=self.hardware.dtype,
@@ -195,6 +195,8 @@ def _check_draft(config: schema.Config) -> None:
     if (draft.form is schema.HeadForm.low_rank) != (draft.rank is not None):
         form = draft.form.name if draft.form else None
         raise ConfigError(f"draft.rank={draft.rank}: form=low_rank needs a rank >= 1, other forms none; form={form}")
+    if draft.fitted and draft.ridge is None:
+        raise ConfigError("draft.ridge=null: a fitted head needs a number >= 1e-09")
     if not config.policy.verify and draft.name != "none" and draft.exit_layer is None:
         raise ConfigError(f"policy.verify=false: only early-exit drafts can do without, draft={draft.name} is none")
     if not config.policy.verify and draft.previous:

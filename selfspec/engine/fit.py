@@ -4,7 +4,8 @@ With X the features (unit-RMS exit state, perhaps the previous final state, a co
 final state, the head is B = argmin |Y - X B|^2 + lambda |B|^2, that is (X'X + lambda I)^-1 X'Y, lambda in
 units of the mean diagonal of X'X. The low-rank form is a fitted scale for each coordinate of the exit state,
 which late exits need most, and reduced-rank regression (Izenman 1975) of what that leaves: B V V', V the
-leading eigenvectors of the fitted values' covariance B'X'X B, the best map of that rank under the same loss.
+leading eigenvectors of B'(X'X + lambda I) B, the best map of that rank under the same loss (Mukherjee and
+Zhu 2011).
 All in float32 on the CPU, the solution itself in float64.
 """
 
@@ -50,6 +51,7 @@ def collect(model: Llama, sequence: tuple[int, ...], answer_start: int, exit_lay
         sequence: prompt (at least two tokens) and answer.
         answer_start: index of the answer's first token.
     """
+    assert answer_start >= 2, "the state before the first one asked for must exist"
     cache = model.new_cache(len(sequence))
     hidden = model.run(model.embed(sequence), cache, 0, 0, exit_layer)
     final = model.norm(model.run(hidden, cache, 0, exit_layer, model.shape.layers))
@@ -113,7 +115,8 @@ def ridge(states: States, draft: DraftConfig) -> dict[str, Tensor]:
     weight, bias = solution[:-1].T, solution[-1]
     mean = gram[-1, :-1] / gram[-1, -1]
     centred = gram[:-1, :-1] - gram[-1, -1] * torch.outer(mean, mean)
-    top = torch.linalg.eigh(weight @ centred @ weight.T).eigenvectors[:, -draft.rank :]  # [D, r]
+    penalised = centred + _strength(gram, draft) * torch.eye(len(centred), dtype=gram.dtype)
+    top = torch.linalg.eigh(weight @ penalised @ weight.T).eigenvectors[:, -draft.rank :]  # [D, r]
     down = top.T @ weight
     bias = bias + weight @ mean - top @ (down @ mean)  # the fit still goes through the means
     tensors = {"scale": scale, "up": top, "down": down, "bias": bias}
@@ -122,9 +125,14 @@ def ridge(states: States, draft: DraftConfig) -> dict[str, Tensor]:
 
 def _solve(gram: Tensor, cross: Tensor, draft: DraftConfig) -> Tensor:
     """Ridge regression from moments: ``[P + 1, D]``, the last row the bias."""
-    strength = (draft.ridge or 0.0) * gram.diagonal().mean()
-    solution: Tensor = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=gram.dtype), cross)
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    solution: Tensor = torch.linalg.solve(gram + _strength(gram, draft) * eye, cross)
     return solution
+
+
+def _strength(gram: Tensor, draft: DraftConfig) -> Tensor:
+    assert draft.ridge is not None, "checked by the plan"
+    return draft.ridge * gram.diagonal().mean()
 
 
 def _moments(states: States, previous: bool) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,9 @@ def entropy(logits: Tensor) -> float:
 def var_entropy(logits: Tensor) -> float:
     """The variance of surprisal, sum p (ln p)^2 - H^2, in nats squared: zero when certain and when uniform."""
     log_p = torch.log_softmax(logits.float(), -1)
-    weighted = log_p.exp() * log_p
-    return max(0.0, float(torch.dot(weighted, log_p)) - float(weighted.sum()) ** 2)
+    p = log_p.exp()
+    centred = log_p - torch.dot(p, log_p)  # as a mean of squares, or what is left of two large numbers is noise
+    return float(torch.dot(p, centred.square_()))
 
 
 def make(gate: GateConfig) -> Gate:

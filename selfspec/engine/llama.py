@@ -67,7 +67,8 @@ class Llama:
         self.final_norm = weights["model.norm.weight"]
         self.layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        self._cos, self._sin = _rotary(config, self.shape, self.dtype, self.device)
+        self._rotary = _rotary(config, self.shape)
+        self._cos, self._sin = (table.to(self.device, self.dtype) for table in self._rotary)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> "Llama":
@@ -79,6 +80,9 @@ class Llama:
         """
         try:
             config = json.loads((folder / "config.json").read_text())
+            generation = folder / "generation_config.json"
+            if generation.exists():  # chat models name their end-of-turn token here
+                config["eos_token_id"] = _stop_tokens(config, json.loads(generation.read_text()))
             files = sorted(folder.glob("*.safetensors"))
             if not files:
                 raise AssetError(f"{folder}: holds no *.safetensors")
@@ -86,7 +90,7 @@ class Llama:
             for file in files:
                 weights.update(load_file(file, device=str(device)))
             return cls(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise AssetError(f"{folder}: cannot be read as a model: {error}") from error
         except KeyError as error:
             raise AssetError(f"{folder}: lacks the tensor or setting {error}") from error
@@ -102,7 +106,8 @@ class Llama:
             Layer(*(None if w is None else w.to(dtype) for w in (getattr(layer, f) for f in Layer.__slots__)))  # type: ignore[arg-type]
             for layer in self.layers
         ]
-        other._cos, other._sin = self._cos.to(dtype), self._sin.to(dtype)
+        other._rotary = self._rotary
+        other._cos, other._sin = (table.to(self.device, dtype) for table in self._rotary)
         return other
 
     def new_cache(self, capacity: int, rows: int = 1) -> KVCache:
@@ -174,17 +179,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, at: Place, mask: Tensor | None) -> 
     return F.scaled_dot_product_attention(folded, k, v, mask).view(rows, heads, count, size)
 
 
+def _stop_tokens(*configs: dict[str, Any]) -> list[int]:
+    """The end-of-sequence tokens of all: each has one, several or none."""
+    named = (config.get("eos_token_id") for config in configs)
+    return [token for eos in named for token in ([eos] if isinstance(eos, int) else eos or [])]
+
+
 def _shape(config: dict[str, Any]) -> Shape:
     kind = config.get("model_type")
     if kind not in FAMILY:
         raise ConfigError(f"model: architecture {kind!r} is not of the family engine=torch runs ({', '.join(FAMILY)})")
+    if config.get("quantization_config"):
+        raise ConfigError("model: engine=torch runs plain weights, and these are quantised")
     if config.get("hidden_act", "silu") != "silu" or config.get("mlp_bias"):
         raise ConfigError("model: engine=torch runs SwiGLU layers without biases only")
     heads = config["num_attention_heads"]
     limit = config["max_position_embeddings"]
     if config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window"):
         limit = min(limit, config["sliding_window"])  # within the window, windowed and full attention are the same
-    eos = config.get("eos_token_id")
     return Shape(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
@@ -194,7 +206,7 @@ def _shape(config: dict[str, Any]) -> Shape:
         vocab=config["vocab_size"],
         max_positions=limit,
         norm_eps=config["rms_norm_eps"],
-        eos=frozenset([eos] if isinstance(eos, int) else eos or []),
+        eos=frozenset(_stop_tokens(config)),
     )
 
 
@@ -219,8 +231,8 @@ def _layer(weights: dict[str, Tensor], prefix: str) -> Layer:
     )
 
 
-def _rotary(config: dict[str, Any], shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tables ``[positions, d]`` for rotary embedding (Su et al., 2104.09864) in the half-split layout.
+def _rotary(config: dict[str, Any], shape: Shape) -> tuple[Tensor, Tensor]:
+    """Tables ``[positions, d]``, float32, for rotary embedding (Su et al., 2104.09864) in the half-split layout.
 
     The sine carries the sign of the rotated half, so that applying it is ``x * cos + roll(x) * sin``.
     """
@@ -236,7 +248,7 @@ def _rotary(config: dict[str, Any], shape: Shape, dtype: torch.dtype, device: to
         raise ConfigError(f"model: rope scaling {kind!r} is not supported by engine=torch (default, linear, llama3)")
     angles = torch.outer(torch.arange(shape.max_positions, dtype=torch.float32), frequencies)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1).to(device, dtype), torch.cat((-sin, sin), -1).to(device, dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def _llama3(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:

@@ -196,15 +196,17 @@ class TorchEngine:
     def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
         """Two candidates for the token after ``context``, by the same weights in float32.
 
-        A logit is a sum over the whole network in the working dtype; its error is taken as two units in
-        the last place of that dtype, at the size of the larger of the two.
+        What rounding explains is measured where it matters: by how much the working dtype moves these two
+        logits, each of which may err that far in either pass; at least two units in its last place.
+        In float32 nothing is explained.
         """
-        model = self._float32
-        cache = model.new_cache(len(context))
-        last = model.run(model.embed(tuple(context)), cache, 0, 0, model.shape.layers)[-1:]
-        logits: Tensor = model.logits(model.norm(last))[0]
-        one, two = float(logits[a]), float(logits[b])
-        return Tie(abs(one - two), 2 * torch.finfo(self.dtype).eps * max(abs(one), abs(two)))
+        candidates = [a, b]
+        exact, rounded = (_next_logits(model, context)[candidates].float() for model in (self._float32, self.model))
+        gap = float(exact.diff().abs())
+        if self.dtype is torch.float32:
+            return Tie(gap, 0.0)
+        error = max(float((rounded - exact).abs().max()), torch.finfo(self.dtype).eps * float(exact.abs().max()))
+        return Tie(gap, 2 * error)
 
     def peak_memory_mb(self) -> float:
         """The device's high-water mark on CUDA, else the process's resident one, in MiB."""
@@ -227,6 +229,12 @@ class TorchEngine:
         if positions > limit:
             raise ConfigError(f"workload: prompt and new tokens come to {positions} positions; the model has {limit}")
         return positions
+
+
+def _next_logits(model: Llama, context: Sequence[int]) -> Tensor:
+    """``[vocab]``, from one pass over the context."""
+    hidden = model.run(model.embed(tuple(context)), model.new_cache(len(context)), 0, 0, model.shape.layers)
+    return model.logits(model.norm(hidden[-1:]))[0]
 
 
 _OPEN = Gate(None, lambda signal: False)

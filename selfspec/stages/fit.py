@@ -121,7 +121,8 @@ def answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequen
 
 
 def _prompts(engine: Engine, plan: Plan) -> list[tuple[int, ...]]:
-    """Fit prompts are chat turns whatever the bench decodes: one head serves every workload of a source."""
-    source = replace(plan.workload, chat=True, prompt_tokens=None, max_prompt_tokens=MAX_PROMPT_TOKENS)
-    chosen = workload.select(source, "fit", plan.scale.fit_prompts, plan.seed, lambda text: engine.encode(text, True))
+    """Whole prompts, however short the bench cuts its own: one head serves all lengths."""
+    source = replace(plan.workload, prompt_tokens=None, max_prompt_tokens=MAX_PROMPT_TOKENS)
+    encode = lambda text: engine.encode(text, source.chat)  # noqa: E731
+    chosen = workload.select(source, "fit", plan.scale.fit_prompts, plan.seed, encode)
     return sorted((prompt.tokens for prompt in chosen), key=len)  # a batch is as wide as its longest prompt
