@@ -17,9 +17,9 @@ from selfspec.engine import controller, fit, gate, gguf, policy
 from selfspec.engine.base import Tie
 from selfspec.engine.decode import Target, decode
 from selfspec.engine.draft.base import Draft
+from selfspec.engine.draft.layerskip import EarlyExit
 from selfspec.engine.draft.none import NoDraft
-from selfspec.engine.gate import Gate
-from selfspec.engine.head import Head, RawExit
+from selfspec.engine.head import Head
 from selfspec.engine.llama import Llama
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
@@ -82,10 +82,9 @@ class TorchEngine:
     def _target(self) -> Target:
         if self.plan.policy.verify:
             return self._plain
-        depth = self.plan.draft.exit_layer
-        assert depth is not None, "checked by the plan"
-        read = self._head or RawExit(self.model)
-        return Target(self.model, depth, lambda hidden: read(hidden, hidden))
+        exit = self._draft
+        assert isinstance(exit, EarlyExit), "checked by the plan"
+        return Target(self.model, exit.exit_layer, lambda hidden: exit.head(hidden, hidden))
 
     @cached_property
     def _float32(self) -> Llama:
@@ -237,7 +236,7 @@ def _next_logits(model: Llama, context: Sequence[int]) -> Tensor:
     return model.logits(model.norm(hidden[-1:]))[0]
 
 
-_OPEN = Gate(None, lambda signal: False)
+_OPEN = gate.make(schema.Gate())
 
 
 def _device(asked: schema.Device) -> torch.device:
