@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from selfspec import assets, checkpoint, metrics, provenance, report, tracking
+from selfspec import assets, checkpoint, metrics, provenance, report, results, tracking
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import EngineName
 from selfspec.engine.base import Engine
@@ -51,7 +51,7 @@ def fetch(plan: Plan) -> None:
         assets.fetch(plan.model.source, plan.model.sha256)
 
 
-def run(plan: Plan, folder: Path, sweep: str | None = None) -> report.Result:
+def run(plan: Plan, folder: Path, sweep: str | None = None) -> results.Result:
     """Runs a plan to its end and leaves its result in ``folder``.
 
     Args:
@@ -78,7 +78,7 @@ def run(plan: Plan, folder: Path, sweep: str | None = None) -> report.Result:
         result = _result(plan, journal, measured)
         report.write(folder, [result])
         bench.write_cycles(folder / "cycles.parquet", journal.records("bench"))
-        provenance.write_atomic(folder / report.FILE, json.dumps(result, indent=1))
+        provenance.write_atomic(folder / results.FILE, json.dumps(result, indent=1))
 
         ended = max((record.at for stage in plan.stages for record in journal.records(stage)), default=0)
         tracker.log(measured, 0, ended)
@@ -112,8 +112,8 @@ def _tracked(plan: Plan, journal: Journal, sweep: str | None) -> Iterator[Tracke
 
 def failed(plan: Plan, folder: Path, error: Exception) -> None:
     """Leaves a result that says why there is none, unless the job wrote one before it failed."""
-    path = folder / report.FILE
-    known = dict(report.read(path)) if path.exists() else _nothing(plan)
+    path = folder / results.FILE
+    known = dict(results.read(path)) if path.exists() else _nothing(plan)
     provenance.write_atomic(path, json.dumps({**known, "status": "failed", "error": one_line(error)}, indent=1))
 
 
@@ -138,7 +138,7 @@ def _tags(plan: Plan) -> dict[str, str]:
     return {f"selfspec.{k}": v for k, v in ours.items()} | {f"git.{k}": v for k, v in provenance.git().items()}
 
 
-def _result(plan: Plan, journal: Journal, measured: Measurements) -> report.Result:
+def _result(plan: Plan, journal: Journal, measured: Measurements) -> results.Result:
     records = journal.records("bench")
     result = _nothing(plan)
     result["measurements"] = measured
@@ -154,10 +154,10 @@ def _result(plan: Plan, journal: Journal, measured: Measurements) -> report.Resu
     return result
 
 
-def _nothing(plan: Plan) -> report.Result:
+def _nothing(plan: Plan) -> results.Result:
     """The result of a plan that has measured nothing yet."""
     return {
-        "version": report.VERSION,
+        "version": results.VERSION,
         "plan_id": plan.id,
         "label": plan.label,
         "name": plan.name,

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
-from selfspec import job, plan, report, tracking
+from selfspec import job, plan, report, results, tracking
 from selfspec.config import HANDLES
 from selfspec.errors import SelfspecError
 from selfspec.plan import Plan
@@ -65,8 +65,8 @@ def _or_refuse(action: Callable[[], object]) -> None:
 
 def has_run(folder: Path, plan_id: str) -> bool:
     """Whether a job of the sweep in ``folder`` has finished this plan: a second one takes its journal."""
-    results = map(report.read, folder.glob(f"*/{report.FILE}"))
-    return any(result["plan_id"] == plan_id and result["status"] == "finished" for result in results)
+    found = map(results.read, folder.glob(f"*/{results.FILE}"))
+    return any(result["plan_id"] == plan_id and result["status"] == "finished" for result in found)
 
 
 def _begin(config: DictConfig) -> None:
@@ -92,10 +92,10 @@ def _open(config: DictConfig) -> None:
 
 def _close(config: DictConfig) -> None:
     folder = Path(config.hydra.sweep.dir)
-    results = report.find(folder)
-    files = report.write(folder, results)
-    report.show(results)
-    failed = any(result["status"] == "failed" for result in results)
+    found = results.find(folder)
+    files = report.write(folder, found)
+    report.show(found)
+    failed = any(result["status"] == "failed" for result in found)
     run_id = parent_run(folder)
     if run_id is not None:
         settings = plan.make(_task(config))

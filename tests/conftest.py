@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,54 @@ def overrides(tmp_path: Path, tiny_folder: Path, prompts_file: Path) -> list[str
         *(f"workload.source=file:{prompts_file}", "workload.sha256=null", "workload.new_tokens=12"),
         *("scale=smoke", "hardware=cpu_fp32", "exit_layer=3", "tracking=none", f"output_dir={tmp_path / 'outputs'}"),
     ]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides for a job without a model or a tracker, with all it may write below ``tmp_path``."""
+    monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
+    return [
+        *("engine=fake", "draft=layerskip", "exit_layer=3", "model.name=tiny", "model.layers=6", "model.sha256=null"),
+        *(f"model.source=file:{prompts_file}", f"workload.source=file:{prompts_file}", "workload.sha256=null"),
+        *("workload.new_tokens=12", "scale=smoke", "tracking=none", f"output_dir={tmp_path / 'outputs'}"),
+    ]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``python -m selfspec.run ...`` in this process: exit code, stdout, stderr."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from selfspec.run import main
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(sys, "argv", ["selfspec.run", *argv])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow store for a module: making one costs seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def inference() -> Iterator[None]:
+    """No gradients, and one thread: tiny products are slower on two."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(threads)

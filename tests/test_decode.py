@@ -1,7 +1,7 @@
 """decode: the loop's counts, its stops, what runs how often, and layer skipping, which verifies nothing."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,18 +24,11 @@ from selfspec.engine.llama import Llama
 from selfspec.engine.policy import longest_prefix
 from selfspec.types import Completion, Cycle, Request
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 EXIT, LAYERS = 3, 6
 OPEN = gate.make(GateConfig())
 PROMPT = (40, 7, 66, 7, 21)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def inference() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

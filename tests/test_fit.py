@@ -1,6 +1,5 @@
 """fit: the states it learns from, the closed-form solutions, and what SGD adds; against planted maps."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +14,11 @@ from selfspec.engine.fit import States
 from selfspec.engine.head import Head, RawExit, features
 from selfspec.engine.llama import Llama
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 D, N = 12, 4000
 AFFINE = Draft("lsq", 3, HeadForm.affine, ridge=1e-9)
 LOW_RANK = replace(AFFINE, form=HeadForm.low_rank, rank=4)
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

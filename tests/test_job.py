@@ -24,7 +24,7 @@ from selfspec.config import Resume
 from selfspec.engine.fake import FakeEngine
 from selfspec.errors import Interrupted, JournalError
 from selfspec.plan import Plan
-from selfspec.report import Result
+from selfspec.results import Result
 from selfspec.run import CONF
 from selfspec.tracking import MLflowTracker
 from selfspec.types import Completion, Request
@@ -46,23 +46,6 @@ main()
 
 Make = Callable[..., Plan]
 MEASURED_ON_A_REAL_CLOCK = "bench/cpu_utilisation"
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One MLflow store for the module: making one costs seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
-@pytest.fixture
-def fake(tmp_path: Path, prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Overrides for a job without a model or a tracker, with all it may write below ``tmp_path``."""
-    monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
-    return [
-        *("engine=fake", "draft=layerskip", "exit_layer=3", "model.name=tiny", "model.layers=6", "model.sha256=null"),
-        *(f"model.source=file:{prompts_file}", f"workload.source=file:{prompts_file}", "workload.sha256=null"),
-        *("workload.new_tokens=12", "scale=smoke", "tracking=none", f"output_dir={tmp_path / 'outputs'}"),
-    ]
 
 
 @pytest.fixture

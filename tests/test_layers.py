@@ -12,7 +12,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(("plan", "metrics", "tracking", "checkpoint", "assets"), 1),
     **dict.fromkeys(("provenance", "workload", "heads", "interrupt", "progress"), 1),
     "engine": 2,
-    **dict.fromkeys(("stages", "report"), 3),
+    **dict.fromkeys(("stages", "results", "plots", "report"), 3),
     **dict.fromkeys(("job", "sweep", "refusal"), 4),
     "run": 5,
 }

@@ -1,7 +1,6 @@
 """llama: the same logits as transformers, however the layers, tokens and rows are cut up."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch.testing import assert_close
 
 from selfspec.engine.llama import Llama
 from selfspec.errors import AssetError, ConfigError
+
+pytestmark = pytest.mark.usefixtures("inference")
 
 LAYERS, VOCAB, CPU = 3, 50, torch.device("cpu")
 BASE = {
@@ -38,15 +39,6 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
 TOKENS = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def inference() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str, folder: Path) -> tuple[Any, Path]:

@@ -3,7 +3,7 @@
 Every draft x every gate x K, in float32; and three planted faults, each of which the same check finds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache as memo
 from pathlib import Path
@@ -29,6 +29,8 @@ from selfspec.engine.llama import Llama
 from selfspec.engine.policy import Policy, Verdict, longest_prefix
 from selfspec.types import Completion, Cycle, Request
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 EXIT, NEW = 3, 23  # 22 tokens after the first: no multiple of K + 1 for any K here but 1
 OPEN = gate.make(GateConfig())
 _LSQ = DraftConfig("lsq", EXIT, HeadForm.affine, ridge=1e-3)
@@ -40,15 +42,6 @@ DRAFTS = {
     "lsq previous": replace(_LSQ, previous=True),
 }
 KS = (1, 2, 3, 5, 8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def inference() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
 
 
 class Bench:

@@ -10,7 +10,7 @@ import pytest
 
 from selfspec import report
 from selfspec.errors import UserError
-from selfspec.report import Result
+from selfspec.results import FILE, Result, distinct, find
 
 BENCH = {
     "bench/tok_s": 120.0,
@@ -80,7 +80,7 @@ MANY = [PLAIN, result(), SKIPPED, FAILED]
 def save(folder: Path, *results: Result) -> None:
     for number, one in enumerate(results):
         (folder / str(number)).mkdir(parents=True)
-        (folder / str(number) / report.FILE).write_text(json.dumps(one))
+        (folder / str(number) / FILE).write_text(json.dumps(one))
 
 
 def cells(text: str) -> list[list[str]]:
@@ -150,8 +150,8 @@ def test_rows_measured_on_different_hardware_are_told_apart() -> None:
 
 def test_a_plan_has_one_row_its_latest_finished_result() -> None:
     failed, old, new = result(status="failed", error="x"), result(notes=["old"]), result(notes=["new"])
-    assert report.distinct([failed, PLAIN, old, new, failed]) == [new, PLAIN]
-    assert report.distinct([old, failed]) == [old]
+    assert distinct([failed, PLAIN, old, new, failed]) == [new, PLAIN]
+    assert distinct([old, failed]) == [old]
 
 
 def test_labels_that_are_the_same_are_told_apart() -> None:
@@ -211,7 +211,7 @@ def test_what_was_not_measured_is_not_plotted(tmp_path: Path) -> None:
 
 def test_results_are_found_in_the_order_of_jobs(tmp_path: Path) -> None:
     save(tmp_path, *[result(f"p{number}") for number in range(11)])
-    assert [one["plan_id"] for one in report.find(tmp_path)] == [f"p{number}" for number in range(11)]
+    assert [one["plan_id"] for one in find(tmp_path)] == [f"p{number}" for number in range(11)]
 
 
 def test_command_line(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_what_is_no_result_is_refused_in_one_line(
     content: str | bytes | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:
-        (tmp_path / report.FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (tmp_path / FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert report.main([str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -250,4 +250,4 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path}/nowhere: no such folder\n"
     with pytest.raises(UserError, match="no such folder"):
-        report.find(tmp_path / "nowhere")
+        find(tmp_path / "nowhere")

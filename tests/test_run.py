@@ -29,36 +29,6 @@ main()
 """
 
 
-@pytest.fixture
-def fake(tmp_path: Path, prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Overrides for a run without a model or a tracker, with all it may write below ``tmp_path``."""
-    monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
-    return [
-        *("engine=fake", "draft=layerskip", "exit_layer=3", "model.name=tiny", "model.layers=6", "model.sha256=null"),
-        *(f"model.source=file:{prompts_file}", f"workload.source=file:{prompts_file}", "workload.sha256=null"),
-        *("workload.new_tokens=12", "scale=smoke", "tracking=none", f"output_dir={tmp_path / 'outputs'}"),
-    ]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``python -m selfspec.run ...`` in this process: exit code, stdout, stderr."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        monkeypatch.setattr(sys, "argv", ["selfspec.run", *argv])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
-
-
 def tree(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 

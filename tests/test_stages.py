@@ -14,7 +14,7 @@ from selfspec.config import Resume
 from selfspec.engine.fake import FakeEngine
 from selfspec.errors import ConfigError, HeadError
 from selfspec.plan import Plan
-from selfspec.report import Result
+from selfspec.results import Result
 from selfspec.run import CONF
 from selfspec.stages import fit
 from selfspec.types import Completion, Request

@@ -14,10 +14,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import job, plan, report, sweep
+from selfspec import job, plan, results, sweep
 from selfspec.checkpoint import FILE
 from selfspec.engine.fake import FakeEngine
-from selfspec.run import CONF, main
+from selfspec.results import Result
+from selfspec.run import CONF
 from selfspec.tracking import MLflowTracker
 from selfspec.types import Completion, Request
 
@@ -40,39 +41,19 @@ main()
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One MLflow store for the module: making one costs seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+@pytest.fixture
+def fake(fake: list[str]) -> list[str]:
+    """Of a model with layers enough for every experiment."""
+    return [*fake, "model.layers=30"]
 
 
 @pytest.fixture
-def fake(tmp_path: Path, prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Overrides for jobs without a model or a tracker, with all they may write below ``tmp_path``."""
-    monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
-    return [
-        *("engine=fake", "draft=layerskip", "exit_layer=3", "model.name=tiny", "model.layers=30", "model.sha256=null"),
-        *(f"model.source=file:{prompts_file}", f"workload.source=file:{prompts_file}", "workload.sha256=null"),
-        *("workload.new_tokens=12", "scale=smoke", "tracking=none", f"output_dir={tmp_path / 'outputs'}"),
-    ]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fake: list[str]) -> Run:
-    """``python -m selfspec.run`` in this process, with those and more overrides: exit code, stdout, stderr."""
+def run(run: Run, fake: list[str]) -> Run:
+    """The command line with those overrides before its own."""
 
     def call(*argv: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         options = [arg for arg in argv if arg.startswith("-")]
-        monkeypatch.setattr(sys, "argv", ["selfspec.run", *options, *fake, *(a for a in argv if a not in options)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-        return code, *capsys.readouterr()
+        return run(*options, *fake, *(arg for arg in argv if arg not in options))
 
     return call
 
@@ -235,7 +216,7 @@ def test_a_report_that_fails_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyP
     def broken(folder: Path) -> None:
         raise ZeroDivisionError("no pixels")
 
-    monkeypatch.setattr(report, "find", broken)
+    monkeypatch.setattr(results, "find", broken)
     code, _, err = run("-m", "K=1,2")
     assert code == 1 and "no pixels" in err
 
@@ -273,7 +254,7 @@ def test_two_processes_with_one_plan_share_its_work(fake: list[str], tmp_path: P
     assert [process.returncode for process in pair] == [0, 0], said
     assert sum(out.count("generated") for out, _ in said) == 2 * 20
     assert set(journalled(tmp_path).values()) == {1} and len(journalled(tmp_path)) == 20
-    one, other = report.find(tmp_path / "outputs")
+    one, other = results.find(tmp_path / "outputs")
     assert one["measurements"] == other["measurements"]
 
 
@@ -292,7 +273,7 @@ def test_two_jobs_at_once_fit_their_common_head_once(
     for name in ("fit", "answer"):
         monkeypatch.setattr(TorchEngine, name, _noting(calls, getattr(TorchEngine, name)))
 
-    def one(number: int) -> report.Result:
+    def one(number: int) -> Result:
         folder = tmp_path / str(number)
         folder.mkdir()
         return job.run(plans[number], folder)

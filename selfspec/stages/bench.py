@@ -117,15 +117,18 @@ def _unit(engine: Engine, plan: Plan, prompt: Prompt, plain_first: bool) -> dict
         "device_utilisation": engine.device_utilisation(),
         "peak_memory_mb": engine.peak_memory_mb(),
     }
-    return data | _compared(engine, prompt, plain, configured)
+    return data | _compared(engine, plan, prompt, plain, configured)
 
 
-def _compared(engine: Engine, prompt: Prompt, plain: Completion, configured: Completion) -> dict[str, object]:
+def _compared(
+    engine: Engine, plan: Plan, prompt: Prompt, plain: Completion, configured: Completion
+) -> dict[str, object]:
     """The verdict on a unit: ``equal``, ``tie`` or ``differs``, and where and how far apart."""
     at = metrics.first_difference(plain.tokens, configured.tokens)
     if at is None:
         return {"verdict": "equal"}
-    if at == min(len(plain.tokens), len(configured.tokens)):  # equal, but one of them stopped early
+    stopped_early = at == min(len(plain.tokens), len(configured.tokens))
+    if stopped_early or not plan.exact:  # no second token to compare with, or nothing to excuse
         return {"verdict": "differs", "differs_at": at}
     tie = engine.compare((*prompt.tokens, *plain.tokens[:at]), plain.tokens[at], configured.tokens[at])
     verdict = "tie" if tie.explains else "differs"

@@ -1,0 +1,184 @@
+"""What jobs leave: the form of ``result.json``, how it is read, and what a reader makes of one."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict, cast
+
+from selfspec.errors import UserError
+from selfspec.tracking import flatten
+
+VERSION = 1
+"""Of the form of ``result.json``."""
+FILE = "result.json"
+
+_VERDICTS = {"yes": "yes", "ties": "ties", "no": "NO", "lossy": "LOSSY", "reference": "reference", None: "not checked"}
+_SHAPE: dict[str, type] = {
+    "version": int,
+    "plan_id": str,
+    "label": str,
+    "name": str,
+    "settings": dict,
+    "measurements": dict,
+    "notes": list,
+    "provenance": dict,
+    "acceptance_by_position": list,
+    "status": str,
+}
+
+
+class Result(TypedDict):
+    """What a job leaves in its ``result.json``.
+
+    ``settings`` are the plan's, nested; ``measurements`` are flat (``bench/tok_s``, ``fit/agreement``, ...)
+    and any may be missing. ``acceptance_by_position`` holds accepted / proposed of the first draft token
+    of a cycle, the second, and so on.
+    """
+
+    version: int
+    plan_id: str
+    label: str
+    name: str
+    settings: dict[str, Any]
+    measurements: dict[str, float]
+    lossless: Literal["yes", "ties", "no", "lossy", "reference"] | None
+    notes: list[str]
+    provenance: dict[str, Any]
+    acceptance_by_position: list[float]
+    status: Literal["finished", "failed"]
+    error: str | None
+
+
+def read(path: Path) -> Result:
+    """One result file.
+
+    Raises:
+        UserError: it cannot be read, is no result, or is one of a newer selfspec.
+    """
+    try:
+        result = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON: {error}") from error
+    version = result.get("version") if isinstance(result, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise UserError(f"{path}: has version {version}, made by a newer selfspec; this one reads up to {VERSION}")
+    wrong = [
+        key for key, kind in _SHAPE.items() if not isinstance(result, dict) or not isinstance(result.get(key), kind)
+    ]
+    if wrong:
+        raise UserError(f"{path}: is not a result: {wrong[0]} is missing or of the wrong type")
+    return cast(Result, {"lossless": None, "error": None, **result})
+
+
+def find(folder: Path) -> list[Result]:
+    """Every result at or below ``folder``, in the order of their paths (job 2 before job 10).
+
+    Raises:
+        UserError: no such folder, no result in it, or one that cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    paths = sorted(folder.rglob(FILE), key=lambda path: [_natural(part) for part in path.parts])
+    if not paths:
+        raise UserError(f"{folder}: holds no {FILE}")
+    return [read(path) for path in paths]
+
+
+def distinct(results: Iterable[Result]) -> list[Result]:
+    """One result a plan, in the order of first appearance: the latest that finished, else the latest."""
+    chosen: dict[str, Result] = {}
+    for result in results:
+        earlier = chosen.get(result["plan_id"])
+        if earlier is None or result["status"] == "finished" or earlier["status"] != "finished":
+            chosen[result["plan_id"]] = result
+    return list(chosen.values())
+
+
+def value(result: Result, key: str) -> float | None:
+    """A measurement, or ``None`` where it is missing or not a finite number."""
+    found = result["measurements"].get(key)
+    return found if isinstance(found, int | float) and math.isfinite(found) else None
+
+
+def number(result: Result, key: str, form: str) -> str:
+    """A measurement in ``form``, or a dash."""
+    found = value(result, key)
+    return "-" if found is None else format(found, form)
+
+
+def interval(result: Result, key: str, form: str, unit: str = "") -> str:
+    """A measurement in ``form`` with its 95% interval, as far as there is one, or a dash."""
+    middle, low, high = (value(result, key + end) for end in ("", "_low", "_high"))
+    if middle is None:
+        return "-"
+    if low is None or high is None:
+        return f"{middle:{form}}{unit}"
+    return f"{middle:{form}}{unit} [{low:{form}}, {high:{form}}]"
+
+
+def lossy(result: Result) -> bool:
+    """Whether the tokens are not those of plain decoding, by design or by mistake."""
+    drafts = result["settings"].get("draft", {}).get("name", "none") != "none"
+    verified = result["settings"].get("policy", {}).get("verify", True)
+    return result["lossless"] in ("lossy", "no") or (drafts and not verified)
+
+
+def verdict(result: Result) -> str:
+    """Whether it is lossless, in a word: ``yes``, ``ties (3)``, ``NO``, ``LOSSY``, ``FAILED``, ..."""
+    if result["status"] == "failed":
+        return "FAILED"
+    if lossy(result) and result["lossless"] != "no":
+        return "LOSSY"
+    ties = value(result, "bench/ties")
+    if result["lossless"] == "ties" and ties is not None:
+        return f"ties ({ties:g})"
+    return _VERDICTS.get(result["lossless"], str(result["lossless"]))
+
+
+def labels(rows: Sequence[Result]) -> list[str]:
+    """Labels, with what tells apart those that share one."""
+    made = []
+    times = Counter(row["label"] for row in rows)
+    for row in rows:
+        label = row["label"]
+        if times[label] > 1:
+            own = flatten(row["settings"])
+            differing = varying([other for other in rows if other["label"] == label])
+            label += f" ({', '.join(f'{key}={own.get(key)}' for key in differing) or row['plan_id']})"
+        made.append(label)
+    return made
+
+
+def varying(rows: Sequence[Result]) -> list[str]:
+    """The settings, keys joined with dots, that are not the same in all rows."""
+    settings = [flatten(row["settings"]) for row in rows]
+    keys = list(dict.fromkeys(key for one in settings for key in one))
+    return [key for key in keys if len({json.dumps(one.get(key), default=str) for one in settings}) > 1]
+
+
+def setup(row: Result) -> str:
+    """What a row was measured on, such as ``SmolLM2 on EPYC (2 cores), device=cpu, 16 prompts x 96 tokens``."""
+    settings, machine = row["settings"], row["provenance"].get("hardware") or {}
+    group: dict[str, dict[str, Any]] = {
+        key: settings.get(key) or {} for key in ("model", "workload", "scale", "hardware")
+    }
+    where = row["provenance"].get("extra") or {
+        key: group["hardware"].get(key) for key in ("device", "dtype", "threads")
+    }
+    parts = [f"{group['model'].get('name', 'model')} on {machine.get('cpu', group['hardware'].get('name', 'unknown'))}"]
+    if "physical_cores" in machine:
+        parts[0] += f" ({machine['physical_cores']} cores)"
+    parts += [f"{key}={known}" for key, known in flatten(where).items() if known is not None]
+    work = f"{group['scale'].get('prompts', '?')} prompts x {group['workload'].get('new_tokens', '?')} tokens"
+    if group["scale"].get("repeats", 1) > 1:
+        work += f" x {group['scale']['repeats']} repeats"
+    return ", ".join([*parts, f"{work} ({group['workload'].get('name', 'workload')})"])
+
+
+def _natural(words: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", words)]
