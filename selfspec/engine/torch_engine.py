@@ -21,7 +21,7 @@ from selfspec.engine.draft.layerskip import EarlyExit
 from selfspec.engine.draft.none import NoDraft
 from selfspec.engine.head import Head
 from selfspec.engine.llama import Llama
-from selfspec.errors import ConfigError
+from selfspec.errors import AssetError, ConfigError
 from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import write_atomic
@@ -64,9 +64,12 @@ class TorchEngine:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        # AutoTokenizer comes to the same, but imports model code for more than a second first.
+        from transformers import PreTrainedTokenizerFast
 
-        return AutoTokenizer.from_pretrained(self.folder)
+        if not (self.folder / "tokenizer.json").is_file():
+            raise AssetError(f"model.source={self.plan.model.source}: {self.folder} has no tokenizer.json")
+        return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
     @property
     def _draft(self) -> Draft:
