@@ -82,6 +82,7 @@ def run(plan: Plan, folder: Path, sweep: str | None = None) -> results.Result:
 
         ended = max((record.at for stage in plan.stages for record in journal.records(stage)), default=0)
         tracker.log(measured, 0, ended)
+        tracker.set_tags({"selfspec.lossless": result["lossless"] or "not checked"})
         head = [fit.head_path(plan)] if plan.draft.fitted and fit.head_path(plan).exists() else []
         tracker.artifacts([folder, *head])
         tracker.finish("FAILED" if result["status"] == "failed" else "FINISHED", ended or None)

@@ -10,7 +10,7 @@ definitions are the same for every engine:
   repeats; then the median over prompts, with a bootstrap 95% interval (percentile method, over prompts).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,10 @@ def per_unit(unit: Mapping[str, Any]) -> Measurements:
     """What a tracker shows of one unit as it finishes."""
     plain, configured = unit["plain"], unit["configured"]
     cycles = configured["cycles"]
-    rate, plain_rate = decode_rate(configured), decode_rate(plain)
+    rate, plain_rate, speedup = decode_rate(configured), decode_rate(plain), _speedup(unit)
     shown: Measurements = {"ttft_ms": 1e3 * configured["ttft_s"], "new_tokens": len(configured["tokens"])}
-    if rate and plain_rate:
-        shown |= {"tok_s": rate, "plain_tok_s": plain_rate, "speedup": rate / plain_rate}
+    if rate and plain_rate and speedup:
+        shown |= {"tok_s": rate, "plain_tok_s": plain_rate, "speedup": speedup}
     if sum(cycles["proposed"]):
         shown["acceptance"] = sum(cycles["accepted"]) / sum(cycles["proposed"])
     return {f"unit/{name}": value for name, value in shown.items()}
@@ -131,7 +131,7 @@ def _speedup(unit: Mapping[str, Any]) -> float | None:
     return rate / plain if rate and plain else None
 
 
-def _by_prompt(units: Sequence[Mapping[str, Any]], value: Any) -> list[float]:
+def _by_prompt(units: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
     """One value a prompt: the mean over its repeats; prompts without any are left out."""
     grouped: dict[str, list[float]] = {}
     for unit in units:

@@ -2,22 +2,31 @@
 
 import difflib
 import sys
+import traceback
 from dataclasses import fields, is_dataclass
 from typing import NoReturn
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from selfspec.errors import UserError, one_line
+from selfspec.errors import SelfspecError, UserError, one_line
 
 BY_USER = (UserError, HydraException, OmegaConfBaseException)
 """What the user can put right: told in one line, exit code 2."""
 
 
-def refuse(error: Exception) -> NoReturn:
-    """Says why, on stderr, and exits with 2."""
-    print(f"error: {sentence(error)}", file=sys.stderr)
-    sys.exit(UserError.exit_code)
+def leave(error: Exception) -> NoReturn:
+    """Says what happened and exits: with 2 for what the user can put right, else with 1."""
+    say(error)
+    sys.exit(getattr(error, "exit_code", UserError.exit_code if isinstance(error, BY_USER) else 1))
+
+
+def say(error: Exception) -> None:
+    """One line on stderr for what selfspec or Hydra refuse or find; a traceback for what nobody foresaw."""
+    if isinstance(error, (*BY_USER, SelfspecError)):
+        print(f"error: {sentence(error)}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
 
 
 def sentence(error: Exception) -> str:

@@ -2,10 +2,8 @@
 
 import os
 import sys
-import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -14,9 +12,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from selfspec.config import Config, Resume
-from selfspec.errors import Interrupted, SelfspecError, StageError, UserError
+from selfspec.errors import Interrupted, SelfspecError, StageError
 from selfspec.interrupt import trap
-from selfspec.refusal import BY_USER, sentence
+from selfspec.refusal import BY_USER, leave, say
 
 _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -37,7 +35,7 @@ def run(cfg: DictConfig) -> float | None:
         try:
             result = job.run(todo, folder)
         except (*BY_USER, SelfspecError) as error:
-            _leave(error)  # from here: Hydra would print a line of its own first
+            leave(error)  # from here: Hydra would print a line of its own first
     else:
         swept = Path(settings.sweep.dir)
         if sweep.has_run(swept, todo.id):
@@ -45,12 +43,12 @@ def run(cfg: DictConfig) -> float | None:
         try:
             result = job.run(todo, folder, sweep.parent_run(swept))
         except Exception as error:  # one failed job hides no other: it becomes a row of the table
-            _say(error)
+            say(error)
             job.failed(todo, folder, error)
             return None
     report.show([result], explain=alone)  # a sweep explains its words and its failures once, at its end
     if alone and result["status"] == "failed":
-        _leave(StageError(f"{result['label']}: {result['error']}"))
+        leave(StageError(f"{result['label']}: {result['error']}"))
     return result["measurements"].get("bench/speedup")
 
 
@@ -67,20 +65,7 @@ def main() -> None:
     except Exception as error:
         if full_errors:
             raise
-        _leave(error)
-
-
-def _leave(error: Exception) -> NoReturn:
-    _say(error)
-    sys.exit(getattr(error, "exit_code", UserError.exit_code if isinstance(error, BY_USER) else 1))
-
-
-def _say(error: Exception) -> None:
-    """One line for what selfspec or Hydra refuse or find; a traceback for what nobody foresaw."""
-    if isinstance(error, (*BY_USER, SelfspecError)):
-        print(f"error: {sentence(error)}", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
+        leave(error)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ sweep's tracker run in ``sweep.json`` in the sweep's folder.
 import hashlib
 import json
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from selfspec.config import HANDLES
 from selfspec.errors import SelfspecError
 from selfspec.plan import Plan
 from selfspec.provenance import storing, write_atomic
-from selfspec.refusal import BY_USER, refuse
+from selfspec.refusal import leave
 
 FILE = "sweep.json"
 
@@ -33,15 +32,15 @@ class Sweep(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One job: refuses a plan that cannot work, before Hydra makes its folder."""
-        _or_refuse(lambda: _begin(config))
+        _or_leave(lambda: _begin(config))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: refuses all of it if one of its plans cannot work; else opens its tracker run."""
-        _or_refuse(lambda: _open(config))
+        _or_leave(lambda: _open(config))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """One table over all jobs; exits with 1 if any failed."""
-        _or_refuse(lambda: _close(config))
+        _or_leave(lambda: _close(config))
 
 
 def parent_run(folder: Path) -> str | None:
@@ -53,14 +52,11 @@ def parent_run(folder: Path) -> str | None:
         return None
 
 
-def _or_refuse(action: Callable[[], object]) -> None:
+def _or_leave(action: Callable[[], object]) -> None:
     try:
         action()
-    except BY_USER as error:
-        refuse(error)
     except Exception as error:  # Hydra would make a warning of it, and go on
-        traceback.print_exception(error)
-        sys.exit(SelfspecError.exit_code)
+        leave(error)
 
 
 def has_run(folder: Path, plan_id: str) -> bool:

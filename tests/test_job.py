@@ -230,6 +230,7 @@ def test_interrupted_and_resumed_in_one_tracker_run(
     resumed = run(made, tmp_path / "resumed")
     (after,) = runs(uri, experiment)
     assert (after.info.run_id, after.info.status) == (before.info.run_id, "FINISHED")
+    assert after.data.tags["selfspec.lossless"] == "yes"
     steps = {key: [m.step for m in history(uri, after, key)] for key in after.data.metrics}
     assert sorted(steps["unit/tok_s"]) == list(range(40))
     assert all(len(set(found)) == len(found) for found in steps.values())
