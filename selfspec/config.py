@@ -13,13 +13,15 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from selfspec.errors import ConfigError
 
-GateName = Enum("GateName", "none maxp varH entropy")
-ControllerName = Enum("ControllerName", "fixed")
-PolicyName = Enum("PolicyName", "longest_prefix")
-HeadForm = Enum("HeadForm", "affine low_rank")
+GateName = Enum("GateName", "none maxp varH entropy bandit")
+ControllerName = Enum("ControllerName", "fixed adaptive cost autotune")
+PolicyName = Enum("PolicyName", "longest_prefix rejection conf_threshold topk_agree typical")
+HeadForm = Enum("HeadForm", "affine low_rank block")
+HeadInit = Enum("HeadInit", "tie copy random lsq")
 Device = Enum("Device", "auto cpu cuda mps")
 Dtype = Enum("Dtype", "auto bf16 fp16 fp32")
-EngineName = Enum("EngineName", "torch fake")
+EngineName = Enum("EngineName", "torch fake hf")
+Layers = Enum("Layers", "auto fast hf")
 TrackerName = Enum("TrackerName", "none mlflow")
 Resume = Enum("Resume", "auto never require")
 
@@ -46,7 +48,7 @@ class Draft:
     exit_layer: int | None = None
     """Early exit: the draft reads the hidden state after this many layers."""
     form: HeadForm | None = None
-    """Fitted head: a full affine map, or one of rank ``rank``."""
+    """Fitted head: a full affine map, one of rank ``rank``, or a trained transformer block."""
     rank: int | None = None
     previous: bool = False
     """Fitted head: also read the final hidden state of the previous position."""
@@ -56,11 +58,39 @@ class Draft:
     """Fitted head: passes of SGD on the cross-entropy after the closed-form solution."""
     head: str | None = None
     """Fitted head: a file to use instead of fitting one."""
+    vocab: int | None = None
+    """Learned drafts: read out only this many frequent tokens (FR-Spec, 2502.14856); ``None``: all."""
+    width: int = 1
+    """Candidates kept at every position: 1 drafts a chain, more a tree."""
+    budget: int | None = None
+    """Trees: the most draft tokens verified together."""
+    sample: bool = False
+    """Chains under ``policy=rejection``: draw draft tokens from the draft's distribution, not its likeliest."""
+    heads: int | None = None
+    """``medusa``: how many positions ahead there is a head for."""
+    init: HeadInit | None = None
+    """``medusa``: what its heads start from."""
+    alpha: float | None = None
+    """``eagle`` without training: the next state is h + alpha (h - h_previous)."""
+    longest: int | None = None
+    """Lookups: the longest match looked for, in tokens."""
+    shortest: int | None = None
+    """Lookups: the shortest match that is believed, in tokens."""
+    shared: bool = False
+    """``suffix``: look into what earlier requests said, too."""
+    lookup: str | None = None
+    """``hybrid``: the draft asked first."""
+    learned: str | None = None
+    """``hybrid``: the draft asked where the first has nothing."""
+    source: str | None = None
+    """``vanilla``: the smaller model."""
+    sha256: str | None = None
+    """``vanilla``: of its file."""
 
     @property
     def fitted(self) -> bool:
         """Whether this draft reads out through a head that the fit stage makes."""
-        return self.form is not None
+        return self.form is not None or self.init is not None or self.vocab is not None
 
 
 @dataclass
@@ -69,6 +99,8 @@ class Gate:
 
     name: GateName = GateName.none
     threshold: float | None = None
+    arms: list[float] | None = None
+    """``bandit``: the max-probability thresholds it chooses from."""
 
 
 @dataclass
@@ -77,6 +109,24 @@ class Controller:
 
     name: ControllerName = ControllerName.fixed
     K: int = MISSING
+    """The K of ``fixed``; what ``adaptive`` starts from; the most that ``cost`` may choose."""
+    low: int | None = None
+    """``adaptive``: the least K."""
+    high: int | None = None
+    """``adaptive``: the most."""
+    step: int | None = None
+    """``adaptive``: by how much K changes at a time."""
+    window: int | None = None
+    """Adaptive ones: how many cycles are looked back on."""
+    target: float | None = None
+    """``adaptive``: the acceptance above which K grows, and below which it shrinks."""
+    exits: list[int] | None = None
+    """``autotune``: the exit layers it chooses from."""
+
+    @property
+    def most(self) -> int:
+        """The largest K it can ask for."""
+        return self.K if self.high is None else self.high
 
 
 @dataclass
@@ -86,6 +136,27 @@ class Policy:
     name: PolicyName = PolicyName.longest_prefix
     verify: bool = True
     """``False`` on an early-exit draft is plain layer skipping: lossy."""
+    temperature: float = 0.0
+    """``rejection``: logits are divided by it; 0 is greedy."""
+    top_k: int | None = None
+    top_p: float | None = None
+    threshold: float | None = None
+    """``conf_threshold``: a draft token stands where the target gives it at least this probability."""
+    k: int | None = None
+    """``topk_agree``: a draft token stands where it is among the target's k likeliest."""
+    epsilon: float | None = None
+    """``typical``: a draft token stands where its probability is above min(epsilon, delta exp(-H))."""
+    delta: float | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn; else each is the likeliest."""
+        return self.temperature > 0
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether tokens may differ from what plain decoding gives, by design."""
+        return not self.verify or self.name not in (PolicyName.longest_prefix, PolicyName.rejection)
 
 
 @dataclass
@@ -97,6 +168,10 @@ class Engine:
     """The draft modes this engine can run; ``None``: every one there is."""
     acceptance: float | None = None
     """``fake`` only: the chance that a drafted token is right."""
+    max_batch: int = 1
+    """Requests decoded at once."""
+    layers: Layers = Layers.auto
+    """``torch``: our own layers, Hugging Face's, or ours where they know the architecture."""
 
 
 @dataclass
@@ -140,6 +215,17 @@ class Scale:
 
 
 @dataclass
+class Bench:
+    """What else the bench stage measures beside the configuration and plain decoding."""
+
+    name: str = MISSING
+    against: list[str] = field(default_factory=list)
+    """References decoded in turn with it, in the same process."""
+    fixed: list[int] = field(default_factory=list)
+    """The fixed K that stand beside a controller which adapts."""
+
+
+@dataclass
 class Tracking:
     """Where runs are logged."""
 
@@ -168,6 +254,7 @@ class Config:
     tau_h: float = MISSING
     K: int = MISSING
     exit_layer: int = MISSING
+    temperature: float = MISSING
     seed: int = MISSING
     stages: list[str] = MISSING
 
@@ -180,6 +267,7 @@ class Config:
     hardware: Hardware = field(default_factory=Hardware)
     workload: Workload = field(default_factory=Workload)
     scale: Scale = field(default_factory=Scale)
+    bench: Bench = field(default_factory=Bench)
     tracking: Tracking = field(default_factory=Tracking)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
@@ -194,6 +282,7 @@ class Config:
         _within("tau_h", self.tau_h, 0)
         _within("K", self.K, 1, 64)
         _within("exit_layer", self.exit_layer, 1)
+        _within("temperature", self.temperature, 0, 10)
         _within("seed", self.seed, 0, 2**32 - 1)
         if not self.stages or any(stage not in STAGES for stage in self.stages):
             raise ConfigError(f"stages={self.stages}: allowed are one or more of {', '.join(STAGES)}")
@@ -202,6 +291,26 @@ class Config:
         _within("draft.rank", self.draft.rank, 1)
         _within("draft.ridge", self.draft.ridge, 1e-9)  # without any, the solution need not exist
         _within("draft.sgd_epochs", self.draft.sgd_epochs, 0, 100)
+        _within("draft.vocab", self.draft.vocab, 2)
+        _within("draft.width", self.draft.width, 1, 16)
+        _within("draft.budget", self.draft.budget, 1, 63)
+        _within("draft.heads", self.draft.heads, 1, 16)
+        _within("draft.alpha", self.draft.alpha, 0, 10)
+        _within("draft.longest", self.draft.longest, 1, 64)
+        _within("draft.shortest", self.draft.shortest, 1, self.draft.longest)
+        _within("controller.low", self.controller.low, 0, self.controller.high)
+        _within("controller.high", self.controller.high, 1, 64)
+        _within("controller.step", self.controller.step, 1)
+        _within("controller.window", self.controller.window, 1)
+        _within("controller.target", self.controller.target, 0, 1)
+        _within("policy.temperature", self.policy.temperature, 0, 10)
+        _within("policy.top_k", self.policy.top_k, 1)
+        _within("policy.top_p", self.policy.top_p, 1e-6, 1)
+        _within("policy.threshold", self.policy.threshold, 0, 1)
+        _within("policy.k", self.policy.k, 1)
+        _within("policy.epsilon", self.policy.epsilon, 0, 1)
+        _within("policy.delta", self.policy.delta, 0, 1)
+        _within("engine.max_batch", self.engine.max_batch, 1, 256)
         _within("engine.acceptance", self.engine.acceptance, 0, 1)
         _within("hardware.threads", self.hardware.threads, 1)
         _within("workload.prompt_tokens", self.workload.prompt_tokens, 1)
@@ -223,7 +332,7 @@ def _within(key: str, value: float | None, low: float, high: float | None = None
 
 _SCHEMAS: dict[str, Any] = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
 GROUPS: tuple[str, ...] = tuple(_SCHEMAS)
-HANDLES: tuple[str, ...] = ("tau", "tau_v", "tau_h", "K", "exit_layer", "seed", "stages")
+HANDLES: tuple[str, ...] = ("tau", "tau_v", "tau_h", "K", "exit_layer", "temperature", "seed", "stages")
 
 
 def load(cfg: DictConfig) -> Config:

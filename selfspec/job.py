@@ -1,6 +1,5 @@
 """One job: for each stage of the plan, restore what is journalled, run what is not, track; then report."""
 
-import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 from selfspec import assets, checkpoint, metrics, provenance, report, results, tracking
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import EngineName
-from selfspec.engine.base import Engine
+from selfspec.engine import factory
 from selfspec.errors import Interrupted, one_line
 from selfspec.interrupt import shield, trap
 from selfspec.plan import Plan
@@ -19,10 +18,6 @@ from selfspec.tracking import Tracker
 from selfspec.types import Measurements
 
 STAGES = {"fit": fit, "bench": bench}
-ENGINES = {
-    EngineName.torch: "selfspec.engine.torch_engine:TorchEngine",
-    EngineName.fake: "selfspec.engine.fake:FakeEngine",
-}
 
 
 def check(plan: Plan) -> None:
@@ -47,7 +42,7 @@ def fetch(plan: Plan) -> None:
     if (journal_folder(plan) / checkpoint.FILE).exists():
         return
     assets.fetch(plan.workload.source, plan.workload.sha256)
-    if plan.engine.name is EngineName.torch:
+    if plan.engine.name is not EngineName.fake:
         assets.fetch(plan.model.source, plan.model.sha256)
 
 
@@ -69,7 +64,7 @@ def run(plan: Plan, folder: Path, sweep: str | None = None) -> results.Result:
         Journal.open(journal_folder(plan), plan.id, plan.settings(), plan.checkpoint.resume) as journal,
         _tracked(plan, journal, sweep) as tracker,
     ):
-        engine = cache(lambda: _make_engine(plan))
+        engine = cache(lambda: factory.make(plan))
         measured: Measurements = {}
         for stage in plan.stages:
             found = STAGES[stage].run(engine, plan, journal)
@@ -128,12 +123,6 @@ def _log_unit(tracker: Tracker, journal: Journal, record: Record) -> None:
         tracker.log(metrics.per_unit(record.data), len(journal.records("bench")) - 1, record.at)
 
 
-def _make_engine(plan: Plan) -> Engine:
-    module, name = ENGINES[plan.engine.name].split(":")
-    engine: Engine = getattr(importlib.import_module(module), name)(plan)
-    return engine
-
-
 def _tags(plan: Plan) -> dict[str, str]:
     ours = {"plan": plan.id, "experiment": plan.name, "hardware": str(provenance.hardware()["cpu"])}
     return {f"selfspec.{k}": v for k, v in ours.items()} | {f"git.{k}": v for k, v in provenance.git().items()}
@@ -145,7 +134,7 @@ def _result(plan: Plan, journal: Journal, measured: Measurements) -> results.Res
     result["measurements"] = measured
     if records:
         if bench.verdict(records, plan) == "no":
-            differing = sum(record.data["verdict"] == "differs" for record in records)
+            differing = sum(v["verdict"] == "differs" for record in records for v in record.data["verdicts"])
             result["status"] = "failed"
             result["error"] = f"not lossless: {differing} prompts differ from plain decoding"
         result["acceptance_by_position"] = metrics.acceptance_by_position([r.data for r in bench.poolable(records)])

@@ -1,13 +1,15 @@
 """Measured units -> rates, speed-ups, intervals, verdicts. Pure.
 
-A *unit* is the ``data`` of a bench record: one prompt decoded once plainly and once as configured. The
-definitions are the same for every engine:
+A *unit* is the ``data`` of a bench record: prompts decoded together, once plainly and once as configured (and
+once by every reference of ``bench.against``); one prompt, unless ``engine.max_batch`` is more. The definitions
+are the same for every engine:
 
 - acceptance: accepted draft tokens / proposed draft tokens; at position j, those among drafts that reach j.
 - tokens per cycle: new tokens of cycles / cycles, the first token of a completion not being of any.
-- decode tok/s: new tokens after the first / seconds after the first; end-to-end: all / seconds since arrival.
-- speed-up: for each prompt, decode tok/s over plain decode tok/s of the same repeat; the mean over its
-  repeats; then the median over prompts, with a bootstrap 95% interval (percentile method, over prompts).
+- decode tok/s: new tokens after the first / seconds after the first; of a batch, all of them / seconds from
+  when all prompts have their first token. End-to-end: all new tokens / seconds since arrival.
+- speed-up: for each unit, decode tok/s over plain decode tok/s of the same repeat; the mean over its
+  repeats; then the median over units, with a bootstrap 95% interval (percentile method, over units).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 
 from selfspec.types import Completion, Cycle, Measurements
 
+Unit = Mapping[str, Any]
+Packed = Mapping[str, Any]
 RESAMPLES = 2000
 
 
@@ -32,53 +36,68 @@ def pack(completion: Completion) -> dict[str, Any]:
     }
 
 
-def decode_rate(completion: Mapping[str, Any]) -> float | None:
-    """New tokens after the first / seconds after the first; ``None`` where there is one token only."""
-    after = len(completion["tokens"]) - 1
-    return after / (completion["total_s"] - completion["ttft_s"]) if after else None
+def decode_rate(completions: Sequence[Packed]) -> float | None:
+    """New tokens after the first / seconds after the (last) first; ``None`` where there is none."""
+    after = sum(len(c["tokens"]) - 1 for c in completions)
+    return after / (_last(completions, "total_s") - _last(completions, "ttft_s")) if after else None
 
 
-def per_unit(unit: Mapping[str, Any]) -> Measurements:
+def per_unit(unit: Unit) -> Measurements:
     """What a tracker shows of one unit as it finishes."""
     plain, configured = unit["plain"], unit["configured"]
-    cycles = configured["cycles"]
-    rate, plain_rate, speedup = decode_rate(configured), decode_rate(plain), _speedup(unit)
-    shown: Measurements = {"ttft_ms": 1e3 * configured["ttft_s"], "new_tokens": len(configured["tokens"])}
+    rate, plain_rate, speedup = decode_rate(configured), decode_rate(plain), _ratio(unit, plain)
+    shown: Measurements = {
+        "ttft_ms": 1e3 * _median(c["ttft_s"] for c in configured),
+        "new_tokens": sum(len(c["tokens"]) for c in configured),
+    }
     if rate and plain_rate and speedup:
         shown |= {"tok_s": rate, "plain_tok_s": plain_rate, "speedup": speedup}
-    if sum(cycles["proposed"]):
-        shown["acceptance"] = sum(cycles["accepted"]) / sum(cycles["proposed"])
+    if _total(configured, "proposed"):
+        shown["acceptance"] = _total(configured, "accepted") / _total(configured, "proposed")
     return {f"unit/{name}": value for name, value in shown.items()}
 
 
-def summarise(units: Sequence[Mapping[str, Any]], seed: int) -> Measurements:
+def summarise(units: Sequence[Unit], seed: int) -> Measurements:
     """All measurements of a bench; at least one unit."""
-    configured = [unit["configured"] for unit in units]
-    plain = [unit["plain"] for unit in units]
+    configured = [c for unit in units for c in unit["configured"]]
+    plain = [c for unit in units for c in unit["plain"]]
     found: Measurements = {
         "ttft_ms": 1e3 * _median(c["ttft_s"] for c in configured),
         "plain_ttft_ms": 1e3 * _median(c["ttft_s"] for c in plain),
-        "e2e_tok_s": _median(len(c["tokens"]) / c["total_s"] for c in configured),
+        "e2e_tok_s": _median(
+            sum(len(c["tokens"]) for c in unit["configured"]) / _last(unit["configured"], "total_s") for unit in units
+        ),
         "peak_memory_mb": max(unit["peak_memory_mb"] for unit in units),
         "cpu_utilisation": float(np.mean([unit["cpu_utilisation"] for unit in units])),
         "units": len(units),
-        "prompts": len({unit["prompt"] for unit in units}),
+        "prompts": len({prompt for unit in units for prompt in unit["prompts"]}),
         "new_tokens": sum(len(c["tokens"]) for c in configured),
     }
     device = [unit["device_utilisation"] for unit in units if unit["device_utilisation"] is not None]
     if device:
         found["device_utilisation"] = float(np.mean(device))
-    found |= _with_interval("tok_s", _by_prompt(units, lambda unit: decode_rate(unit["configured"])), seed)
-    found |= _with_interval("plain_tok_s", _by_prompt(units, lambda unit: decode_rate(unit["plain"])), seed)
-    found |= _with_interval("speedup", _by_prompt(units, _speedup), seed)
+    found |= _with_interval("tok_s", _by_prompts(units, lambda unit: decode_rate(unit["configured"])), seed)
+    found |= _with_interval("plain_tok_s", _by_prompts(units, lambda unit: decode_rate(unit["plain"])), seed)
+    found |= _with_interval("speedup", _by_prompts(units, lambda unit: _ratio(unit, unit["plain"])), seed)
+    for name in dict.fromkeys(name for unit in units for name in unit["against"]):
+        found |= _against(name, units, seed)
     return found | _drafting(configured) | _losslessness(units)
 
 
-def acceptance_by_position(units: Sequence[Mapping[str, Any]]) -> list[float]:
-    """For draft position j = 1, 2, ...: accepted there / proposed there."""
-    proposed = np.concatenate([unit["configured"]["cycles"]["proposed"] for unit in units]).astype(int)
-    accepted = np.concatenate([unit["configured"]["cycles"]["accepted"] for unit in units]).astype(int)
-    return [float((accepted >= j).sum() / (proposed >= j).sum()) for j in range(1, int(proposed.max(initial=0)) + 1)]
+def _against(name: str, units: Sequence[Unit], seed: int) -> Measurements:
+    """A reference's own rate, and the configuration's over it: above 1, the configuration is faster."""
+    those = [unit for unit in units if name in unit["against"]]
+    rates = _by_prompts(those, lambda unit: decode_rate(unit["against"][name]))
+    ratios = _by_prompts(those, lambda unit: _ratio(unit, unit["against"][name]))
+    return _with_interval(f"against/{name}/tok_s", rates, seed) | _with_interval(f"against/{name}/ratio", ratios, seed)
+
+
+def acceptance_by_position(units: Sequence[Unit]) -> list[float]:
+    """For draft position j = 1, 2, ...: accepted there / drafts that looked as far."""
+    cycles = [c["cycles"] for unit in units for c in unit["configured"]]
+    depth = np.concatenate([c["depth"] for c in cycles]).astype(int)
+    accepted = np.concatenate([c["accepted"] for c in cycles]).astype(int)
+    return [float((accepted >= j).sum() / (depth >= j).sum()) for j in range(1, int(depth.max(initial=0)) + 1)]
 
 
 def bootstrap_median(values: Sequence[float], seed: int) -> tuple[float, float]:
@@ -88,7 +107,7 @@ def bootstrap_median(values: Sequence[float], seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _drafting(configured: Sequence[Mapping[str, Any]]) -> Measurements:
+def _drafting(configured: Sequence[Packed]) -> Measurements:
     def column(name: str) -> NDArray[np.float64]:
         return np.concatenate([np.asarray(c["cycles"][name], dtype=float) for c in configured])
 
@@ -99,23 +118,25 @@ def _drafting(configured: Sequence[Mapping[str, Any]]) -> Measurements:
         "tokens_per_cycle": float(column("new_tokens").sum() / cycles),
         "draft_ms": float(column("draft_ms").mean()),
         "verify_ms": float(column("verify_ms").mean()),
+        "k_mean": float(column("k_asked").mean()),
     }
     if column("k_asked").any():
-        found["proposed_share"] = float(proposed / column("k_asked").sum())
+        found["proposed_share"] = float(column("depth").sum() / column("k_asked").sum())
     if proposed:
         found["acceptance"] = float(column("accepted").sum() / proposed)
     return found
 
 
-def _losslessness(units: Sequence[Mapping[str, Any]]) -> Measurements:
-    verdicts = [unit["verdict"] for unit in units]
-    equal = sum(_equal_prefix(unit) for unit in units) / sum(len(unit["plain"]["tokens"]) for unit in units)
+def _losslessness(units: Sequence[Unit]) -> Measurements:
+    verdicts = [verdict["verdict"] for unit in units for verdict in unit["verdicts"]]
+    pairs = [pair for unit in units for pair in zip(unit["plain"], unit["configured"], strict=True)]
+    equal = sum(_equal_prefix(*pair) for pair in pairs) / sum(len(plain["tokens"]) for plain, _ in pairs)
     return {"ties": verdicts.count("tie"), "differing": verdicts.count("differs"), "equal_tokens": equal}
 
 
-def _equal_prefix(unit: Mapping[str, Any]) -> int:
-    difference = first_difference(unit["plain"]["tokens"], unit["configured"]["tokens"])
-    return len(unit["plain"]["tokens"]) if difference is None else difference
+def _equal_prefix(plain: Packed, configured: Packed) -> int:
+    difference = first_difference(plain["tokens"], configured["tokens"])
+    return len(plain["tokens"]) if difference is None else difference
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
@@ -126,19 +147,27 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return None if len(a) == len(b) else min(len(a), len(b))
 
 
-def _speedup(unit: Mapping[str, Any]) -> float | None:
-    rate, plain = decode_rate(unit["configured"]), decode_rate(unit["plain"])
-    return rate / plain if rate and plain else None
+def _ratio(unit: Unit, reference: Sequence[Packed]) -> float | None:
+    rate, other = decode_rate(unit["configured"]), decode_rate(reference)
+    return rate / other if rate and other else None
 
 
-def _by_prompt(units: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
-    """One value a prompt: the mean over its repeats; prompts without any are left out."""
-    grouped: dict[str, list[float]] = {}
+def _by_prompts(units: Sequence[Unit], value: Callable[[Unit], float | None]) -> list[float]:
+    """One value for the same prompts: the mean over their repeats; those without any are left out."""
+    grouped: dict[tuple[str, ...], list[float]] = {}
     for unit in units:
         one = value(unit)
         if one is not None:
-            grouped.setdefault(unit["prompt"], []).append(one)
+            grouped.setdefault(tuple(unit["prompts"]), []).append(one)
     return [float(np.mean(values)) for values in grouped.values()]
+
+
+def _last(completions: Sequence[Packed], name: str) -> float:
+    return max(float(c[name]) for c in completions)
+
+
+def _total(completions: Sequence[Packed], name: str) -> int:
+    return sum(sum(c["cycles"][name]) for c in completions)
 
 
 def _with_interval(name: str, values: list[float], seed: int) -> Measurements:

@@ -20,7 +20,7 @@ from selfspec import assets
 from selfspec import config as schema
 from selfspec.errors import ConfigError
 
-STAGE_VERSIONS = {"fit": 1, "bench": 1}
+STAGE_VERSIONS = {"fit": 2, "bench": 2}
 """Raise a stage's number when the same plan would give other results: old journals are then not taken."""
 
 _DRAFTS = Path(__file__).parent / "engine" / "draft"
@@ -30,9 +30,26 @@ _OTHER_VALUE: dict[str, Callable[[Any], Any]] = {
     "tau_h": lambda v: v + 1,
     "K": lambda v: v + 1 if v < 64 else v - 1,
     "exit_layer": lambda v: v - 1 if v > 1 else v + 1,
+    "temperature": lambda v: v + 0.5 if v < 9 else v - 0.5,
     "seed": lambda v: v + 1 if v < 2**32 - 1 else v - 1,
     "stages": lambda v: ["fit"] if list(v) != ["fit"] else ["bench"],
 }
+
+_HEAD = {"form", "rank", "previous", "ridge", "sgd_epochs", "head"}
+_READOUT = {"vocab", "head", "width", "budget", "sample"}
+_MEANS: dict[str, set[str]] = {
+    "none": set(),
+    "layerskip": {"exit_layer"} | _READOUT,
+    "lsq": {"exit_layer"} | _HEAD | _READOUT,
+    "adapter": {"exit_layer", "form", "sgd_epochs"} | _READOUT,
+    "medusa": {"heads", "init", "ridge", "sgd_epochs"} | _READOUT,
+    "eagle": {"alpha"} | _HEAD | _READOUT,
+    "vanilla": {"source", "sha256", "sample"},
+    "ngram": {"longest", "shortest"},
+    "suffix": {"longest", "shortest", "shared", "width", "budget"},
+    "hybrid": {"lookup", "learned", "longest", "shortest", "shared", "width", "budget"},
+}
+"""The settings each draft mode has a use for; a hybrid also has those of its learned draft."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,7 @@ class Plan:
     hardware: schema.Hardware
     workload: schema.Workload
     scale: schema.Scale
+    bench: schema.Bench
     tracking: schema.Tracking
     checkpoint: schema.Checkpoint
 
@@ -62,21 +80,36 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether the tokens must equal those of plain decoding."""
-        return self.policy.verify
+        """Whether tokens must be plain decoding's: the same ones, or of the same distribution where they are drawn."""
+        return not self.policy.relaxed
+
+    @property
+    def fixed_ks(self) -> tuple[int, ...]:
+        """The fixed K measured beside a controller that adapts."""
+        adapts = self.controller.name in (schema.ControllerName.adaptive, schema.ControllerName.cost)
+        return tuple(self.bench.fixed) if adapts and self.speculative else ()
 
     @property
     def label(self) -> str:
         """A short name for tables and run lists, such as ``lsq12 varH=4 K=4``."""
-        parts = [self.draft.name + (str(self.draft.exit_layer) if self.draft.exit_layer else "")]
-        if self.draft.form is schema.HeadForm.low_rank:
-            parts[0] += f"r{self.draft.rank}"
-        if not self.policy.verify:
-            parts.append("unverified")
-        if self.gate.name is not schema.GateName.none:
+        parts = [_draft_label(self.draft)]
+        if self.gate.name is schema.GateName.bandit:
+            parts.append("bandit")
+        elif self.gate.name is not schema.GateName.none:
             parts.append(f"{self.gate.name.name}={self.gate.threshold:g}")
         if self.speculative:
-            parts.append(f"K={self.controller.K}")
+            fixed = self.controller.name is schema.ControllerName.fixed
+            parts.append(f"K={self.controller.K}" if fixed else self.controller.name.name)
+        if not self.policy.verify:
+            parts.append("unverified")
+        elif self.policy.name is not schema.PolicyName.longest_prefix:
+            parts.append(self.policy.name.name)
+        if self.policy.samples:
+            parts.append(f"T={self.policy.temperature:g}")
+        if self.engine.name is schema.EngineName.hf:
+            parts.append("by hf")
+        if self.engine.max_batch > 1:
+            parts.append(f"batch={self.engine.max_batch}")
         return " ".join(parts)
 
     @property
@@ -122,6 +155,7 @@ class Plan:
             hardware=(self.hardware.device, self.hardware.dtype, self.hardware.threads),
             workload=asdict(replace(self.workload, name="", source=prompts, sha256=None)),
             scale=asdict(replace(self.scale, name="")),
+            bench=(self.bench.against, self.fixed_ks),
             seed=self.seed,
             stages={stage: STAGE_VERSIONS[stage] for stage in self.stages},
             fit=STAGE_VERSIONS["fit"] if self.draft.fitted else None,
@@ -142,6 +176,9 @@ def make(cfg: DictConfig) -> Plan:
     config = schema.load(cfg)
     draft, gate, policy = config.draft, config.gate, config.policy
     _check_draft(config)
+    _check_policy(config)
+    _check_bench(config)
+    _check_controller(config.controller, draft, config.engine)
     if not (draft.name != "none" and policy.verify):
         gate = schema.Gate()  # nothing is drafted, or nothing verified: there is nothing to stop
     if draft.name == "none":
@@ -162,6 +199,7 @@ def make(cfg: DictConfig) -> Plan:
         hardware=config.hardware,
         workload=config.workload,
         scale=config.scale,
+        bench=config.bench,
         tracking=config.tracking,
         checkpoint=config.checkpoint,
     )
@@ -201,15 +239,84 @@ def _check_draft(config: schema.Config) -> None:
         raise ConfigError(f"policy.verify=false: only early-exit drafts can do without, draft={draft.name} is none")
     if not config.policy.verify and draft.previous:
         raise ConfigError("draft.previous=true: reads the verified final state, which policy.verify=false never has")
-    if not draft.fitted and draft != schema.Draft(name=draft.name, exit_layer=draft.exit_layer):
-        raise ConfigError(
-            f"draft={draft.name}: has no fitted head; rank, previous, ridge, sgd_epochs and head mean nothing"
-        )
+    for key in sorted(_given(draft) - _MEANS.get(draft.learned or draft.name, set()) - _MEANS[draft.name]):
+        raise ConfigError(f"draft.{key}={_plain(getattr(draft, key))}: means nothing to draft={draft.name}")
+
+
+def _draft_label(draft: schema.Draft) -> str:
+    name = f"{draft.lookup}+{draft.learned}" if draft.learned else draft.name
+    label = name + (str(draft.exit_layer) if draft.exit_layer else "")
+    if draft.form is schema.HeadForm.low_rank:
+        label += f"r{draft.rank}"
+    if draft.form is schema.HeadForm.block:
+        label += "-block"
+    label += f"/{draft.vocab // 1000}k" if draft.vocab and draft.vocab >= 1000 else ""
+    return label + (f"x{draft.width}" if draft.width > 1 else "")
+
+
+def _given(draft: schema.Draft) -> set[str]:
+    """The settings that are not at their default."""
+    blank = schema.Draft(name=draft.name)
+    return {key for key, value in asdict(draft).items() if value != getattr(blank, key)}
 
 
 def _check_gate(gate: schema.Gate) -> None:
-    if gate.name is not schema.GateName.none and gate.threshold is None:
+    if gate.name is schema.GateName.bandit:
+        if not gate.arms:
+            raise ConfigError(f"gate.arms={gate.arms}: gate=bandit needs one threshold or more")
+    elif gate.name is not schema.GateName.none and gate.threshold is None:
         raise ConfigError(f"gate.threshold=null: gate={gate.name.name} needs a number")
+
+
+def _check_policy(config: schema.Config) -> None:
+    policy, name = config.policy, config.policy.name
+    needs = {
+        schema.PolicyName.conf_threshold: ("threshold",),
+        schema.PolicyName.topk_agree: ("k",),
+        schema.PolicyName.typical: ("epsilon", "delta"),
+    }
+    for key in needs.get(name, ()):
+        if getattr(policy, key) is None:
+            raise ConfigError(f"policy.{key}=null: policy={name.name} needs a number")
+    if policy.samples and name is not schema.PolicyName.rejection:
+        raise ConfigError(
+            f"policy.temperature={policy.temperature:g}: policy={name.name} is greedy; use policy=rejection"
+        )
+    if config.draft.sample and not policy.samples:
+        raise ConfigError("draft.sample=true: only policy=rejection at a temperature above 0 draws tokens")
+    if config.draft.sample and config.draft.width > 1:
+        raise ConfigError(f"draft.sample=true: draws chains; draft.width={config.draft.width} asks for a tree")
+
+
+REFERENCES = ("hf", "hf_prompt_lookup", "hf_early_exit", "hf_assistant")
+"""What ``bench.against`` may name."""
+
+
+def _check_bench(config: schema.Config) -> None:
+    for name in config.bench.against:
+        if name not in REFERENCES:
+            raise ConfigError(f"bench.against={name}: allowed are {', '.join(REFERENCES)}")
+    if "hf_assistant" in config.bench.against and config.draft.name != "vanilla":
+        raise ConfigError("bench.against=hf_assistant: needs draft=vanilla, whose model it drafts with")
+    for k in config.bench.fixed:
+        if not 1 <= k <= 64:
+            raise ConfigError(f"bench.fixed={k}: must be from 1 to 64")
+
+
+def _check_controller(controller: schema.Controller, draft: schema.Draft, engine: schema.Engine) -> None:
+    needs = {
+        schema.ControllerName.adaptive: ("low", "high", "step", "window", "target"),
+        schema.ControllerName.cost: ("window",),
+        schema.ControllerName.autotune: ("exits",),
+    }
+    for key in needs.get(controller.name, ()):
+        if getattr(controller, key) is None:
+            raise ConfigError(f"controller.{key}=null: controller={controller.name.name} needs a value")
+    if controller.name is schema.ControllerName.autotune:
+        if draft.name != "layerskip":
+            raise ConfigError(f"controller=autotune: chooses among raw exits, which draft={draft.name} does not have")
+        if engine.max_batch > 1:
+            raise ConfigError(f"engine.max_batch={engine.max_batch}: controller=autotune decodes one request at a time")
 
 
 def _plain(value: Any) -> Any:

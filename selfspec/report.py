@@ -166,13 +166,37 @@ def _caption(rows: Sequence[Result]) -> str:
         lines.append(
             "ties: tokens differ from plain decoding only where two logits are equal within the dtype's rounding."
         )
+    if any(row["lossless"] == "sampled" for row in rows):
+        lines.append("sampled: tokens were drawn from plain decoding's distribution, and are not the ones it drew.")
     if any(lossy(row) for row in rows):
         lines.append("LOSSY, NO: these tokens are not those of plain decoding; the speed-up is not for the same text.")
     for row, label in zip(rows, labels(rows), strict=True):
+        lines += [f"{label}: {words}" for words in against(row)]
         if row["status"] == "failed":
             lines.append(f"{label}: FAILED: {_line(row['error'] or 'no reason given')}")
         lines += [f"{label}: {_line(note)}" for note in row["notes"]]
     return "\n".join(lines)
+
+
+def against(row: Result) -> list[str]:
+    """What stood beside a configuration in the same process, and how they compare."""
+    names = [
+        key.split("/")[2] for key in row["measurements"] if key.startswith("bench/against/") and key.endswith("/ratio")
+    ]
+    said = []
+    for name in (name for name in names if not name.startswith("K=")):
+        ratio, rate = (
+            interval(row, f"bench/against/{name}/{what}", form) for what, form in (("ratio", ".2f"), ("tok_s", ".1f"))
+        )
+        said.append(f"{ratio} times {name} ({rate} tok/s)")
+    fixed = [name for name in names if name.startswith("K=")]
+    if fixed:
+        best = max(fixed, key=lambda name: value(row, f"bench/against/{name}/tok_s") or 0.0)
+        ratio, rate = (
+            interval(row, f"bench/against/{best}/{what}", form) for what, form in (("ratio", ".2f"), ("tok_s", ".1f"))
+        )
+        said.append(f"{ratio} times the best fixed K of {', '.join(name[2:] for name in fixed)}: {best} ({rate} tok/s)")
+    return said
 
 
 def _summary(rows: Sequence[Result]) -> str:

@@ -14,8 +14,18 @@ from selfspec.tracking import flatten
 VERSION = 1
 """Of the form of ``result.json``."""
 FILE = "result.json"
+EXACT = ("longest_prefix", "rejection")
+"""The policies under which nothing but speed changes."""
 
-_VERDICTS = {"yes": "yes", "ties": "ties", "no": "NO", "lossy": "LOSSY", "reference": "reference", None: "not checked"}
+_VERDICTS = {
+    "yes": "yes",
+    "ties": "ties",
+    "no": "NO",
+    "sampled": "sampled",
+    "lossy": "LOSSY",
+    "reference": "reference",
+    None: "not checked",
+}
 _SHAPE: dict[str, type] = {
     "version": int,
     "plan_id": str,
@@ -44,7 +54,7 @@ class Result(TypedDict):
     name: str
     settings: dict[str, Any]
     measurements: dict[str, float]
-    lossless: Literal["yes", "ties", "no", "lossy", "reference"] | None
+    lossless: Literal["yes", "ties", "no", "sampled", "lossy", "reference"] | None
     notes: list[str]
     provenance: dict[str, Any]
     acceptance_by_position: list[float]
@@ -124,8 +134,9 @@ def interval(result: Result, key: str, form: str, unit: str = "") -> str:
 def lossy(result: Result) -> bool:
     """Whether the tokens are not those of plain decoding, by design or by mistake."""
     drafts = result["settings"].get("draft", {}).get("name", "none") != "none"
-    verified = result["settings"].get("policy", {}).get("verify", True)
-    return result["lossless"] in ("lossy", "no") or (drafts and not verified)
+    policy = result["settings"].get("policy", {})
+    relaxed = not policy.get("verify", True) or policy.get("name", "longest_prefix") not in EXACT
+    return result["lossless"] in ("lossy", "no") or (drafts and relaxed)
 
 
 def verdict(result: Result) -> str:

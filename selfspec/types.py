@@ -17,12 +17,33 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request's tokens are chosen from the model's distribution.
+
+    Attributes:
+        temperature: logits are divided by it; 0 is greedy.
+        top_k: only the k likeliest tokens may be drawn; ``None``: all.
+        top_p: only the fewest likeliest tokens that together have this probability; ``None``: all.
+        seed: the request's own randomness, so that its tokens do not depend on its neighbours in a batch.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """What to decode: a prompt and when to stop."""
+    """What to decode: a prompt, when to stop, and how tokens are chosen."""
 
     tokens: tuple[int, ...]
     max_new_tokens: int
     ignore_eos: bool = False
+    sampling: Sampling = GREEDY
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +51,28 @@ class Cycle:
     """One round of draft, verify, accept. Every engine writes the same record.
 
     Attributes:
-        k_asked: draft tokens the controller asked for.
-        proposed: draft tokens handed to verification; fewer than asked where a gate stopped.
-        accepted: draft tokens that stand (at most ``proposed``).
+        k_asked: how many positions ahead the controller asked the draft to look.
+        proposed: draft tokens handed to verification; fewer than asked where a gate stopped, more where the
+            draft is a tree.
+        depth: how many positions ahead the draft looked; of a chain, ``proposed``.
+        accepted: draft tokens that stand (at most ``depth``).
         new_tokens: tokens emitted; ``accepted`` and the target's own one, less what a stop cut off.
         signals: the gate's signal of every token the draft looked at, in order: the proposed ones,
             then the one it doubted, if it stopped. Empty where the gate computes none.
         draft_ms: milliseconds spent drafting, gate included.
         verify_ms: milliseconds spent in the target's pass and in accepting.
+        batch: requests that shared the cycle, and its milliseconds.
     """
 
     k_asked: int
     proposed: int
+    depth: int
     accepted: int
     new_tokens: int
     signals: tuple[float, ...]
     draft_ms: float
     verify_ms: float
+    batch: int = 1
 
 
 @dataclass(frozen=True, slots=True)

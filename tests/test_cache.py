@@ -1,145 +1,384 @@
-"""cache: write at a position, forget by overwriting, and notice what is missing."""
+"""cache: rows come, grow by what stands and go, and at every moment a row holds its own tokens and no other's."""
 
 import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from selfspec.engine.cache import KVCache
+from selfspec.engine.cache import KVCache, Place
+from selfspec.engine.tree import Tree
 
 LAYERS, HEADS, SIZE = 3, 2, 4
+#        0
+#      /   \
+#     1     2
+#    / \    |
+#   3   4   5
+BUSHY = Tree([9, 7, 8, 7, 8, 7], [-1, 0, 0, 1, 1, 2])
 
 
-def empty(rows: int = 1, capacity: int = 8) -> KVCache:
-    return KVCache(LAYERS, rows, HEADS, capacity, SIZE, torch.float32, torch.device("cpu"))
+def empty(rows: int = 1, capacity: int = 8, cls: type[KVCache] = KVCache) -> KVCache:
+    return cls(LAYERS, rows, HEADS, capacity, SIZE, torch.float32, torch.device("cpu"))
 
 
-def filled(count: int, value: float, rows: int = 1) -> Tensor:
-    return torch.full((rows, HEADS, count, SIZE), value)
+def chain(count: int) -> Tree:
+    return Tree.chain([0] * count)
 
 
-def write(cache: KVCache, start: int | Tensor, keys: Tensor, *layers: int) -> list[tuple[Tensor, Tensor]]:
-    at = cache.place(start, keys.shape[2])
-    return [cache.append(layer, keys, -keys, at) for layer in layers or range(LAYERS)]
+def write(cache: KVCache, at: Place, marks: Sequence[float], *layers: int) -> list[tuple[Tensor, Tensor]]:
+    """Appends tokens whose keys are all one number, and whose values are its negative; layer l adds l / 4."""
+    keys = torch.tensor(marks, dtype=torch.float32)[:, None, None].expand(-1, HEADS, SIZE)
+    return [cache.append(layer, keys + layer / 4, -keys - layer / 4, at) for layer in layers or range(LAYERS)]
+
+
+def begun(cache: KVCache, marks: Sequence[float]) -> int:
+    """A row that holds these verified tokens."""
+    row = cache.admit()
+    write(cache, cache.place([chain(len(marks))], row=row), marks)
+    cache.keep(row, range(len(marks)))
+    return row
 
 
 def held(keys: Tensor) -> list[list[float]]:
-    """Of each row, the value at each position; all heads hold the same."""
+    """Of each row, the mark in each slot; all heads hold the same."""
     assert torch.equal(keys, keys[:, :1, :, :1].expand_as(keys))
-    return keys[:, 0, :, 0].tolist()
+    marks: list[list[float]] = keys[:, 0, :, 0].tolist()
+    return marks
 
 
-def test_what_is_appended_is_read_back() -> None:
-    cache = empty()
-    for keys, values in write(cache, 0, filled(3, 1.0)):
-        assert held(keys) == [[1, 1, 1]] and torch.equal(values, -keys)
-    for keys, values in write(cache, 3, filled(2, 2.0)):
-        assert held(keys) == [[1, 1, 1, 2, 2]] and torch.equal(values, -keys)
-
-
-def test_what_is_rejected_is_overwritten() -> None:
-    cache = empty()
-    write(cache, 0, filled(2, 1.0))
-    cache.advance(2)
-    write(cache, cache.length, filled(4, 2.0))  # one verified token, three drafted
-    cache.advance(2)  # one of them stands
-    assert cache.length == 4
-    cache.check_integrity(LAYERS)
-    for keys, _ in write(cache, cache.length, filled(1, 3.0)):
-        assert held(keys) == [[1, 1, 2, 2, 3]]
-    cache.advance(1)
-    assert cache.written == [5] * LAYERS
-    cache.check_integrity(LAYERS)
-
-
-def test_a_draft_writes_only_its_own_layers() -> None:
-    cache = empty()
-    write(cache, 0, filled(2, 1.0))
-    cache.advance(2)
-    write(cache, 2, filled(1, 2.0), 0)
-    write(cache, 3, filled(1, 3.0), 0)
-    for keys, _ in write(cache, 2, filled(2, 4.0), 1, 2):
-        assert held(keys) == [[1, 1, 4, 4]]
-    assert held(cache.keys[0][:, :, :4]) == [[1, 1, 2, 3]]
-    cache.advance(2)
-    cache.check_integrity(LAYERS)
-
-
-def test_rows_of_their_own_length() -> None:
-    cache = empty(rows=3)
-    write(cache, 0, filled(4, 1.0, rows=3))
-    for keys, values in write(cache, torch.tensor([4, 1, 2]), filled(2, 2.0, rows=3)):
-        assert held(keys) == [[1, 1, 1, 1, 2, 2], [1, 2, 2, 1, 0, 0], [1, 1, 2, 2, 0, 0]]
-        assert torch.equal(values, -keys)
-
-
-def test_rows_that_stay() -> None:
-    cache = empty(rows=3)
-    write(cache, 0, torch.arange(3.0)[:, None, None, None].expand(3, HEADS, 2, SIZE))
-    cache.keep_rows(torch.tensor([2, 0]))
-    assert cache.rows == 2
-    for keys, values in write(cache, torch.tensor([2, 1]), filled(1, 9.0, rows=2)):
-        assert held(keys) == [[2, 2, 9], [0, 9, 0]] and torch.equal(values, -keys)
+def looked_at(at: Place, row: int = 0) -> list[list[int]]:
+    """For each new token of a row, the slots it may look at."""
+    assert at.mask is not None
+    return [[slot for slot, may in enumerate(token) if may] for token in at.mask[row, 0].tolist()]
 
 
 class TestPlace:
     def test_a_prefill_is_causal(self) -> None:
-        at = empty().place(0, 4)
-        assert at.causal and at.mask is None and at.index is None and at.stop == 4
+        cache = empty()
+        at = cache.place([chain(4)], row=cache.admit())
+        assert at.causal and at.mask is None and at.slot is None
+        assert (at.start, at.stop, at.width, at.count, at.positions) == (0, 4, 4, 1, slice(0, 4))
 
     def test_one_token_sees_everything(self) -> None:
-        for start in (0, 5):
-            at = empty().place(start, 1)
-            assert not at.causal and at.mask is None and (at.start, at.stop) == (start, start + 1)
+        cache = empty()
+        row = cache.admit()
+        for length in (0, 5):
+            cache.lengths[row] = length
+            at = cache.place([chain(1)])
+            assert not at.causal and at.mask is None and (at.start, at.stop) == (length, length + 1)
+            assert at.positions == slice(length, length + 1)
 
     def test_several_tokens_see_what_is_before_them(self) -> None:
-        at = empty().place(2, 3)
-        assert at.mask is not None and not at.causal
-        assert at.mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+        cache = empty()
+        begun(cache, [1, 2])
+        at = cache.place([chain(3)])
+        assert looked_at(at) == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]] and not at.causal
+
+    @pytest.mark.parametrize("first", [1, 2])
+    def test_those_already_run_are_not_placed_again(self, first: int) -> None:
+        cache = empty()
+        begun(cache, [1, 2])
+        at = cache.place([chain(3)], first=first)
+        assert (at.start, at.stop, at.width, at.positions) == (2 + first, 5, 3 - first, slice(2 + first, 5))
+        assert at.mask is None if first == 2 else looked_at(at) == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
+
+    def test_nodes_of_a_tree_see_their_ancestors_and_share_positions(self) -> None:
+        cache = empty(capacity=10)
+        begun(cache, [1, 2])
+        at = cache.place([BUSHY])
+        assert (at.start, at.stop) == (2, 8) and torch.as_tensor(at.positions).tolist() == [2, 3, 3, 4, 4, 4]
+        assert looked_at(at) == [[0, 1, 2, *more] for more in ([], [3], [4], [3, 5], [3, 6], [4, 7])]
+
+    def test_a_trees_last_nodes_see_those_that_were_run_before(self) -> None:
+        cache = empty(capacity=10)
+        begun(cache, [1, 2])
+        at = cache.place([BUSHY], first=3)
+        assert (at.start, at.stop, at.width) == (5, 8, 3) and torch.as_tensor(at.positions).tolist() == [4, 4, 4]
+        assert looked_at(at) == [[0, 1, 2, 3, 5], [0, 1, 2, 3, 6], [0, 1, 2, 4, 7]]
 
     def test_each_row_sees_its_own(self) -> None:
-        at = empty(rows=2).place(torch.tensor([0, 2]), 2)
-        assert at.mask is not None and at.index is not None and at.stop == 4
-        assert at.index.tolist() == [[0, 1], [2, 3]]
-        assert at.mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
-        assert at.mask[1, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+        cache = empty(rows=3, capacity=12)
+        for marks in ([1, 2, 3, 4], [5], [6, 7]):
+            begun(cache, marks)
+        at = cache.place([chain(1), BUSHY, chain(2)])
+        assert (at.width, at.stop, at.count, at.stops) == (6, 7, 3, [5, 7, 4])
+        assert at.row is not None and at.slot is not None
+        assert at.row.tolist() == [0, 1, 1, 1, 1, 1, 1, 2, 2]
+        assert at.slot.tolist() == [4, 1, 2, 3, 4, 5, 6, 2, 3]
+        assert torch.as_tensor(at.positions).tolist() == [4, 1, 2, 2, 3, 3, 3, 2, 3]
+        assert looked_at(at, 0) == [[0, 1, 2, 3, 4]] * 6  # one token, and padding that looks where it does
+        assert looked_at(at, 1) == [[0, 1, *more] for more in ([], [2], [3], [2, 4], [2, 5], [3, 6])]
+        assert looked_at(at, 2) == [[0, 1, 2]] + [[0, 1, 2, 3]] * 5
 
-    @pytest.mark.parametrize("start", [6, torch.tensor([0, 6])], ids=["one", "ragged"])
-    def test_capacity(self, start: int | Tensor) -> None:
+    def test_padding_lays_rows_out_side_by_side_and_back(self) -> None:
+        cache = empty(rows=3)
+        for _ in range(3):
+            begun(cache, [1])
+        at = cache.place([chain(1), chain(3), chain(2)])
+        assert at.pad is not None and at.unpad is not None
+        new = torch.arange(6)  # a, b b b, c c
+        assert new[at.pad].view(3, 3).tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 5]]
+        assert torch.equal(new[at.pad][at.unpad], new)
+        even = cache.place([chain(2)] * 3)
+        assert even.pad is None and even.unpad is None
+
+    def test_capacity(self) -> None:
         cache = empty(rows=2, capacity=8)
-        assert cache.place(start, 2).stop == 8
-        with pytest.raises(ValueError, match="position 9 is beyond the cache's capacity of 8"):
-            cache.place(start, 3)
+        begun(cache, [1] * 6)
+        assert cache.place([chain(2)]).stop == 8
+        begun(cache, [1])
+        assert cache.place([chain(2), chain(7)]).stop == 8
+        for trees, row in (([chain(3)], 0), ([chain(3), chain(1)], None), ([chain(1), chain(8)], None)):
+            with pytest.raises(ValueError, match="slot 9 is beyond the cache's capacity of 8"):
+                cache.place(trees, row=row)
+
+    def test_a_tree_for_every_row(self) -> None:
+        cache = empty(rows=3)
+        for _ in range(3):
+            begun(cache, [1])
+        with pytest.raises(ValueError, match="shorter"):
+            cache.place([chain(1), chain(1)])
+
+
+class TestRows:
+    def test_what_is_appended_is_read_back(self) -> None:
+        cache = empty()
+        row = cache.admit()
+        for layer, (keys, values) in enumerate(write(cache, cache.place([chain(3)], row=row), [1, 2, 3])):
+            assert held(keys) == [[mark + layer / 4 for mark in (1, 2, 3)]] and torch.equal(values, -keys)
+        cache.keep(row, range(3))
+        for layer, (keys, values) in enumerate(write(cache, cache.place([chain(2)]), [4, 5])):
+            assert held(keys) == [[mark + layer / 4 for mark in (1, 2, 3, 4, 5)]] and torch.equal(values, -keys)
+
+    def test_what_is_rejected_is_overwritten(self) -> None:
+        cache = empty()
+        begun(cache, [1, 2])
+        write(cache, cache.place([chain(4)]), [3, 4, 5, 6])  # the last token, and three drafted
+        cache.keep(0, [0, 1])  # one of them stands
+        assert cache.lengths == [4]
+        cache.check_integrity(LAYERS)
+        keys, _ = write(cache, cache.place([chain(1)]), [7], 0)[0]
+        assert held(keys) == [[1, 2, 3, 4, 7]]
+
+    def test_a_draft_writes_only_its_own_layers(self) -> None:
+        cache = empty()
+        begun(cache, [1, 2])
+        for step, mark in enumerate((3, 4)):
+            write(cache, cache.place([chain(step + 1)], first=step), [mark], 0)
+        for layer, (keys, _) in enumerate(write(cache, cache.place([chain(2)]), [5, 6], 1, 2), start=1):
+            assert held(keys) == [[mark + layer / 4 for mark in (1, 2, 5, 6)]]
+        assert held(cache._kv[0, 0, :, :, :4]) == [[1, 2, 3, 4]]
+        cache.keep(0, [0, 1])
+        cache.check_integrity(LAYERS)
+
+    @pytest.mark.parametrize("path", [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4], [0, 2, 5]], ids=str)
+    def test_of_a_tree_a_path_is_kept(self, path: list[int]) -> None:
+        cache = empty(rows=2, capacity=12)
+        begun(cache, [1, 2])
+        begun(cache, [3])
+        write(cache, cache.place([BUSHY, chain(2)]), [10, 11, 12, 13, 14, 15, 20, 21])
+        cache.keep(0, path)
+        cache.keep(1, [0, 1])
+        assert cache.lengths == [2 + len(path), 3]
+        cache.check_integrity(LAYERS)
+        for layer, (keys, values) in enumerate(write(cache, cache.place([chain(1)] * 2), [30, 40])):
+            first, second = held(keys - layer / 4)
+            assert first[: cache.lengths[0] + 1] == [1, 2, *(10 + node for node in path), 30]
+            assert second[:4] == [3, 20, 21, 40] and torch.equal(values, -keys)
+
+    def test_the_last_row_takes_the_place_of_one_that_leaves(self) -> None:
+        cache = empty(rows=3)
+        for marks in ([1, 1], [2, 2, 2], [3, 3, 3, 3]):
+            begun(cache, marks)
+        cache.evict(0)
+        assert cache.lengths == [4, 3] and cache.written == [{0: 4, 1: 3}] * LAYERS
+        cache.check_integrity(LAYERS)
+        (keys, values), *_ = write(cache, cache.place([chain(1)] * 2), [8, 9])
+        assert [row[:n] for row, n in zip(held(keys), (5, 4), strict=True)] == [[3, 3, 3, 3, 8], [2, 2, 2, 9]]
+        assert torch.equal(values, -keys)
+        cache.evict(1)
+        assert cache.lengths == [4] and begun(cache, [5]) == 1
+        cache.check_integrity(LAYERS)
+
+    def test_as_many_as_there_is_room_for(self) -> None:
+        cache = empty(rows=2)
+        assert [cache.admit(), cache.admit()] == [0, 1]
+        with pytest.raises(ValueError, match="all 2 rows are taken"):
+            cache.admit()
+        cache.evict(0)
+        assert cache.admit() == 1
 
 
 class TestIntegrity:
     @pytest.fixture
     def cache(self) -> KVCache:
-        cache = empty()
-        write(cache, 0, filled(3, 1.0))
-        cache.advance(3)
+        cache = empty(rows=2)
+        begun(cache, [1, 2])
+        begun(cache, [3, 4, 5])
         cache.check_integrity(LAYERS)
         return cache
 
     def test_a_layer_that_was_not_run(self, cache: KVCache) -> None:
-        write(cache, 3, filled(2, 2.0), 0, 2)
-        cache.advance(1)
+        write(cache, cache.place([chain(2)], row=1), [6, 7], 0, 2)
+        cache.keep(1, [0])
         cache.check_integrity(1)
-        with pytest.raises(AssertionError, match="layer 1: 3 of 4 written"):
+        with pytest.raises(AssertionError, match="layer 1, row 1: 3 of 4 written"):
             cache.check_integrity(LAYERS)
 
+    @pytest.mark.parametrize("leaves", [0, 1])
+    def test_what_was_written_leaves_with_its_row(self, cache: KVCache, leaves: int) -> None:
+        for written in cache.written[2:]:
+            del written[1]  # as if the last row had not been run there
+        cache.evict(leaves)
+        if leaves == 1:
+            cache.check_integrity(LAYERS)
+        else:
+            with pytest.raises(AssertionError, match="layer 2, row 0: 0 of 3 written"):
+                cache.check_integrity(LAYERS)
+        cache.lengths[cache.admit()] = 1
+        with pytest.raises(AssertionError, match="layer 0, row 1: 0 of 1 written"):
+            cache.check_integrity(1)
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
-    @pytest.mark.parametrize("part", ["keys", "values"])
-    def test_a_value_that_is_not_finite(self, cache: KVCache, part: str, bad: float) -> None:
-        stored = getattr(cache, part)[2]
-        stored[0, 1, 3, 0] = bad  # beyond what is verified: of no account
+    @pytest.mark.parametrize("part", [0, 1], ids=["keys", "values"])
+    def test_a_value_that_is_not_finite(self, cache: KVCache, part: int, bad: float) -> None:
+        stored = cache._kv[2, part, 1]
+        stored[1, 3, 0] = bad  # beyond what is verified: of no account
         cache.check_integrity(LAYERS)
-        stored[0, 1, 2, 3] = bad
-        with pytest.raises(AssertionError, match="layer 2: not finite"):
+        stored[1, 2, 3] = bad
+        cache.check_integrity(2)
+        with pytest.raises(AssertionError, match="layer 2, row 1: not finite"):
             cache.check_integrity(LAYERS)
 
     def test_more_than_there_is_room_for(self, cache: KVCache) -> None:
-        cache.advance(6)
-        with pytest.raises(AssertionError, match="length 9 of 8"):
+        cache.lengths[0] = 9
+        with pytest.raises(AssertionError, match="row 0: length 9 of 8"):
             cache.check_integrity(0)
+
+
+@dataclass
+class Reference:
+    """What a cache must hold, in plain Python: of every row its tokens, each a number of its own."""
+
+    rows: list[list[float]] = field(default_factory=list)
+
+    def evict(self, row: int) -> None:
+        self.rows[row] = self.rows[-1]
+        self.rows.pop()
+
+
+def sprout(rng: random.Random, nodes: int) -> Tree:
+    tree = Tree.chain([0])
+    straight = rng.random() < 0.3
+    while len(tree) < nodes:
+        tree.add(len(tree) - 1 if straight else rng.randrange(len(tree)), 0)
+    return tree
+
+
+def path_to(tree: Tree, node: int) -> list[int]:
+    """From the root."""
+    path = list[int]()
+    while node >= 0:
+        path.insert(0, node)
+        node = tree.parents[node]
+    return path
+
+
+def live(rng: random.Random, steps: int, cls: type[KVCache] = KVCache) -> None:
+    """Random admissions, drafts in parts, verifications and evictions; the cache must always read as the reference."""
+    cache, model = empty(rows=3, capacity=20, cls=cls), Reference()
+    fresh = iter(range(1, 10**6))
+    for _ in range(steps):
+        full = [r for r, tokens in enumerate(model.rows) if len(tokens) > 12]
+        if full or (model.rows and rng.random() < 0.1):
+            leaving = rng.choice(full or range(len(model.rows)))
+            cache.evict(leaving)
+            model.evict(leaving)
+        elif len(model.rows) < 3 and (not model.rows or rng.random() < 0.4):
+            model.rows.append([next(fresh) for _ in range(rng.randint(1, 5))])
+            assert begun(cache, model.rows[-1]) == len(model.rows) - 1
+        else:
+            trees = [sprout(rng, rng.randint(1, 7)) for _ in model.rows]
+            marks = [[next(fresh) for _ in tree.tokens] for tree in trees]
+            drafted = rng.randrange(min(map(len, trees)))  # the first layer runs some nodes before the others
+            if drafted:
+                parts = [Tree(tree.tokens[:drafted], tree.parents[:drafted]) for tree in trees]
+                look(cache, model, parts, marks, 0, 0)
+            look(cache, model, trees, marks, drafted, 0)
+            look(cache, model, trees, marks, 0, 1, 2)
+            for row, tree in enumerate(trees):
+                path = path_to(tree, rng.randrange(len(tree)))
+                cache.keep(row, path)
+                model.rows[row] += [marks[row][node] for node in path]
+        assert cache.lengths == [len(tokens) for tokens in model.rows]
+        cache.check_integrity(LAYERS)
+        for layer in range(LAYERS):
+            for row, tokens in enumerate(model.rows):
+                keys, values = cache._kv[layer, :, row : row + 1, :, : len(tokens)]
+                assert held(keys - layer / 4) == [tokens] and torch.equal(values, -keys)
+
+
+def look(
+    cache: KVCache, model: Reference, trees: Sequence[Tree], marks: Sequence[Sequence[float]], first: int, *layers: int
+) -> None:
+    """Writes nodes from ``first`` on and reads what attention would.
+
+    Every new token must find, in the slots it may look at, its row's verified tokens and its own ancestors,
+    in order and nothing else; and its position must be how many came before it.
+    """
+    at = cache.place(trees, first=first)
+    new = [mark for tree, own in zip(trees, marks, strict=True) for mark in own[first : len(tree)]]
+    read = [held(keys - layer / 4) for layer, (keys, _) in zip(layers, write(cache, at, new, *layers), strict=True)]
+    positions = iter(torch.arange(cache.capacity)[at.positions].tolist())
+    for row, tree in enumerate(trees):
+        for node in range(first, len(tree)):
+            wanted = [*model.rows[row], *(marks[row][above] for above in path_to(tree, node))]
+            may = [slot <= at.start + node - first for slot in range(at.stop)]
+            if at.mask is not None:
+                may = at.mask[row, 0, node - first].tolist()
+            assert next(positions) == len(wanted) - 1
+            for rows in read:
+                assert [mark for mark, seen in zip(rows[row], may, strict=True) if seen] == wanted
+    assert next(positions, None) is None
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(rng=st.randoms(use_true_random=False), steps=st.integers(1, 25))
+def test_random_lives(rng: random.Random, steps: int) -> None:
+    live(rng, steps)
+
+
+class Forgetful(KVCache):
+    """Does not move a path's keys and values up."""
+
+    def keep(self, row: int, path: Sequence[int]) -> None:
+        self.lengths[row] += len(path)
+
+
+class Careless(KVCache):
+    """Does not move the last row into the gap."""
+
+    def evict(self, row: int) -> None:
+        kept = self._kv.clone()
+        super().evict(row)
+        self._kv.copy_(kept)
+
+
+class Flat(KVCache):
+    """Takes a slot for a position, and every tree for a chain."""
+
+    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> Place:
+        return super().place([Tree.chain(tree.tokens) for tree in trees], first, row)
+
+
+@pytest.mark.parametrize("faulty", [Forgetful, Careless, Flat])
+def test_random_lives_find_faults(faulty: type[KVCache]) -> None:
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            live(random.Random(seed), 25, faulty)

@@ -12,16 +12,17 @@ from torch import Tensor
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName
 from selfspec.engine import gate
-from selfspec.engine.cache import KVCache
+from selfspec.engine.cache import KVCache, Place
 from selfspec.engine.controller import Controller, Fixed
-from selfspec.engine.decode import Target, decode
-from selfspec.engine.draft.base import Draft, Proposal, Verified
+from selfspec.engine.decode import Speculation, Target
+from selfspec.engine.draft.base import Draft, Proposal, Row
 from selfspec.engine.draft.layerskip import EarlyExit
-from selfspec.engine.draft.none import NoDraft
 from selfspec.engine.gate import Gate
 from selfspec.engine.head import ExitHead, Head, RawExit
 from selfspec.engine.llama import Llama
-from selfspec.engine.policy import longest_prefix
+from selfspec.engine.policy import LongestPrefix
+from selfspec.engine.scheduler import Scheduler
+from selfspec.engine.tree import Tree
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -58,25 +59,41 @@ def run(
     k: int | Controller = 0,
     gate: Gate = OPEN,
 ) -> Completion:
-    cache = target.model.new_cache(len(request.tokens) + request.max_new_tokens)
+    """One request, in a cache that has no slot too many, checked after each cycle."""
+    draft = draft or Draft(target.model)
     controller = Fixed(k) if isinstance(k, int) else k
-    completion = decode(target, draft or NoDraft(target.model), gate, controller, longest_prefix, request, cache)
-    cache.check_integrity(target.depth)
-    assert cache.length <= len(request.tokens) + request.max_new_tokens - 1
-    return completion
+    cache = target.model.new_cache(len(request.tokens) + request.max_new_tokens - 1)
+    scheduler = Scheduler(Speculation(target, draft, gate, controller, LongestPrefix()), cache)
+    scheduler.submit(request)
+    done = list[tuple[int, Completion]]()
+    while not done:
+        done = scheduler.step()
+        cache.check_integrity(target.depth)
+        for _, row in scheduler.rows:
+            assert cache.lengths == [len(row.tokens) - 1]
+    assert not scheduler.busy and cache.lengths == []
+    return done[0][1]
 
 
-class Script:
+def stream(model: Llama, tokens: Sequence[int], depth: int = LAYERS) -> Tensor:
+    """The residual stream ``[n, D]`` after ``depth`` layers, without anything cached before."""
+    cache = model.new_cache(len(tokens))
+    at = cache.place([Tree.chain(tokens)], row=cache.admit())
+    return model.run(model.embed(tokens), cache, at, 0, depth)
+
+
+class Script(Draft):
     """Proposes what it is told: what follows a position, tokens shifted by ``wrong``."""
 
     def __init__(self, model: Llama, prompt: int, tokens: Sequence[int], wrong: int = 0) -> None:
-        self.model, self.prompt, self.tokens, self.wrong = model, prompt, tokens, wrong
+        super().__init__(model)
+        self.prompt, self.tokens, self.wrong = prompt, tokens, wrong
 
-    def propose(self, verified: Verified, k: int, gate: Gate, cache: KVCache) -> Proposal:
-        at = cache.length - self.prompt
-        assert self.tokens[at] == verified.token
-        tokens = [(token + self.wrong) % 80 for token in self.tokens[at + 1 : at + 1 + k]]
-        return Proposal(tokens, self.model.embed([verified.token, *tokens]), 0, [])
+    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+        (row,), (k,) = rows, ks
+        at = len(row.tokens) - self.prompt
+        assert tuple(self.tokens[:at]) == tuple(row.new_tokens)
+        return Proposal([Tree.chain([row.tokens[-1], *((t + self.wrong) % 80 for t in self.tokens[at : at + k])])])
 
 
 class TestCounts:
@@ -91,7 +108,7 @@ class TestCounts:
         assert got.tokens == plain.tokens and len(got.tokens) == new and got.finish == "length"
         sizes = [min(k + 1, new - 1 - i) for i in range(0, new - 1, k + 1)]
         assert [cycle.new_tokens for cycle in got.cycles] == sizes
-        assert all(c.accepted == c.proposed == c.k_asked == c.new_tokens - 1 for c in got.cycles)
+        assert all(c.accepted == c.proposed == c.depth == c.k_asked == c.new_tokens - 1 for c in got.cycles)
 
     @pytest.mark.parametrize("k", [1, 3, 64])
     def test_always_wrong(self, model: Llama, k: int) -> None:
@@ -102,28 +119,83 @@ class TestCounts:
         room = [min(k, 7 - i) for i in range(8)]
         assert [(c.k_asked, c.proposed, c.accepted, c.new_tokens) for c in got.cycles] == [(r, r, 0, 1) for r in room]
 
+    def test_of_a_tree(self, model: Llama) -> None:
+        """Its size is what was proposed, its depth how far it looked; a gate's signals are written down."""
+        plain = run(whole(model), Request(PROMPT, 4)).tokens
+
+        class Bushy(Draft):
+            def nodes(self, k: int) -> int:
+                return 5
+
+            def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+                root = rows[0].tokens[-1]
+                if ks[0] < 2:
+                    return Proposal([Tree.chain([root])])
+                wrong = [(plain[1] + 1) % 80, (plain[2] + 1) % 80]
+                tree = Tree([root, wrong[0], plain[1], wrong[1], plain[2]], [-1, 0, 0, 2, 2])
+                tree.signals += [0.5, 0.25]
+                return Proposal([tree])
+
+        cache = model.new_cache(len(PROMPT) + 8)
+        made = Speculation(whole(model), Bushy(model), OPEN, Fixed(3), LongestPrefix())
+        (got,) = Scheduler(made, cache).run([Request(PROMPT, 4)])
+        (cycle,) = got.cycles
+        assert got.tokens == plain
+        assert (cycle.k_asked, cycle.proposed, cycle.depth, cycle.accepted, cycle.new_tokens) == (2, 4, 2, 2, 3)
+        assert cycle.signals == (0.5, 0.25) and cycle.batch == 1
+
     def test_plain_decoding_is_a_cycle_a_token(self, model: Llama) -> None:
         got = run(whole(model), Request(PROMPT, 9))
-        assert [(c.k_asked, c.proposed, c.new_tokens, c.signals) for c in got.cycles] == [(0, 0, 1, ())] * 8
+        assert [(c.k_asked, c.proposed, c.depth, c.new_tokens, c.signals) for c in got.cycles] == [(0, 0, 0, 1, ())] * 8
 
     def test_it_is_greedy_decoding_without_a_cache(self, model: Llama) -> None:
-        tokens: tuple[int, ...] = PROMPT
-        for _ in range(12):
-            hidden = model.run(model.embed(tokens), model.new_cache(len(tokens)), 0, 0, LAYERS)
-            tokens += (int(model.logits(model.norm(hidden[-1:])).argmax()),)
-        assert run(whole(model), Request(PROMPT, 12)).tokens == tokens[len(PROMPT) :]
+        for prompt in (PROMPT, PROMPT[:1]):
+            tokens = prompt
+            for _ in range(12):
+                tokens += (int(model.logits(model.norm(stream(model, tokens)[-1:])).argmax()),)
+            assert run(whole(model), Request(prompt, 12)).tokens == tokens[len(prompt) :]
 
     def test_a_controller_sees_all_cycles_so_far(self, model: Llama) -> None:
         seen: list[list[Cycle]] = []
+        told: list[Cycle] = []
 
-        class Growing:
-            def ask(self, history: Sequence[Cycle]) -> int:
+        class Growing(Controller):
+            def ask(self, history: Sequence[Cycle], batch: int) -> int:
+                assert batch == 1
                 seen.append(list(history))
                 return len(history)
 
-        got = run(whole(model), Request(PROMPT, 9), EarlyExit(model, EXIT, RawExit(model)), Growing())
-        assert seen == [list(got.cycles[:i]) for i in range(len(got.cycles))]
+            def observe(self, cycles: list[Cycle]) -> None:
+                told.extend(cycles)
+
+        got = run(whole(model), Request(PROMPT, 9), EarlyExit(model, EXIT, RawExit(model)), Growing(0))
+        assert seen == [list(got.cycles[:i]) for i in range(len(got.cycles))] and told == list(got.cycles)
         assert [c.k_asked for c in got.cycles[:3]] == [0, 1, 2]
+
+    def test_a_gate_is_asked_and_told_each_cycle(self, model: Llama) -> None:
+        events: list[str | Cycle] = []
+
+        class Watching(Gate):
+            def begin(self) -> None:
+                events.append("begin")
+
+            def observe(self, cycles: list[Cycle]) -> None:
+                events.extend(cycles)
+
+        got = run(whole(model), Request(PROMPT, 9), EarlyExit(model, EXIT, RawExit(model)), 2, Watching())
+        assert events == [event for cycle in got.cycles for event in ("begin", cycle)]
+
+    def test_a_controller_chooses_the_exit_by_the_prompt(self, model: Llama) -> None:
+        class Choosing(Controller):
+            def exit_layer(self, prompt_tokens: int) -> int | None:
+                return prompt_tokens
+
+        def accepted(draft: EarlyExit, controller: Controller) -> list[int]:
+            return [c.accepted for c in run(whole(model), Request(PROMPT[:4], 24), draft, controller).cycles]
+
+        four, three = (EarlyExit(model, depth, RawExit(model)) for depth in (4, EXIT))
+        chosen = accepted(three, Choosing(3))
+        assert chosen == accepted(four, Fixed(3)) != accepted(three, Fixed(3))
 
 
 class TestStops:
@@ -152,6 +224,66 @@ class TestStops:
         assert model.shape.eos and run(whole(model), Request(PROMPT, 9)).tokens == plain.tokens
 
 
+class TestObserve:
+    """A draft is told every token that became certain, once, with the state that gave it."""
+
+    @pytest.mark.parametrize("stops", [False, True])
+    @pytest.mark.parametrize("k", [0, 3, 8])
+    def test_what_became_certain(self, model: Llama, k: int, stops: bool) -> None:
+        plain = run(whole(model), Request(PROMPT, 16)).tokens
+        if stops:
+            with_eos(model, plain[9])
+        certain, states, given = list[int](), list[Tensor](), list[Tensor]()
+
+        class Told(Script):
+            def observe(self, row: Row, index: int, tokens: Sequence[int], states_: Tensor, cache: KVCache) -> None:
+                assert index == 0 and len(tokens) == len(states_)
+                assert cache.lengths[0] == len(row.tokens) - 1 and row.tokens[-len(tokens) :] == list(tokens)
+                assert torch.equal(row.state, states_[-1:])
+                certain.extend(tokens)
+                states.append(states_)
+                given.append(row.state)
+
+        half_right = [token if i % 5 else token + 1 for i, token in enumerate(plain)]
+        half_right = [token % 80 for token in half_right]
+
+        class Mistaken(Told):
+            def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+                at = len(rows[0].new_tokens)
+                return Proposal([Tree.chain([rows[0].tokens[-1], *half_right[at : at + ks[0]]])])
+
+        got = run(whole(model), Request(PROMPT, 16), Mistaken(model, len(PROMPT), plain), k)
+        assert (*PROMPT[:1], *certain) == PROMPT + got.tokens and len(given) == len(got.cycles) + 1
+        wanted = model.norm(stream(model, (PROMPT + got.tokens)[:-1]))
+        torch.testing.assert_close(torch.cat(states), wanted, atol=1e-4, rtol=1e-4)
+
+    def test_along_the_path_of_a_tree(self, model: Llama) -> None:
+        plain = run(whole(model), Request(PROMPT, 12)).tokens
+        states = list[Tensor]()
+
+        class Siblings(Draft):
+            """A wrong sibling before every right token."""
+
+            def nodes(self, k: int) -> int:
+                return 2 * k + 1
+
+            def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+                tree, node, at = Tree.chain(rows[0].tokens[-1:]), 0, len(rows[0].new_tokens)
+                for token in plain[at : at + ks[0]]:
+                    tree.add(node, (token + 1) % 80)
+                    node = tree.add(node, token)
+                return Proposal([tree])
+
+            def observe(self, row: Row, index: int, tokens: Sequence[int], new: Tensor, cache: KVCache) -> None:
+                states.append(new)
+
+        made = Speculation(whole(model), Siblings(model), OPEN, Fixed(3), LongestPrefix())
+        (got,) = Scheduler(made, model.new_cache(len(PROMPT) + 12 + 7)).run([Request(PROMPT, 12)])
+        assert got.tokens == plain and [cycle.accepted for cycle in got.cycles] == [3, 3, 2]
+        wanted = model.norm(stream(model, PROMPT + plain[:-1]))
+        torch.testing.assert_close(torch.cat(states), wanted, atol=1e-4, rtol=1e-4)
+
+
 class TestSharing:
     """What the draft has run is not run again."""
 
@@ -161,9 +293,9 @@ class TestSharing:
         passes: list[tuple[int, int, int, int]] = []
         real = Llama.run
 
-        def counting(self: Llama, hidden: Tensor, cache: KVCache, start: int, first: int, last: int) -> Tensor:
-            passes.append((start, len(hidden), first, last))
-            return real(self, hidden, cache, start, first, last)
+        def counting(self: Llama, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
+            passes.append((at.start, len(hidden), first, last))
+            return real(self, hidden, cache, at, first, last)
 
         monkeypatch.setattr(Llama, "run", counting)
         return passes
@@ -205,7 +337,7 @@ class TestSharing:
 
         got = run(whole(model), Request(PROMPT, 12), EarlyExit(model, EXIT, Spy()), 3)
         tokens = PROMPT + got.tokens
-        finals = model.norm(model.run(model.embed(tokens), model.new_cache(len(tokens)), 0, 0, LAYERS))
+        finals = model.norm(stream(model, tokens))
         at, step = len(PROMPT), 0
         for cycle in got.cycles:
             if cycle.proposed:
@@ -242,17 +374,17 @@ class TestLayerSkipping:
         head: ExitHead = Head(tensors, {"previous": False})
         tokens: tuple[int, ...] = PROMPT
         for _ in range(10):
-            hidden = model.run(model.embed(tokens), model.new_cache(len(tokens)), 0, 0, depth)[-1]
+            hidden = stream(model, tokens, depth)[-1]
             unit = hidden / hidden.square().mean().sqrt()
             tokens += (int((model.lm_head @ (tensors["weight"] @ unit + tensors["bias"])).argmax()),)
 
         deepest = 0
         real: Callable[..., Tensor] = Llama.run
 
-        def watching(self: Llama, hidden: Tensor, cache: KVCache, start: int, first: int, last: int) -> Tensor:
+        def watching(self: Llama, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
             nonlocal deepest
             deepest = max(deepest, last)
-            return real(self, hidden, cache, start, first, last)
+            return real(self, hidden, cache, at, first, last)
 
         monkeypatch.setattr(Llama, "run", watching)
         got = run(Target(model, depth, lambda hidden: head(hidden, hidden)), Request(PROMPT, 10))

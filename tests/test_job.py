@@ -21,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from selfspec import job, plan
 from selfspec.checkpoint import FILE, Journal, Record
 from selfspec.config import Resume
+from selfspec.engine import factory
 from selfspec.engine.fake import FakeEngine
 from selfspec.errors import Interrupted, JournalError
 from selfspec.plan import Plan
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
 SLOW = """
 import time
+from selfspec.engine import factory
 from selfspec.engine.fake import FakeEngine
 from selfspec.run import main
 generate = FakeEngine.generate
@@ -77,7 +79,7 @@ def units(made: Plan) -> list[Record]:
 
 
 def wanted(made: Plan) -> set[str]:
-    return {f"prompt-{n:04d}/repeat-{r}" for n in range(made.scale.prompts) for r in range(made.scale.repeats)}
+    return {f"unit-{n:04d}/repeat-{r}" for n in range(made.scale.prompts) for r in range(made.scale.repeats)}
 
 
 def timeless(result: Result) -> dict[str, Any]:
@@ -91,11 +93,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list
     calls = list[bool]()
     generate = FakeEngine.generate
 
-    def spy(self: FakeEngine, request: Request, *, plain: bool = False) -> Completion:
+    def spy(self: FakeEngine, requests: list[Request], *, plain: bool = False) -> list[Completion]:
         calls.append(plain)
         if len(calls) == fail_at:
             raise RuntimeError("out of memory")
-        return generate(self, request, plain=plain)
+        return generate(self, requests, plain=plain)
 
     monkeypatch.setattr(FakeEngine, "generate", spy)
     return calls
@@ -105,14 +107,14 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(made: Plan) -> None:
         raise AssertionError("an engine is made")
 
-    monkeypatch.setattr(job, "_make_engine", refuse)
+    monkeypatch.setattr(factory, "make", refuse)
 
 
 def test_what_a_job_leaves_behind(make: Make, tmp_path: Path) -> None:
     made = make("scale.repeats=2")
     result = run(made, tmp_path)
     records = units(made)
-    cycles = [record.data["configured"]["cycles"] for record in records]
+    cycles = [c["cycles"] for record in records for c in record.data["configured"]]
     proposed, accepted = (sum(sum(c[name]) for c in cycles) for name in ("proposed", "accepted"))
     measured = result["measurements"]
 
@@ -131,7 +133,9 @@ def test_what_a_job_leaves_behind(make: Make, tmp_path: Path) -> None:
 
     table = pq.read_table(tmp_path / "cycles.parquet").to_pydict()
     assert table["accepted"] == [n for c in cycles for n in c["accepted"]]
-    assert set(table["unit"]) == wanted(made) and set(table["prompt"]) == {r.data["prompt"] for r in records}
+    assert set(table["unit"]) == wanted(made) and set(table["prompt"]) == {
+        prompt for r in records for prompt in r.data["prompts"]
+    }
     (row,) = csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())
     assert (row["plan_id"], float(row["bench/speedup"])) == (made.id, measured["bench/speedup"])
     rates = [line.split("\t")[2] for line in (tmp_path / "accept.tsv").read_text().splitlines()[1:]]
@@ -292,11 +296,11 @@ def change_tokens(monkeypatch: pytest.MonkeyPatch, stop_early: bool) -> None:
     """An engine that is wrong in its last token, or ends before it."""
     generate = FakeEngine.generate
 
-    def wrong(self: FakeEngine, request: Request, *, plain: bool = False) -> Completion:
-        made = generate(self, request, plain=plain)
+    def wrong(self: FakeEngine, requests: list[Request], *, plain: bool = False) -> list[Completion]:
+        made = generate(self, requests, plain=plain)
         if plain:
             return made
-        return replace(made, tokens=made.tokens[:-1] if stop_early else (*made.tokens[:-1], made.tokens[-1] ^ 1))
+        return [replace(c, tokens=c.tokens[:-1] if stop_early else (*c.tokens[:-1], c.tokens[-1] ^ 1)) for c in made]
 
     monkeypatch.setattr(FakeEngine, "generate", wrong)
 

@@ -1,6 +1,7 @@
 """llama: the same logits as transformers, however the layers, tokens and rows are cut up."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from selfspec.engine.cache import KVCache
 from selfspec.engine.llama import Llama
+from selfspec.engine.tree import Tree
 from selfspec.errors import AssetError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -38,7 +41,8 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
-TOKENS = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(1))
+BUSHY = Tree([9, 7, 8, 7, 8, 7], [-1, 0, 0, 1, 1, 2])
+TOKENS: list[int] = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def build(name: str, folder: Path) -> tuple[Any, Path]:
@@ -61,14 +65,31 @@ def load(folder: Path) -> Llama:
     return Llama.load(folder, CPU, torch.float32)
 
 
-def logits(model: Llama, tokens: Tensor, *cuts: int) -> Tensor:
+def full(model: Llama, cache: KVCache, trees: Sequence[Tree], row: int | None = None) -> Tensor:
+    """All nodes through all layers: logits."""
+    at = cache.place(trees, row=row)
+    hidden = model.embed([token for tree in trees for token in tree.tokens], at)
+    return model.logits(model.norm(model.run(hidden, cache, at, 0, LAYERS)))
+
+
+def begin(model: Llama, cache: KVCache, tokens: Sequence[int]) -> int:
+    """A row that holds these tokens."""
+    row = cache.admit()
+    if tokens:
+        full(model, cache, [Tree.chain(tokens)], row)
+        cache.keep(row, range(len(tokens)))
+    return row
+
+
+def logits(model: Llama, tokens: Sequence[int], *cuts: int) -> Tensor:
     """Of all tokens, run in pieces that end at ``cuts``."""
-    cache, out = model.new_cache(len(tokens)), []
+    cache, out = model.new_cache(len(tokens)), list[Tensor]()
+    row = cache.admit()
     for start, stop in zip((0, *cuts), (*cuts, len(tokens)), strict=True):
-        out.append(model.norm(model.run(model.embed(tokens[start:stop]), cache, start, 0, LAYERS)))
-    cache.advance(len(tokens))
+        out.append(full(model, cache, [Tree.chain(tokens[start:stop])], row))
+        cache.keep(row, range(stop - start))
     cache.check_integrity(LAYERS)
-    return model.logits(torch.cat(out))
+    return torch.cat(out)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +100,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Llama:
 @pytest.mark.parametrize("name", FAMILY)
 def test_transformers_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     theirs, folder = build(name, tmp_path)
-    wanted = theirs(TOKENS[None]).logits[0]
+    wanted = theirs(torch.tensor([TOKENS])).logits[0]
     assert wanted.std() > 0.5, "else the tolerance would hide a mistake"
     ours = load(folder)
     for cuts in [(), (1,), (9, 10, 15), tuple(range(1, 24))]:
@@ -97,7 +118,7 @@ def test_settings_as_older_transformers_wrote_them(tmp_path: Path) -> None:
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "eos_token_id": [2, 7]}
     (folder / "config.json").write_text(json.dumps(config))
     ours = load(folder)
-    assert_close(logits(ours, TOKENS), theirs(TOKENS[None]).logits[0], atol=1e-4, rtol=0)
+    assert_close(logits(ours, TOKENS), theirs(torch.tensor([TOKENS])).logits[0], atol=1e-4, rtol=0)
     assert ours.shape.eos == {2, 7}
 
 
@@ -112,46 +133,123 @@ def test_a_window_counts_where_it_is_used(tmp_path: Path, used: bool, positions:
 
 def test_another_dtype_is_the_same_model(qwen: Llama) -> None:
     double = qwen.to(torch.float64)
-    assert double.dtype == double.new_cache(1).keys[0].dtype == torch.float64
+    assert double.dtype == double.new_cache(1)._kv.dtype == torch.float64
     assert_close(logits(double, TOKENS).float(), logits(qwen, TOKENS), atol=1e-4, rtol=0)
 
 
+def test_a_cache_has_layers_for_a_drafts_own_use(qwen: Llama) -> None:
+    assert qwen.new_cache(5, rows=3, extra_layers=2)._kv.shape == (LAYERS + 2, 2, 3, 2, 5, 16)
+
+
 @pytest.mark.parametrize("exit_layer", [0, 1, 2, 3])
-def test_layers_run_in_two_ranges(qwen: Llama, exit_layer: int) -> None:
-    whole, cut = qwen.new_cache(24), qwen.new_cache(24)
-    wanted = qwen.run(qwen.embed(TOKENS), whole, 0, 0, LAYERS)
-    early = qwen.run(qwen.embed(TOKENS), cut, 0, 0, exit_layer)
-    assert torch.equal(qwen.run(early, cut, 0, exit_layer, LAYERS), wanted)
-    for one, other in zip(whole.keys + whole.values, cut.keys + cut.values, strict=True):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_layers_run_in_two_ranges(qwen: Llama, exit_layer: int, batch: int) -> None:
+    trees = [Tree.chain(TOKENS[:9]), BUSHY][-batch:]
+    tokens = [token for tree in trees for token in tree.tokens]
+    caches = [qwen.new_cache(24, rows=batch) for _ in range(2)]
+    for cache in caches:
+        for row in range(batch):
+            begin(qwen, cache, TOKENS[row : 5 * row + 4])
+    whole, cut = caches
+    at = whole.place(trees)
+    wanted = qwen.run(qwen.embed(tokens), whole, at, 0, LAYERS)
+    early = qwen.run(qwen.embed(tokens), cut, at, 0, exit_layer)
+    assert torch.equal(qwen.run(early, cut, at, exit_layer, LAYERS), wanted)
+    assert torch.equal(whole._kv, cut._kv)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_ragged_rows_are_each_as_if_alone(qwen: Llama, count: int) -> None:
-    lengths = [4, 11, 1, 7]
-    rows = [TOKENS[i : i + n + count] for i, n in enumerate(lengths)]
-    cache = qwen.new_cache(11 + count, rows=len(rows))
-    padded = torch.stack([torch.cat((row[:n], TOKENS[: 11 - n])) for row, n in zip(rows, lengths, strict=True)])
-    qwen.run(qwen.embed(padded.flatten()), cache, 0, 0, LAYERS)
-    new = torch.stack([row[-count:] for row in rows])
+class TestRows:
+    """A batch is each row as if alone, whatever its length and however many tokens it adds."""
 
-    def ragged(new: Tensor, starts: list[int]) -> Tensor:
-        hidden = qwen.run(qwen.embed(new.flatten()), cache, torch.tensor(starts), 0, LAYERS)
-        return qwen.logits(qwen.norm(hidden)).view(len(new), count, VOCAB)
+    LENGTHS = (4, 11, 1, 7)
 
-    alone = torch.stack([logits(qwen, row)[-count:] for row in rows])
-    assert_close(ragged(new, lengths), alone, atol=1e-4, rtol=0)
-    kept = torch.tensor([3, 0])
-    cache.keep_rows(kept)
-    assert_close(ragged(new[kept], [7, 4]), alone[kept], atol=1e-4, rtol=0)
+    @pytest.fixture
+    def cache(self, qwen: Llama) -> KVCache:
+        cache = qwen.new_cache(24, rows=4)
+        for i, length in enumerate(self.LENGTHS):
+            assert begin(qwen, cache, TOKENS[i : i + length]) == i
+        return cache
+
+    def alone(self, qwen: Llama, row: int, tokens: Sequence[int]) -> Tensor:
+        """Logits of ``tokens`` after what the row of that number began with."""
+        return logits(qwen, [*TOKENS[row : row + self.LENGTHS[row]], *tokens])[-len(tokens) :]
+
+    @pytest.mark.parametrize("counts", [(1, 1, 1, 1), (3, 3, 3, 3), (1, 4, 2, 1), (5, 1, 1, 3)], ids=str)
+    def test_ragged(self, qwen: Llama, cache: KVCache, counts: tuple[int, ...]) -> None:
+        new = [TOKENS[20 - count : 20] for count in counts]
+        got = full(qwen, cache, [Tree.chain(tokens) for tokens in new])
+        wanted = torch.cat([self.alone(qwen, row, tokens) for row, tokens in enumerate(new)])
+        assert_close(got, wanted, atol=1e-4, rtol=0)
+
+    def test_the_last_nodes_after_the_first(self, qwen: Llama, cache: KVCache) -> None:
+        """As a draft goes: a node of every row at a time, which then meet the next layers together."""
+        new = [TOKENS[12 + row : 15 + row] for row in range(4)]
+        steps = []
+        for step in range(3):
+            at = cache.place([Tree.chain(tokens[: step + 1]) for tokens in new], first=step)
+            steps.append(qwen.run(qwen.embed([tokens[step] for tokens in new]), cache, at, 0, 2))
+        at = cache.place([Tree.chain(tokens) for tokens in new])
+        hidden = qwen.run(torch.stack(steps, 1).flatten(0, 1), cache, at, 2, LAYERS)
+        wanted = torch.cat([self.alone(qwen, row, tokens) for row, tokens in enumerate(new)])
+        assert_close(qwen.logits(qwen.norm(hidden)), wanted, atol=1e-4, rtol=0)
+
+    def test_after_one_has_left(self, qwen: Llama, cache: KVCache) -> None:
+        cache.evict(1)
+        got = full(qwen, cache, [Tree.chain(TOKENS[:2])] * 3)
+        wanted = torch.cat([self.alone(qwen, row, TOKENS[:2]) for row in (0, 3, 2)])
+        assert_close(got, wanted, atol=1e-4, rtol=0)
+
+    def test_one_that_rides_along_past_the_last_position(self, qwen: Llama) -> None:
+        """A row at its end drafts beside one that is not: what it says there is dropped, but it must be let."""
+        cache = qwen.new_cache(70, rows=2)
+        begin(qwen, cache, (TOKENS * 3)[:63])
+        begin(qwen, cache, TOKENS[:5])
+        new = [TOKENS[:4], TOKENS[5:9]]
+        got = full(qwen, cache, [Tree.chain(tokens) for tokens in new])
+        assert_close(got[0], logits(qwen, [*(TOKENS * 3)[:63], new[0][0]])[-1], atol=1e-4, rtol=0)
+        assert_close(got[4:], logits(qwen, TOKENS[:9])[-4:], atol=1e-4, rtol=0)
 
 
-def test_rows_of_one_length_need_no_positions_of_their_own(qwen: Llama) -> None:
-    rows = torch.stack([TOKENS[:9], TOKENS[9:18]])
-    cache = qwen.new_cache(9, rows=2)
-    qwen.run(qwen.embed(rows[:, :6].flatten()), cache, 0, 0, LAYERS)
-    together = qwen.logits(qwen.norm(qwen.run(qwen.embed(rows[:, 6:].flatten()), cache, 6, 0, LAYERS)))
-    assert_close(together, torch.cat([logits(qwen, row)[6:] for row in rows]), atol=1e-4, rtol=0)
+class TestTrees:
+    """Every node of a tree is the last token of the path that leads to it."""
+
+    def path(self, tree: Tree, node: int) -> list[int]:
+        tokens = list[int]()
+        while node >= 0:
+            tokens.insert(0, tree.tokens[node])
+            node = tree.parents[node]
+        return tokens
+
+    @pytest.mark.parametrize("before", [0, 1, 7])
+    @pytest.mark.parametrize("others", [0, 2], ids=["alone", "in a batch"])
+    def test_all_paths_at_once(self, qwen: Llama, before: int, others: int) -> None:
+        cache = qwen.new_cache(24, rows=1 + others)
+        trees = [BUSHY, Tree.chain(TOKENS[:3]), Tree([1, 2, 3], [-1, 0, 0])][: 1 + others]
+        for row in range(1 + others):
+            begin(qwen, cache, TOKENS[row : row + before + 2 * row])
+        got = iter(full(qwen, cache, trees))
+        for row, tree in enumerate(trees):
+            for node in range(len(tree)):
+                wanted = logits(qwen, TOKENS[row : row + before + 2 * row] + self.path(tree, node))[-1]
+                assert_close(next(got), wanted, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("node", range(6))
+    def test_decoding_goes_on_from_the_path_that_stands(self, qwen: Llama, node: int) -> None:
+        cache = qwen.new_cache(24, rows=2)
+        for row in range(2):
+            begin(qwen, cache, TOKENS[row : row + 4])
+        full(qwen, cache, [BUSHY, BUSHY])
+        path, at = list[int](), node
+        while at >= 0:
+            path.insert(0, at)
+            at = BUSHY.parents[at]
+        cache.keep(0, path)
+        cache.keep(1, [0])
+        cache.check_integrity(LAYERS)
+        got = full(qwen, cache, [Tree.chain([40, 41]), Tree.chain([42])])
+        wanted = logits(qwen, [*TOKENS[:4], *self.path(BUSHY, node), 40, 41])[-2:]
+        assert_close(got[:2], wanted, atol=1e-4, rtol=0)
+        assert_close(got[2], logits(qwen, [*TOKENS[1:5], BUSHY.tokens[0], 42])[-1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from selfspec.types import Completion, Cycle
 
 
 def cycle(proposed: int, accepted: int, asked: int = 4, new: int | None = None) -> Cycle:
-    return Cycle(asked, proposed, accepted, accepted + 1 if new is None else new, (0.5,), 1.0 + proposed, 10.0)
+    return Cycle(
+        asked, proposed, proposed, accepted, accepted + 1 if new is None else new, (0.5,), 1.0 + proposed, 10.0
+    )
 
 
 def completion(tokens: int, ttft: float, total: float, *cycles: Cycle) -> dict[str, Any]:
@@ -21,8 +23,9 @@ def completion(tokens: int, ttft: float, total: float, *cycles: Cycle) -> dict[s
 def unit(
     configured: dict[str, Any], plain: dict[str, Any] | None = None, prompt: str = "a", **changed: Any
 ) -> dict[str, Any]:
-    fixed = {"cpu_utilisation": 1.0, "device_utilisation": None, "peak_memory_mb": 100.0, "verdict": "equal"}
-    return {"prompt": prompt, "plain": plain or configured, "configured": configured} | fixed | changed
+    fixed = {"cpu_utilisation": 1.0, "device_utilisation": None, "peak_memory_mb": 100.0, "against": {}}
+    both = {"prompts": [prompt], "plain": [plain or configured], "configured": [configured]}
+    return both | {"verdicts": [{"verdict": changed.pop("verdict", "equal")}]} | fixed | changed
 
 
 def timed(prompt: str, plain_s: float, configured_s: float) -> dict[str, Any]:
@@ -43,8 +46,8 @@ def test_pack_is_json_with_cycles_as_columns() -> None:
     assert metrics.pack(Completion((7, 8, 9), (cycle(4, 1), cycle(0, 0)), 0.25, 1.0, "stop")) == {
         **{"tokens": [7, 8, 9], "ttft_s": 0.25, "total_s": 1.0, "finish": "stop"},
         "cycles": {
-            **{"k_asked": [4, 4], "proposed": [4, 0], "accepted": [1, 0], "new_tokens": [2, 1]},
-            **{"signals": [(0.5,), (0.5,)], "draft_ms": [5.0, 1.0], "verify_ms": [10.0, 10.0]},
+            **{"k_asked": [4, 4], "proposed": [4, 0], "depth": [4, 0], "accepted": [1, 0], "new_tokens": [2, 1]},
+            **{"signals": [(0.5,), (0.5,)], "draft_ms": [5.0, 1.0], "verify_ms": [10.0, 10.0], "batch": [1, 1]},
         },
     }
 
@@ -181,3 +184,31 @@ def test_what_a_tracker_shows_of_a_unit() -> None:
         "unit/acceptance": 5 / 8,
     }
     assert metrics.per_unit(unit(completion(1, 1.0, 1.0))) == {"unit/ttft_ms": 1000, "unit/new_tokens": 1}
+
+
+def test_a_batch_is_one_unit() -> None:
+    """Rates of a batch count from when all have their first token to when the last has its last."""
+    together = {
+        **EXAMPLE[0],
+        "prompts": ["a", "b"],
+        "plain": [completion(5, 1.0, 9.0), completion(3, 2.0, 6.0)],
+        "configured": [completion(5, 1.0, 4.0, cycle(2, 1)), completion(3, 2.0, 3.0)],
+        "verdicts": [{"verdict": "equal"}, {"verdict": "tie"}],
+    }
+    assert metrics.decode_rate(together["plain"]) == (4 + 2) / (9 - 2)
+    found = summarise([together], 0)
+    assert found["speedup"] == pytest.approx(((4 + 2) / (4 - 2)) / ((4 + 2) / (9 - 2)))
+    assert (found["units"], found["prompts"], found["ties"], found["new_tokens"]) == (1, 2, 1, 8)
+
+
+def test_references_have_a_rate_and_a_ratio() -> None:
+    beside = {**timed("a", 4.0, 2.0), "against": {"hf": [completion(11, 1.0, 6.0)]}}
+    found = summarise([beside, {**timed("b", 4.0, 1.0), "against": {}}], 0)
+    assert found["against/hf/tok_s"] == 2 and found["against/hf/ratio"] == pytest.approx(5 / 2)
+
+
+def test_acceptance_by_position_of_trees_counts_depth() -> None:
+    """Seven tokens proposed on three levels, two accepted: the third level was looked at, and failed."""
+    tree = Cycle(4, 7, 3, 2, 3, (), 1.0, 10.0)
+    assert metrics.acceptance_by_position([unit(completion(4, 1, 2, tree))]) == [1, 1, 0]
+    assert summarise([unit(completion(4, 1, 2, tree))], 0)["acceptance"] == 2 / 7

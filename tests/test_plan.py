@@ -98,15 +98,15 @@ def test_unverified_drafts_ignore_gate_and_length() -> None:
 @pytest.mark.parametrize(
     ("overrides", "idle"),
     [
-        ("gate=none", {"tau", "tau_v", "tau_h"}),
-        ("gate=maxp", {"tau_v", "tau_h"}),
-        ("gate=varH", {"tau", "tau_h"}),
-        ("gate=entropy", {"tau", "tau_v"}),
-        ("draft=none", {"tau", "tau_v", "tau_h", "K", "exit_layer"}),
-        ("draft=none gate=varH K=64 exit_layer=1", {"tau", "tau_v", "tau_h", "K", "exit_layer"}),
-        ("policy.verify=false gate=maxp", {"tau", "tau_v", "tau_h", "K"}),
-        ("gate=maxp tau=0.5 exit_layer=1 K=64 seed=4294967295 stages=[fit]", {"tau_v", "tau_h"}),
-        ("gate=maxp gate.threshold=0.2", {"tau", "tau_v", "tau_h"}),
+        ("gate=none", {"tau", "tau_v", "tau_h", "temperature"}),
+        ("gate=maxp", {"tau_v", "tau_h", "temperature"}),
+        ("gate=varH", {"tau", "tau_h", "temperature"}),
+        ("gate=entropy", {"tau", "tau_v", "temperature"}),
+        ("draft=none", {"tau", "tau_v", "tau_h", "K", "exit_layer", "temperature"}),
+        ("draft=none gate=varH K=64 exit_layer=1", {"tau", "tau_v", "tau_h", "K", "exit_layer", "temperature"}),
+        ("policy.verify=false gate=maxp", {"tau", "tau_v", "tau_h", "K", "temperature"}),
+        ("gate=maxp tau=0.5 exit_layer=1 K=64 seed=4294967295 stages=[fit]", {"tau_v", "tau_h", "temperature"}),
+        ("gate=maxp gate.threshold=0.2", {"tau", "tau_v", "tau_h", "temperature"}),
     ],
 )
 def test_idle_handles(overrides: str, idle: set[str]) -> None:
@@ -129,7 +129,10 @@ def test_idle_handles_of_the_smallest_model() -> None:
         ("draft.rank=8", "draft.rank=8: form=low_rank needs a rank >= 1, other forms none; form=affine"),
         ("draft=layerskip draft.exit_layer=null policy.verify=false", "only early-exit drafts .* draft=layerskip"),
         ("draft.previous=true policy.verify=false", "draft.previous=true: reads the verified final state"),
-        *((f"draft=layerskip draft.{o}", "draft=layerskip: has no fitted head") for o in ("ridge=1", "head=/x")),
+        *(
+            (f"draft=layerskip draft.{o}", "means nothing to draft=layerskip")
+            for o in ("ridge=1", "heads=2", "longest=3")
+        ),
         ("gate=varH gate.threshold=null", "gate.threshold=null: gate=varH needs a number"),
         *((o, f"{o}: must be") for o in ("tau=1.5", "tau_v=-1.0", "tau=nan", "K=0", "K=65", "seed=-1", "draft.rank=0")),
         *((f"{key}=0", f"{key}=0: must be >= ") for key in ("scale.prompts", "scale.repeats", "workload.new_tokens")),
@@ -180,7 +183,7 @@ def test_label(overrides: str, label: str) -> None:
 
 def test_settings_are_plain_values() -> None:
     settings = composed("gate=varH").settings()
-    assert settings["gate"] == {"name": "varH", "threshold": 5.0}
+    assert settings["gate"] == {"name": "varH", "threshold": 5.0, "arms": None}
     assert settings["stages"] == ["fit", "bench"] and settings["workload"]["name"] == "sharegpt"
 
 

@@ -1,7 +1,9 @@
 """On SmolLM2-135M-Instruct and ShareGPT: golden tokens, losslessness in half width, and a fit that is worth it."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -21,6 +23,15 @@ GOLDEN = {
         *(504, 6376, 314, 4461, 30, 657, 506, 253, 4959, 1909, 281, 2092, 284, 984, 338, 553),
     ],
 }
+LSQ = "draft=lsq draft.ridge=0.1 gate=varH tau_v=4"
+DRAFTS = (
+    LSQ,
+    "draft=medusa draft.ridge=0.1",
+    "draft=eagle draft.ridge=0.1",
+    "draft=ngram",
+    "draft=suffix",
+    "draft=hybrid draft.ridge=0.1",
+)
 Maker = Callable[..., TorchEngine]
 
 
@@ -36,18 +47,27 @@ def engine() -> Iterator[Maker]:
 
 
 @pytest.fixture(scope="module")
-def head(engine: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smallest fit: 20 prompts, 32 tokens each, and for so few a stronger ridge."""
-    made, path = (
-        engine("draft=lsq", "draft.ridge=0.1", "scale=smoke"),
-        tmp_path_factory.mktemp("head") / "head.safetensors",
-    )
+def pairs(engine: Maker) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The smallest fit data: 20 prompts and the model's own answers, 32 tokens each."""
+    made = engine("draft=none", "scale=smoke")
     scale = made.plan.scale
     chosen = workload.select(made.plan.workload, "fit", scale.fit_prompts, 0, lambda text: made.encode(text, True))
-    prompts = [prompt.tokens for prompt in chosen]
-    answers = made.answer(prompts, scale.fit_new_tokens)
-    made.fit(list(zip(prompts, answers, strict=True)), path, {"model": made.plan.model_id, "exit_layer": EXIT})
-    return path
+    requests = [Request(prompt.tokens, scale.fit_new_tokens) for prompt in chosen]
+    answers = made.generate(requests, plain=True, max_batch=len(requests))
+    return [(request.tokens, answer.tokens) for request, answer in zip(requests, answers, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def fitted(engine: Maker, pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A head for a draft, from so little data with a stronger ridge; made once."""
+
+    @cache
+    def fit(draft: str) -> Path:
+        made, path = engine(*draft.split()), tmp_path_factory.mktemp("head") / "head.safetensors"
+        made.fit(pairs, path, {"model": made.plan.model_id, "exit_layer": made.plan.draft.exit_layer})
+        return path
+
+    return fit
 
 
 def test_golden_tokens(engine: Maker) -> None:
@@ -59,32 +79,36 @@ def test_golden_tokens(engine: Maker) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
     for text, golden in GOLDEN.items():
         prompt = made.encode(text, chat=True)
-        got = made.generate(Request(tuple(prompt), NEW), plain=True)
+        (got,) = made.generate([Request(tuple(prompt), NEW)], plain=True)
         ids = torch.tensor([prompt])
         answer = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
         assert list(got.tokens) == answer[0, len(prompt) :].tolist() == golden
 
 
-def test_a_fitted_head_agrees_more_often_than_the_raw_exit(head: Path) -> None:
-    facts = heads.facts(head)
+def test_a_fitted_head_agrees_more_often_than_the_raw_exit(fitted: Callable[[str], Path]) -> None:
+    facts = heads.facts(fitted(LSQ))
     assert facts["exit_layer"] == EXIT and facts["heldout_tokens"] > 50
     assert facts["agreement"] > facts["raw_agreement"] + 0.05
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_speculation_is_lossless(engine: Maker, head: Path, dtype: str) -> None:
-    made = engine("draft=lsq", "gate=varH", "tau_v=4", f"hardware.dtype={dtype}")
-    made.use_head(head)
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_speculation_is_lossless(engine: Maker, fitted: Callable[[str], Path], draft: str, dtype: str) -> None:
+    made = engine(*draft.split(), f"hardware.dtype={dtype}", "engine.max_batch=2")
+    if made.plan.draft.fitted:
+        made.use_head(fitted(draft))
     prompts = workload.select(made.plan.workload, "bench", 2, 0, lambda text: made.encode(text, True))
+    requests = [Request(prompt.tokens, NEW) for prompt in prompts]
     drafted = accepted = 0
-    for prompt in prompts:
-        request = Request(prompt.tokens, NEW)
-        plain, got = made.generate(request, plain=True), made.generate(request)
-        at = first_difference(plain.tokens, got.tokens)
-        if at is not None:
-            assert dtype == "bf16" and at < min(len(plain.tokens), len(got.tokens))
-            context = (*prompt.tokens, *plain.tokens[:at])
-            assert made.compare(context, plain.tokens[at], got.tokens[at]).explains
-        drafted += sum(cycle.proposed for cycle in got.cycles)
-        accepted += sum(cycle.accepted for cycle in got.cycles)
+    together = made.generate(requests)
+    for request, batched in zip(requests, together, strict=True):
+        (plain,) = made.generate([request], plain=True)
+        for got in (batched, *made.generate([request])):
+            at = first_difference(plain.tokens, got.tokens)
+            if at is not None:
+                assert dtype == "bf16" and at < min(len(plain.tokens), len(got.tokens))
+                context = (*request.tokens, *plain.tokens[:at])
+                assert made.compare(context, plain.tokens[at], got.tokens[at]).explains
+            drafted += sum(cycle.proposed for cycle in got.cycles)
+            accepted += sum(cycle.accepted for cycle in got.cycles)
     assert 0 < accepted < drafted

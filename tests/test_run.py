@@ -42,7 +42,7 @@ def head_file(path: Path, facts: object, offsets: Sequence[int] = (0, 0)) -> Pat
 
 
 BAD = [
-    ("gate=nope", "gate=nope: no such option; allowed are entropy, maxp, none, varH"),
+    ("gate=nope", "gate=nope: no such option; allowed are bandit, entropy, maxp, none, varH"),
     ("experiment=nope", "experiment=nope: no such option; allowed are baseline, "),
     ("tau_w=1", "tau_w: no such key; did you mean tau_v?"),
     ("gate.treshold=1", "gate.treshold: no such key; did you mean gate.threshold?"),

@@ -70,13 +70,19 @@ def test_fit_and_bench_of_a_gated_head(make: Make, tmp_path: Path, monkeypatch: 
     with journal(made) as kept:
         records, (head,) = kept.records("bench"), kept.records("fit")
 
-    plain = [bool(options.get("plain")) for options in calls]
-    assert plain == [True, False, True, False, False, True, True, False], "warm-up, then each in turn first"
+    plain = [bool(options.get("plain")) for options in calls if "max_batch" not in options]
+    assert plain == [True, False, True, False, False, True, True, False], (
+        "warm-up, then each in turn first; the fit's are batched"
+    )
     for record in records:
-        assert record.data["verdict"] == "equal" and record.data["provenance"]["extra"]["dtype"] == "float32"
+        assert (
+            record.data["verdicts"] == [{"verdict": "equal"}]
+            and record.data["provenance"]["extra"]["dtype"] == "float32"
+        )
         assert record.on == record.data["provenance"]["fingerprint"] and record.data["peak_memory_mb"] > 0
-        cycles = record.data["configured"]["cycles"]
-        assert sum(cycles["new_tokens"]) + 1 == len(record.data["configured"]["tokens"])
+        (configured,) = record.data["configured"]
+        cycles = configured["cycles"]
+        assert sum(cycles["new_tokens"]) + 1 == len(configured["tokens"])
         gated = (cycles[name] for name in ("proposed", "k_asked", "signals"))
         assert all(p == k or s[-1] > 2 for p, k, s in zip(*gated, strict=True))
 
@@ -117,9 +123,9 @@ def test_repeats_begin_the_other_way_round(make: Make, tmp_path: Path, monkeypat
     calls = list[bool]()
     generate = FakeEngine.generate
 
-    def spy(self: FakeEngine, request: Request, *, plain: bool = False) -> Completion:
+    def spy(self: FakeEngine, requests: list[Request], *, plain: bool = False) -> list[Completion]:
         calls.append(plain)
-        return generate(self, request, plain=plain)
+        return generate(self, requests, plain=plain)
 
     monkeypatch.setattr(FakeEngine, "generate", spy)
     made = make(*FAKE, "scale.prompts=2", "scale.repeats=2", "scale.warmup=0")
@@ -142,11 +148,11 @@ def test_timings_of_different_hardware_are_not_pooled(
 
     generate, calls = FakeEngine.generate, list[Request]()
 
-    def failing(self: FakeEngine, request: Request, *, plain: bool = False) -> Completion:
-        calls.append(request)
+    def failing(self: FakeEngine, requests: list[Request], *, plain: bool = False) -> list[Completion]:
+        calls.extend(requests)
         if len(calls) > 2 * before:
             raise RuntimeError("the machine is taken away")
-        return generate(self, request, plain=plain)
+        return generate(self, requests, plain=plain)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(FakeEngine, "describe", other)
@@ -173,17 +179,21 @@ def test_a_bench_never_sees_a_prompt_its_head_was_fitted_on(make: Make, tmp_path
 def test_answers_and_head_are_made_once(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "BATCH", 8)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
-        spied(patch, "answer", fail_at=3)
+        spied(patch, "generate", fail_at=3)
         run(make(), tmp_path / "failed")
-    answers, fits = spied(monkeypatch, "answer"), spied(monkeypatch, "fit")
+    generated, fits = spied(monkeypatch, "generate"), spied(monkeypatch, "fit")
+
+    def batches() -> int:
+        return sum("max_batch" in options for options in generated)
+
     run(make(), tmp_path / "one")
-    assert (len(answers), len(fits)) == (1, 1), "of three batches, two were in the journal"
+    assert (batches(), len(fits)) == (1, 1), "of three batches, two were in the journal"
     run(make("gate=maxp"), tmp_path / "two")
-    assert (len(answers), len(fits)) == (1, 1), "another gate asks for the same head"
+    assert (batches(), len(fits)) == (1, 1), "another gate asks for the same head"
     run(make("exit_layer=2"), tmp_path / "three")
-    assert (len(answers), len(fits)) == (1, 2), "another exit asks for another head, of the same answers"
+    assert (batches(), len(fits)) == (1, 2), "another exit asks for another head, of the same answers"
     run(make("seed=1", "stages=[fit]"), tmp_path / "four")
-    assert (len(answers), len(fits)) == (4, 3)
+    assert (batches(), len(fits)) == (4, 3)
 
 
 def test_a_head_of_the_users_is_taken_and_checked(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,12 +35,29 @@ class Engine(Protocol):
         """Text -> token ids; with ``chat``, as a user's turn in the model's chat template."""
         ...
 
-    def generate(self, request: Request, *, plain: bool = False) -> Completion:
-        """Decodes one request as the plan says; ``plain``: greedily, with no draft, by the whole model."""
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        plain: bool = False,
+        k: int | None = None,
+        max_batch: int | None = None,
+    ) -> list[Completion]:
+        """Decodes requests as the plan says.
+
+        Args:
+            plain: with no draft, by the whole model.
+            k: with this K always, in the place of the plan's controller.
+            max_batch: as many at once; ``None``: the plan's number.
+        """
         ...
 
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
-        """The model's own greedy answers, batched; for fit data."""
+    def state(self) -> Mapping[str, Any]:
+        """What gate and controller have learned so far, as JSON values; for the checkpoint."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up what an earlier process had learned."""
         ...
 
     def fit(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path, facts: Mapping[str, Any]) -> None:

@@ -1,21 +1,24 @@
 """The speculative loop: draft, verify, accept (Leviathan et al., 2211.17192; Chen et al., 2302.01318).
 
-Plain greedy decoding is the same loop with a draft that proposes nothing.
+Plain decoding is the same loop with a draft that proposes nothing. A batch advances together, each row by
+what it accepts; ``scheduler.py`` says who is in it.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from selfspec.engine.cache import KVCache
+from selfspec.engine.cache import KVCache, Place
 from selfspec.engine.controller import Controller
-from selfspec.engine.draft.base import Draft, Verified
+from selfspec.engine.draft.base import Draft, Row
 from selfspec.engine.gate import Gate
-from selfspec.engine.llama import Llama
-from selfspec.engine.policy import Policy
-from selfspec.types import Completion, Cycle, Request
+from selfspec.engine.model import Model
+from selfspec.engine.policy import Choice, Policy, Verdict
+from selfspec.engine.tree import Tree
+from selfspec.types import Cycle, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,69 +28,102 @@ class Target:
     The whole model, normally; a truncated one with an exit head is plain layer skipping.
     """
 
-    model: Llama
+    model: Model
     depth: int
     readout: Callable[[Tensor], Tensor]
 
-    def run(self, hidden: Tensor, cache: KVCache, first: int) -> Tensor:
-        """Layers ``first`` to ``depth`` on new tokens ``[T, D]``, and their normed final states ``[T, D]``."""
-        return self.readout(self.model.run(hidden, cache, cache.length, first, self.depth))
+    def run(self, hidden: Tensor, cache: KVCache, at: Place, first: int) -> Tensor:
+        """Layers ``first`` to ``depth`` on new tokens ``[N, D]``, and their normed final states ``[N, D]``."""
+        return self.readout(self.model.run(hidden, cache, at, first, self.depth))
 
 
-def decode(
-    target: Target, draft: Draft, gate: Gate, controller: Controller, policy: Policy, request: Request, cache: KVCache
-) -> Completion:
-    """Generates until a stop token or the length asked for.
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """The axes of a configuration: who decides, who drafts, when to stop, how far to look, and what stands."""
 
-    Args:
-        cache: empty, of one row, with room for the prompt and all new tokens.
-    """
-    arrival = time.perf_counter()
-    stop = frozenset() if request.ignore_eos else target.model.shape.eos
+    target: Target
+    draft: Draft
+    gate: Gate
+    controller: Controller
+    policy: Policy
 
-    states = target.run(target.model.embed(request.tokens), cache, 0)[-1:]
-    cache.advance(len(request.tokens))
-    verified = Verified(int(target.model.logits(states).argmax()), states)
-    tokens, cycles = [verified.token], list[Cycle]()
-    first = time.perf_counter()
+    def begin(self, request: Request, cache: KVCache, arrival: float) -> Row:
+        """Admits a request: its prompt in one pass, and its first token."""
+        model, index = self.target.model, cache.admit()
+        row = Row(request, list(request.tokens), torch.empty(0), arrival)
+        row.exit_layer = self.controller.exit_layer(len(request.tokens))
+        prompt = Tree.chain(request.tokens)
+        at = cache.place([prompt], row=index)
+        hidden, depth = self.draft.prefill(request.tokens, cache, at, row)
+        states = self.target.run(hidden, cache, at, depth)
+        cache.keep(index, range(len(prompt)))
+        # The last token of the prompt is a tree of one node, and nothing is drafted yet.
+        (verdict,) = self.policy([Tree.chain(request.tokens[-1:])], model.logits(states[-1:]), [_choice(row)])
+        row.tokens.append(verdict.token)
+        row.state = states[-1:]
+        self.draft.observe(row, index, row.tokens[1:], states, cache)
+        row.first_token = time.perf_counter()
+        return row
 
-    while len(tokens) < request.max_new_tokens and tokens[-1] not in stop:
-        begin = time.perf_counter()
-        k = min(controller.ask(cycles), request.max_new_tokens - len(tokens) - 1)
-        proposal = draft.propose(verified, k, gate, cache)
+    def step(self, rows: Sequence[Row], cache: KVCache) -> None:
+        """One cycle for every row of the batch: row r has row r of the cache."""
+        began = time.perf_counter()
+        self.gate.begin()
+        ks = [min(self.controller.ask(row.cycles, len(rows)), row.remaining - 1) for row in rows]
+        trees, hidden, depth = self.draft.propose(rows, ks, self.gate, cache)
         drafted = time.perf_counter()
 
-        states = target.run(proposal.hidden, cache, proposal.depth)
-        accepted, token = policy(proposal.tokens, target.model.logits(states))
-        cache.advance(accepted + 1)
-        verified = Verified(token, states[accepted : accepted + 1])
+        at = cache.place(trees)
+        if hidden is None:
+            hidden = self.target.model.embed([token for tree in trees for token in tree.tokens], at)
+        states = self.target.run(hidden, cache, at, depth)
+        verdicts = self.policy(trees, self.target.model.logits(states), [_choice(row) for row in rows])
+        accepted = []
+        for index, (row, tree, verdict) in enumerate(zip(rows, trees, verdicts, strict=True)):
+            own, states = states[: len(tree)], states[len(tree) :]
+            accepted.append(self._accept(row, index, tree, verdict, own, cache))
+        verified = time.perf_counter()
 
-        new = _until_stop([*proposal.tokens[:accepted], token], stop)
-        tokens += new
-        cycles.append(
+        cycles = [
             Cycle(
                 k_asked=k,
-                proposed=len(proposal.tokens),
-                accepted=accepted,
-                new_tokens=len(new),
-                signals=tuple(proposal.signals),
-                draft_ms=1e3 * (drafted - begin),
-                verify_ms=1e3 * (time.perf_counter() - drafted),
+                proposed=len(tree) - 1,
+                depth=max(tree.depths()),
+                accepted=len(verdict.path) - 1,
+                new_tokens=new,
+                signals=tuple(tree.signals),
+                draft_ms=1e3 * (drafted - began),
+                verify_ms=1e3 * (verified - drafted),
+                batch=len(rows),
             )
-        )
+            for k, tree, verdict, new in zip(ks, trees, verdicts, accepted, strict=True)
+        ]
+        for row, cycle in zip(rows, cycles, strict=True):
+            row.cycles.append(cycle)
+        self.gate.observe(cycles)
+        self.controller.observe(cycles)
 
-    return Completion(
-        tokens=tuple(tokens),
-        cycles=tuple(cycles),
-        ttft_s=first - arrival,
-        total_s=time.perf_counter() - arrival,
-        finish="stop" if tokens[-1] in stop else "length",
-    )
+    def _accept(self, row: Row, index: int, tree: Tree, verdict: Verdict, states: Tensor, cache: KVCache) -> int:
+        """Takes over what stands, up to a stop token; the number of new tokens."""
+        new = [*(tree.tokens[node] for node in verdict.path[1:]), verdict.token]
+        stop = self.stop_tokens(row.request)
+        new = new[: next((i + 1 for i, token in enumerate(new) if token in stop), len(new))]
+        path = verdict.path[: len(new)]
+        cache.keep(index, path)
+        row.tokens += new
+        along = states[: len(path)] if path[-1] == len(path) - 1 else states[path]
+        row.state = along[-1:]
+        self.draft.observe(row, index, new, along, cache)
+        return len(new)
+
+    def stop_tokens(self, request: Request) -> frozenset[int]:
+        """The tokens that end a request's answer."""
+        return frozenset() if request.ignore_eos else self.target.model.shape.eos
+
+    def finished(self, row: Row) -> bool:
+        """Whether a stop token came, or all tokens asked for."""
+        return row.remaining <= 0 or row.tokens[-1] in self.stop_tokens(row.request)
 
 
-def _until_stop(tokens: list[int], stop: frozenset[int]) -> list[int]:
-    """The tokens up to the first stop token, that one included."""
-    for i, token in enumerate(tokens):
-        if token in stop:
-            return tokens[: i + 1]
-    return tokens
+def _choice(row: Row) -> Choice:
+    return Choice(row.request.sampling, len(row.tokens))

@@ -1,15 +1,14 @@
-"""Fitting an exit head: ridge regression from the exit state to the final one, and an optional SGD pass.
+"""What fitting a draft is made of: traces of the model's own answers, ridge regression, SGD, and agreement.
 
-With X the features (unit-RMS exit state, perhaps the previous final state, a constant) and Y the normed
-final state, the head is B = argmin |Y - X B|^2 + lambda |B|^2, that is (X'X + lambda I)^-1 X'Y, lambda in
-units of the mean diagonal of X'X. The low-rank form is a fitted scale for each coordinate of the exit state,
-which late exits need most, and reduced-rank regression (Izenman 1975) of what that leaves: B V V', V the
-leading eigenvectors of B'(X'X + lambda I) B, the best map of that rank under the same loss (Mukherjee and
-Zhu 2011).
+With X the features (states of unit RMS, a constant) and Y the normed final state to be foretold, the map is
+B = argmin |Y - X B|^2 + lambda |B|^2, that is (X'X + lambda I)^-1 X'Y, lambda in units of the mean diagonal
+of X'X. The low-rank form is a fitted scale for each of the first coordinates, which late exits need most, and
+reduced-rank regression (Izenman 1975) of what that leaves: B V V', V the leading eigenvectors of
+B'(X'X + lambda I) B, the best map of that rank under the same loss (Mukherjee and Zhu 2011).
 All in float32 on the CPU, the solution itself in float64.
 """
 
-import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,93 +18,110 @@ from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
 from selfspec.config import HeadForm
-from selfspec.engine.head import ExitHead, Head, RawExit, features
-from selfspec.engine.llama import Llama
+from selfspec.engine.model import Model
+from selfspec.engine.tree import Tree
 
-_BATCH = 1024
+AHEAD = 5
+"""How many positions ahead agreement is measured, unless a draft looks less far."""
+
 _SGD_BATCH, _SGD_RATE = 256, 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class States:
-    """Cached states of n token positions, in the model's dtype, each ``[n, D]``.
+class Trace:
+    """One pass of the model over a prompt and its own answer, n tokens in all; states in the model's dtype.
 
     Attributes:
-        exit: the residual stream after the exit layer.
-        previous: the normed final state of the position before.
-        final: the normed final state.
+        tokens: int64 ``[n]``.
+        final: ``[n, D]``, the normed final states: the one at i gives token i + 1.
+        exit: ``[n, D]``, the residual stream after the exit layer; ``None`` where the draft has none.
+        first: the first position that predicts a token of the answer (>= 1); the last one is n - 2.
     """
 
-    exit: Tensor
-    previous: Tensor
+    tokens: Tensor
     final: Tensor
+    exit: Tensor | None
+    first: int
 
-    def __len__(self) -> int:
-        return len(self.exit)
-
-
-def collect(model: Llama, sequence: tuple[int, ...], answer_start: int, exit_layer: int) -> States:
-    """The states of every position that predicts an answer token, from one pass over the sequence.
-
-    Args:
-        sequence: prompt (at least two tokens) and answer.
-        answer_start: index of the answer's first token.
-    """
-    assert answer_start >= 2, "the state before the first one asked for must exist"
-    cache = model.new_cache(len(sequence))
-    hidden = model.run(model.embed(sequence), cache, 0, 0, exit_layer)
-    final = model.norm(model.run(hidden, cache, 0, exit_layer, model.shape.layers))
-    first, last = answer_start - 1, len(sequence) - 1
-    return States(hidden[first:last].clone(), final[first - 1 : last - 1].clone(), final[first:last].clone())
+    @property
+    def at(self) -> Tensor:
+        """int64 ``[m]``, the positions that predict the answer's m tokens."""
+        return torch.arange(self.first, len(self.tokens) - 1)
 
 
-def join(parts: list[States]) -> States:
-    """Several sequences' states as one."""
-    return States(*(torch.cat([getattr(p, name) for p in parts]) for name in ("exit", "previous", "final")))
+def trace(model: Model, prompt: Sequence[int], answer: Sequence[int], exit_layer: int | None) -> Trace:
+    """The states of one (prompt, answer) pair; the prompt has at least two tokens."""
+    assert len(prompt) >= 2, "the state before the first one asked for must exist"
+    tokens = [*prompt, *answer]
+    cache = model.new_cache(len(tokens))
+    at = cache.place([Tree.chain(tokens)], row=cache.admit())
+    exit = model.run(model.embed(tokens, at), cache, at, 0, exit_layer or 0)
+    final = model.norm(model.run(exit, cache, at, exit_layer or 0, model.shape.layers))
+    cpu = torch.device("cpu")
+    return Trace(torch.tensor(tokens), final.to(cpu), exit.to(cpu) if exit_layer else None, len(prompt) - 1)
 
 
-def split(parts: list[States]) -> tuple[States, States]:
+def split(traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace]]:
     """Sequences to fit on, and every fifth held out."""
-    return join([part for i, part in enumerate(parts) if i % 5 != 4]), join(parts[4::5])
+    return [trace for i, trace in enumerate(traces) if i % 5 != 4], list(traces[4::5])
 
 
-def fit_head(model: Llama, train: States, heldout: States, draft: DraftConfig, seed: int) -> Head:
-    """Fits a head and measures it.
+def vocabulary(model: Model, traces: Sequence[Trace], draft: DraftConfig) -> dict[str, Tensor]:
+    """The draft's vocabulary as a head's tensor ``ids``, int64 ``[V]``; nothing where it has the model's.
 
-    Returns:
-        The head in float32 on the CPU; its facts hold the held-out top-1 agreement with the full model
-        (``agreement``), that of the raw exit (``raw_agreement``), and what SGD added (``sgd_gain``).
+    The most frequent tokens of the answers; among those as frequent, the lowest ids (early merges of a BPE).
     """
-    begin = time.perf_counter()
-    facts: dict[str, Any] = {"previous": draft.previous, "form": draft.form.name if draft.form else None}
-    head = Head(ridge(train, draft), facts)
-    facts["solve_s"] = round(time.perf_counter() - begin, 3)
-    facts["agreement"] = agreement(model, head.to(model.dtype, model.device), heldout)
-    facts["raw_agreement"] = agreement(model, RawExit(model), heldout)
-    if draft.sgd_epochs:
-        closed_form = facts["agreement"]
-        head = _sgd(model, head, train, draft.sgd_epochs, seed)
-        facts["agreement"] = agreement(model, head.to(model.dtype, model.device), heldout)
-        facts["sgd_gain"] = facts["agreement"] - closed_form
-    facts["train_tokens"], facts["heldout_tokens"] = len(train), len(heldout)
-    facts["parameters"] = sum(t.numel() for t in head.tensors.values())
-    return head
+    if draft.vocab is None:
+        return {}
+    counts = torch.bincount(torch.cat([trace.tokens[trace.at + 1] for trace in traces]), minlength=model.shape.vocab)
+    return {"ids": counts.sort(descending=True, stable=True).indices[: draft.vocab].clone()}
 
 
-def agreement(model: Llama, head: ExitHead, states: States) -> float:
-    """Share of positions whose argmax through the exit equals the full model's (top-1)."""
-    same = 0
-    for i in range(0, len(states), _BATCH):
-        part = slice(i, i + _BATCH)
-        guess = model.logits(head(states.exit[part], states.previous[part])).argmax(-1)
-        same += int((guess == model.logits(states.final[part]).argmax(-1)).sum())
-    return same / len(states)
+Guess = Callable[[Trace, Tensor, int, Tensor], tuple[Tensor, Tensor]]
+"""One step of a draft on m starts at once: (trace, int64 ``[m]`` positions of the last token drafted, step >= 0,
+states ``[m, D]`` of the step before) -> (the tokens drafted next ``[m]``, states to carry on with)."""
 
 
-def ridge(states: States, draft: DraftConfig) -> dict[str, Tensor]:
-    """The closed-form solution as a head's tensors (see :class:`~selfspec.engine.head.Head`)."""
-    gram, cross = _moments(states, draft.previous)
-    if draft.form is HeadForm.affine:
+def agreement(traces: Sequence[Trace], guess: Guess, ahead: int = AHEAD) -> list[float]:
+    """For each drafted position, the share that is the model's own token among those whose earlier ones all were.
+
+    So 1 + a_1 + a_1 a_2 + ... is the tokens a cycle of a chain emits. A draft starts with the normed final
+    state that gave the verified token, at every position of the answers.
+    """
+    right, asked = [0] * ahead, [0] * ahead
+    for trace in traces:
+        at = trace.at
+        states = trace.final[at - 1]
+        for step in range(ahead):
+            inside = at < len(trace.tokens) - 1
+            at, states = at[inside], states[inside]
+            if not len(at):
+                break
+            tokens, states = guess(trace, at, step, states)
+            hit = tokens.cpu() == trace.tokens[at + 1]
+            asked[step] += len(at)
+            right[step] += int(hit.sum())
+            at, states = at[hit] + 1, states[hit]
+    return [r / a for r, a in zip(right, asked, strict=True) if a]
+
+
+def facts(
+    train: Sequence[Trace], heldout: Sequence[Trace], tensors: dict[str, Tensor], agreement: list[float]
+) -> dict[str, Any]:
+    """What every fitted head says of itself: its size, its data, and its held-out agreement by drafted position."""
+    return {
+        "agreement": agreement[0],
+        "agreement_by_position": agreement,
+        "train_tokens": sum(len(trace.at) for trace in train),
+        "heldout_tokens": sum(len(trace.at) for trace in heldout),
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+    }
+
+
+def ridge(parts: Iterable[tuple[Tensor, Tensor]], draft: DraftConfig) -> dict[str, Tensor]:
+    """The solution from parts of X ``[n, P]`` and Y ``[n, D]``, for :func:`~selfspec.engine.head.linear`."""
+    gram, cross = _moments(parts)
+    if draft.form is not HeadForm.low_rank:
         solution = _solve(gram, cross, draft)
         return {"weight": solution[:-1].T.float().contiguous(), "bias": solution[-1].float()}
     assert draft.rank is not None, "checked by the plan"
@@ -135,40 +151,49 @@ def _strength(gram: Tensor, draft: DraftConfig) -> Tensor:
     return draft.ridge * gram.diagonal().mean()
 
 
-def _moments(states: States, previous: bool) -> tuple[Tensor, Tensor]:
-    """X'X ``[P + 1, P + 1]`` and X'Y ``[P + 1, D]``, summed in float32 blocks, returned in float64."""
+def _moments(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """X'X ``[P + 1, P + 1]`` and X'Y ``[P + 1, D]``, each part in float32, their sum in float64."""
     gram: Tensor | float = 0.0
     cross: Tensor | float = 0.0
-    for i in range(0, len(states), 8 * _BATCH):
-        part = slice(i, i + 8 * _BATCH)
-        x = features(states.exit[part].float().cpu(), states.previous[part].float().cpu() if previous else None)
-        x = F.pad(x, (0, 1), value=1.0)
+    for features, wanted in parts:
+        x = F.pad(features.float(), (0, 1), value=1.0)
         gram = gram + (x.T @ x).double()
-        cross = cross + (x.T @ states.final[part].float().cpu()).double()
-    assert isinstance(gram, Tensor) and isinstance(cross, Tensor), "at least one state"
+        cross = cross + (x.T @ wanted.float()).double()
+    assert isinstance(gram, Tensor) and isinstance(cross, Tensor), "at least one part"
     return gram, cross
 
 
-def _sgd(model: Llama, head: Head, states: States, epochs: int, seed: int) -> Head:
-    """Minimises the cross-entropy to the full model's own argmax, from the closed-form solution on."""
+def descend(
+    tensors: dict[str, Tensor],
+    frozen: Sequence[Tensor],
+    loss: Callable[..., Tensor],
+    examples: int,
+    epochs: int,
+    seed: int,
+    rate: float = _SGD_RATE,
+) -> dict[str, Tensor]:
+    """Minimises a loss by AdamW with a cosine schedule, from ``tensors`` on.
+
+    Args:
+        frozen: what else the loss needs; ``loss(tensors, rows, *frozen)`` is the mean loss of the examples
+            that int64 ``rows`` names.
+    """
     with torch.inference_mode(False), torch.enable_grad():
-        tensors = {name: t.clone().requires_grad_() for name, t in head.tensors.items()}
-        learned = Head(tensors, head.facts)
-        lm_head = model.lm_head.clone()  # a tensor made in inference mode cannot take part in autograd
+        learned = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        frozen = [t.clone() for t in frozen]  # a tensor made in inference mode cannot take part in autograd
         order = torch.Generator().manual_seed(seed)
-        steps = epochs * -(-len(states) // _SGD_BATCH)
-        optimiser = torch.optim.AdamW(tensors.values(), lr=_SGD_RATE, weight_decay=0.0)
+        optimiser = torch.optim.AdamW(learned.values(), lr=rate, weight_decay=0.0)
+        steps = epochs * -(-examples // _SGD_BATCH)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         for _ in range(epochs):
-            for rows in torch.split(torch.randperm(len(states), generator=order), _SGD_BATCH):
-                x = features(
-                    states.exit[rows].float().cpu(), states.previous[rows].float().cpu() if head.previous else None
-                )
-                target = F.linear(states.final[rows], lm_head).argmax(-1)
-                guess = learned.map(x.clone()).to(lm_head.device, lm_head.dtype)
-                loss = F.cross_entropy(F.linear(guess, lm_head).float(), target)
+            for rows in torch.split(torch.randperm(examples, generator=order), _SGD_BATCH):
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss(learned, rows, *frozen).backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
                 schedule.step()
-    return Head({name: t.detach() for name, t in tensors.items()}, head.facts)
+    return {name: t.detach() for name, t in learned.items()}
+
+
+def cross_entropy(state: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+    """Of what is read out of estimated states ``[n, D]`` through ``weight`` ``[V, D]``; wanted -1s do not count."""
+    return F.cross_entropy(F.linear(state.to(weight.dtype), weight).float(), wanted, ignore_index=-1)

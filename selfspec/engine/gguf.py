@@ -49,7 +49,7 @@ def to_safetensors(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with _silence():
+    with silence():
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
@@ -73,7 +73,7 @@ def to_safetensors(gguf: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Neither bars, nor advice, nor warnings from transformers."""
     from transformers.utils import logging
 

@@ -1,7 +1,7 @@
-"""Readouts of an early exit: the model's own, or a fitted head; and the file a fitted head is kept in.
+"""What the fit stage makes for a draft, the file it is kept in, and readouts of an early exit.
 
 The file is safetensors. Its metadata holds one JSON object of *facts*: what the head was fitted for
-(model, exit layer), on how much, and how well it agrees with the full model on held-out tokens.
+(model, draft, exit layer), on how much, and how well it agrees with the full model on held-out tokens.
 """
 
 import json
@@ -14,8 +14,44 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from selfspec import heads
-from selfspec.engine.llama import Llama
+from selfspec.engine.model import Model
 from selfspec.errors import HeadError, one_line
+
+
+class Head:
+    """Named tensors and facts about them; the draft module that fitted them says what they mean."""
+
+    def __init__(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self.tensors, self.facts = tensors, facts
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> "Head":
+        """The same head, ready to run beside a model of that dtype and device; whole numbers stay whole."""
+        return Head({name: t.to(device, _like(t, dtype)) for name, t in self.tensors.items()}, self.facts)
+
+    def to_bytes(self) -> bytes:
+        """The head as a safetensors file, float32, facts in its metadata."""
+        tensors = {name: t.to("cpu", _like(t, torch.float32)).contiguous() for name, t in self.tensors.items()}
+        return save(tensors, metadata={heads.FACTS: json.dumps(self.facts, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Head":
+        """Reads a head file (float32, CPU).
+
+        Raises:
+            HeadError: it is missing or corrupt.
+        """
+        facts = heads.facts(path)
+        try:
+            tensors = load(path.read_bytes())
+            if not all(bool(t.isfinite().all()) for t in tensors.values()):
+                raise ValueError("not finite")
+        except Exception as error:  # safetensors raises its own and several built-in errors on damage
+            raise HeadError(f"{path}: corrupt head ({one_line(error)}); delete it to fit it again") from error
+        return cls(tensors, facts)
+
+
+def _like(t: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if t.is_floating_point() else t.dtype
 
 
 class ExitHead(Protocol):
@@ -29,7 +65,7 @@ class ExitHead(Protocol):
 class RawExit:
     """The model's own final norm applied early."""
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
 
     def __call__(self, hidden: Tensor, previous: Tensor) -> Tensor:
@@ -37,60 +73,31 @@ class RawExit:
         return self.model.norm(hidden)
 
 
-class Head:
-    """A fitted affine map of the RMS-normalised exit state (and, where asked, of the previous final state).
+class FittedExit:
+    """A fitted linear map of the exit state (and, where asked, of the previous final state); see :func:`linear`."""
 
-    Affine: ``weight`` ``[D, P]``, P = D or 2 D, and ``bias`` ``[D]``. Low rank: in the place of ``weight``, a
-    ``scale`` ``[D]`` of the exit state's coordinates and ``up`` ``[D, r]`` times ``down`` ``[r, P]``.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        self.tensors, self.facts = tensors, facts
-        self.previous = bool(facts["previous"])
+    def __init__(self, tensors: dict[str, Tensor], previous: bool) -> None:
+        self.tensors, self.previous = tensors, previous
 
     def __call__(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """The estimate of the normed final state."""
-        return self.map(features(hidden, previous if self.previous else None))
-
-    def map(self, x: Tensor) -> Tensor:
-        """Features ``[N, P]`` -> estimate ``[N, D]``."""
-        t = self.tensors
-        if "weight" in t:
-            return F.linear(x, t["weight"], t["bias"])
-        scaled = torch.addcmul(t["bias"], x[:, : len(t["scale"])], t["scale"])
-        return torch.addmm(scaled, F.linear(x, t["down"]), t["up"].t())
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> "Head":
-        """The same head, ready to run beside a model of that dtype and device."""
-        return Head({name: t.to(device, dtype) for name, t in self.tensors.items()}, self.facts)
-
-    def to_bytes(self) -> bytes:
-        """The head as a safetensors file, float32, facts in its metadata."""
-        tensors = {name: t.float().cpu().contiguous() for name, t in self.tensors.items()}
-        return save(tensors, metadata={heads.FACTS: json.dumps(self.facts, sort_keys=True)})
-
-    @classmethod
-    def load(cls, path: Path) -> "Head":
-        """Reads a head file (float32, CPU).
-
-        Raises:
-            HeadError: it is missing or corrupt.
-        """
-        facts = heads.facts(path)
-        try:
-            head = cls(load(path.read_bytes()), facts)
-            probe = torch.zeros(1, facts["hidden"])
-            if head(probe, probe).shape != probe.shape:
-                raise ValueError("tensors of other sizes than its facts say")
-            if not all(bool(t.isfinite().all()) for t in head.tensors.values()):
-                raise ValueError("not finite")
-        except Exception as error:  # safetensors raises its own and several built-in errors on damage
-            raise HeadError(f"{path}: corrupt head ({one_line(error)}); delete it to fit it again") from error
-        return head
+        return linear(self.tensors, features(hidden, previous if self.previous else None))
 
 
-def features(hidden: Tensor, previous: Tensor | None) -> Tensor:
-    """What a head is a linear map of: states scaled to unit root-mean-square, side by side. ``[N, P]``."""
-    size = (hidden.shape[-1],)
-    x = F.rms_norm(hidden, size)
-    return x if previous is None else torch.cat((x, F.rms_norm(previous, size)), -1)
+def linear(t: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Applies a fitted linear map to features ``[N, P]``, where P is D or more: ``[N, D]``.
+
+    Affine: ``weight`` ``[D, P]`` and ``bias`` ``[D]``. Low rank: in the place of ``weight``, a ``scale`` ``[D]``
+    of the first D features and ``up`` ``[D, r]`` times ``down`` ``[r, P]``.
+    """
+    if "weight" in t:
+        return F.linear(x, t["weight"], t["bias"])
+    scaled = torch.addcmul(t["bias"], x[:, : len(t["scale"])], t["scale"])
+    return torch.addmm(scaled, F.linear(x, t["down"]), t["up"].t())
+
+
+def features(first: Tensor, second: Tensor | None = None) -> Tensor:
+    """What a fitted map reads: states ``[N, D]`` scaled to unit root-mean-square, side by side. ``[N, P]``."""
+    size = (first.shape[-1],)
+    x = F.rms_norm(first, size)
+    return x if second is None else torch.cat((x, F.rms_norm(second, size)), -1)

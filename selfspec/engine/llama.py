@@ -6,13 +6,15 @@ are fused (one matrix for q, k, v; one for gate and up), keys and values are pre
 additions ride on the matrix products. Decoding one token is bound by reading the weights; everything
 else here only has to stay out of the way.
 
-Shapes: R rows, T new tokens a row, N = R * T, D hidden size, H query heads, G key-value heads, d head size.
+Shapes: R rows, N new tokens of all rows together (see :class:`~selfspec.engine.cache.Place`), D hidden size,
+H query heads, G key-value heads, d head size.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selfspec.engine.cache import KVCache, Place
+from selfspec.engine.model import Shape
 from selfspec.errors import AssetError, ConfigError
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A model's sizes, read from its ``config.json``."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    max_positions: int
-    norm_eps: float
-    eos: frozenset[int]
 
 
 @dataclass(slots=True)
@@ -58,6 +46,8 @@ class Layer:
 
 class Llama:
     """A frozen decoder whose layers run in ranges."""
+
+    folder: Path | None = None
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Fuses ``weights`` (Hugging Face names) as described by ``config`` (a parsed ``config.json``)."""
@@ -89,7 +79,9 @@ class Llama:
             weights: dict[str, Tensor] = {}
             for file in files:
                 weights.update(load_file(file, device=str(device)))
-            return cls(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
+            model = cls(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
+            model.folder = folder
+            return model
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise AssetError(f"{folder}: cannot be read as a model: {error}") from error
         except KeyError as error:
@@ -98,7 +90,7 @@ class Llama:
     def to(self, dtype: torch.dtype) -> "Llama":
         """The same model in another dtype (a copy; used to look at a tie in float32)."""
         other = object.__new__(Llama)
-        other.shape, other.device, other.dtype = self.shape, self.device, dtype
+        other.shape, other.folder, other.device, other.dtype = self.shape, self.folder, self.device, dtype
         other.embedding = self.embedding.to(dtype)
         other.lm_head = other.embedding if self.lm_head is self.embedding else self.lm_head.to(dtype)
         other.final_norm = self.final_norm.to(dtype)
@@ -110,46 +102,50 @@ class Llama:
         other._cos, other._sin = (table.to(self.device, dtype) for table in self._rotary)
         return other
 
-    def new_cache(self, capacity: int, rows: int = 1) -> KVCache:
-        """An empty cache for ``rows`` sequences of up to ``capacity`` positions."""
+    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0) -> KVCache:
+        """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use."""
         s = self.shape
-        return KVCache(s.layers, rows, s.kv_heads, capacity, s.head_dim, self.dtype, self.device)
+        return KVCache(s.layers + extra_layers, rows, s.kv_heads, capacity, s.head_dim, self.dtype, self.device)
 
-    def embed(self, tokens: list[int] | tuple[int, ...] | Tensor) -> Tensor:
-        """Token ids, N of them -> ``[N, D]``."""
+    def embed(self, tokens: Sequence[int] | Tensor, at: Place | None = None) -> Tensor:
+        """Token ids, N of them -> ``[N, D]``; positions come in with every layer, so ``at`` is not looked at."""
         return self.embedding[torch.as_tensor(tokens, device=self.device)]
 
-    def run(self, hidden: Tensor, cache: KVCache, start: int | Tensor, first: int, last: int) -> Tensor:
-        """Runs layers ``first`` to ``last - 1`` on ``[N, D]``; writes their keys and values.
+    def run(self, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
+        """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
+        rotation = self.rotation(at)
+        for index in range(first, last):
+            hidden = self.block(self.layers[index], hidden, cache, index, at, rotation)
+        return hidden
 
-        Args:
-            hidden: the residual stream of T tokens a row before layer ``first``, rows after each other.
-            start: position of every row's first token: one int, or int64 ``[R]`` where rows differ.
-        """
-        rows, count = cache.rows, hidden.shape[0] // cache.rows
-        at = cache.place(start, count)
-        cos, sin = self._angles(at)
+    def rotation(self, at: Place) -> "Rotation":
+        """What every layer of a pass shares: angles of the positions, and the mask for folded heads."""
+        groups = self.shape.heads // self.shape.kv_heads
+        mask = None if at.mask is None else at.mask.repeat(1, 1, groups, 1)
+        positions = at.positions
+        if isinstance(positions, Tensor):  # a row that rides along in a draft may be run past the last position
+            positions = positions.clamp(max=len(self._cos) - 1)
+        return Rotation(self._cos[positions][:, None], self._sin[positions][:, None], mask)
+
+    def block(self, w: Layer, hidden: Tensor, cache: KVCache, index: int, at: Place, rotation: "Rotation") -> Tensor:
+        """One layer on ``[N, D]``, its keys and values at layer ``index`` of the cache."""
         s, eps = self.shape, self.shape.norm_eps
         roped = s.heads + s.kv_heads
-        mask = None if at.mask is None else at.mask.repeat(1, 1, s.heads // s.kv_heads, 1)
-        for index in range(first, last):
-            w = self.layers[index]
-            x = F.rms_norm(hidden, (s.hidden,), w.attention_norm, eps)
-            qkv = F.linear(x, w.qkv, w.qkv_bias).view(rows, count, roped + s.kv_heads, s.head_dim)
-            qk = qkv[:, :, :roped]
-            if w.q_norm is not None and w.k_norm is not None:
-                q, k = qk[:, :, : s.heads], qk[:, :, s.heads :]
-                q = F.rms_norm(q, (s.head_dim,), w.q_norm, eps)
-                k = F.rms_norm(k, (s.head_dim,), w.k_norm, eps)
-                qk = torch.cat((q, k), 2)
-            qk = torch.addcmul(qk * cos, qk.roll(s.head_dim // 2, -1), sin)
-            k, v = qk[:, :, s.heads :].transpose(1, 2), qkv[:, :, roped:].transpose(1, 2)
-            mixed = _attend(qk[:, :, : s.heads].transpose(1, 2), *cache.append(index, k, v, at), at, mask)
-            hidden = torch.addmm(hidden, mixed.transpose(1, 2).reshape(len(hidden), -1), w.out.t())
-            x = F.rms_norm(hidden, (s.hidden,), w.mlp_norm, eps)
-            gate, up = F.linear(x, w.gate_up).chunk(2, -1)
-            hidden = torch.addmm(hidden, F.silu(gate) * up, w.down.t())
-        return hidden
+        x = F.rms_norm(hidden, (s.hidden,), w.attention_norm, eps)
+        qkv = F.linear(x, w.qkv, w.qkv_bias).view(-1, roped + s.kv_heads, s.head_dim)
+        qk = qkv[:, :roped]
+        if w.q_norm is not None and w.k_norm is not None:
+            q, k = qk[:, : s.heads], qk[:, s.heads :]
+            q = F.rms_norm(q, (s.head_dim,), w.q_norm, eps)
+            k = F.rms_norm(k, (s.head_dim,), w.k_norm, eps)
+            qk = torch.cat((q, k), 1)
+        qk = torch.addcmul(qk * rotation.cos, qk.roll(s.head_dim // 2, -1), rotation.sin)
+        keys, values = cache.append(index, qk[:, s.heads :], qkv[:, roped:], at)
+        mixed = attend(qk[:, : s.heads], keys, values, at, rotation.mask)
+        hidden = torch.addmm(hidden, mixed, w.out.t())
+        x = F.rms_norm(hidden, (s.hidden,), w.mlp_norm, eps)
+        gate, up = F.linear(x, w.gate_up).chunk(2, -1)
+        return torch.addmm(hidden, F.silu(gate) * up, w.down.t())
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The model's own final norm: ``[N, D]`` -> ``[N, D]``, what the language-model head reads."""
@@ -159,24 +155,38 @@ class Llama:
         """Normed states ``[N, D]`` -> logits ``[N, vocab]`` through the frozen language-model head."""
         return F.linear(state, self.lm_head)
 
-    def _angles(self, at: Place) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines, ``[T, 1, d]`` or ``[R, T, 1, d]``."""
-        if at.index is None:
-            return self._cos[at.start : at.stop, None], self._sin[at.start : at.stop, None]
-        return self._cos[at.index][:, :, None], self._sin[at.index][:, :, None]
+
+class Rotation(NamedTuple):
+    """What all layers of a pass share.
+
+    Attributes:
+        cos: ``[N, 1, d]``, and
+        sin: ``[N, 1, d]``, signed: rotary angles of the positions.
+        mask: the place's mask, repeated for every head of a group; ``None`` as there.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, at: Place, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention: ``[R, H, T, d]`` over ``[R, G, S, d]`` -> ``[R, H, T, d]``.
+def attend(q: Tensor, keys: Tensor, values: Tensor, at: Place, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention: ``[N, H, d]`` over ``[R, G, stop, d]`` -> ``[N, H * d]``.
 
     The H / G heads of a group are laid end to end as if they were more tokens, so that each key-value head
     is read once (4x faster on a CPU in bf16); ``mask`` repeats in step. Prefill keeps the causal kernel.
     """
+    heads, size = q.shape[1:]
+    if at.pad is not None:
+        q = q[at.pad]
+    q = q.view(at.count, at.width, heads, size).transpose(1, 2)
     if at.causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    rows, heads, count, size = q.shape
-    folded = q.reshape(rows, k.shape[1], -1, size)
-    return F.scaled_dot_product_attention(folded, k, v, mask).view(rows, heads, count, size)
+        mixed = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+    else:
+        folded = q.reshape(at.count, keys.shape[1], -1, size)
+        mixed = F.scaled_dot_product_attention(folded, keys, values, mask).view(q.shape)
+    mixed = mixed.transpose(1, 2).reshape(-1, heads * size)
+    return mixed if at.unpad is None else mixed[at.unpad]
 
 
 def _stop_tokens(*configs: dict[str, Any]) -> list[int]:

@@ -4,6 +4,7 @@ import importlib
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from selfspec import config as schema
 from selfspec import heads
-from selfspec.engine import controller, fit, gate, gguf, policy
+from selfspec.engine import controller, fit, gate, gguf, hf, policy
 from selfspec.engine.base import Tie
-from selfspec.engine.decode import Target, decode
+from selfspec.engine.decode import Speculation, Target
 from selfspec.engine.draft.base import Draft
 from selfspec.engine.draft.layerskip import EarlyExit
-from selfspec.engine.draft.none import NoDraft
 from selfspec.engine.head import Head
-from selfspec.engine.llama import Llama
+from selfspec.engine.model import Model
+from selfspec.engine.scheduler import Scheduler
+from selfspec.engine.tree import Tree
 from selfspec.errors import AssetError, ConfigError
 from selfspec.plan import Plan
 from selfspec.progress import progress
@@ -39,7 +41,7 @@ class TorchEngine:
             torch.set_num_threads(plan.hardware.threads)
         self.device = _device(plan.hardware.device)
         self.dtype = _dtype(plan.hardware.dtype, self.device)
-        self._gate, self._policy = gate.make(plan.gate), policy.make(plan.policy)
+        self._gate, self._policy = gate.make(plan.gate, plan.seed), policy.make(plan.policy)
         self._controller = controller.make(plan.controller)
         self._head: Head | None = None
 
@@ -49,13 +51,13 @@ class TorchEngine:
         return gguf.model_folder(self.plan.model)
 
     @cached_property
-    def model(self) -> Llama:
+    def model(self) -> Model:
         """The weights, on the device.
 
         Raises:
             ConfigError: the model has fewer layers than the plan counted on.
         """
-        model = Llama.load(self.folder, self.device, self.dtype)
+        model = hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers)
         exit_layer, layers = self.plan.draft.exit_layer, model.shape.layers
         if exit_layer is not None and exit_layer >= layers:
             name = self.plan.model.name
@@ -71,26 +73,32 @@ class TorchEngine:
             raise AssetError(f"model.source={self.plan.model.source}: {self.folder} has no tokenizer.json")
         return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
-    @property
-    def _draft(self) -> Draft:
-        module = importlib.import_module(f"selfspec.engine.draft.{self.plan.draft.name}")
-        made: Draft = module.make(self.plan.draft, self.model, self._head)
+    @cached_property
+    def _plain(self) -> Speculation:
+        """Decoding without a draft by the whole model: the reference."""
+        model = self.model
+        whole = Target(model, model.shape.layers, model.norm)
+        exact = self._policy if self.plan.policy.samples else policy.LongestPrefix()
+        return Speculation(whole, Draft(model), gate.Gate(), controller.Fixed(0), exact)
+
+    @cached_property
+    def _speculation(self) -> Speculation:
+        """The plan's configuration; made when its head is known."""
+        draft = self._make_draft()
+        if self.plan.speculative:
+            return replace(self._plain, draft=draft, gate=self._gate, controller=self._controller, policy=self._policy)
+        if self.plan.policy.verify:
+            return self._plain
+        assert isinstance(draft, EarlyExit), "checked by the plan"
+        exit = Target(self.model, draft.exit_layer, lambda hidden: draft.head(hidden, hidden))
+        return replace(self._plain, target=exit)
+
+    def _make_draft(self) -> Draft:
+        made: Draft = _draft_module(self.plan.draft.name).make(self.plan.draft, self.model, self._head)
         return made
 
     @cached_property
-    def _plain(self) -> Target:
-        return Target(self.model, self.model.shape.layers, self.model.norm)
-
-    @property
-    def _target(self) -> Target:
-        if self.plan.policy.verify:
-            return self._plain
-        exit = self._draft
-        assert isinstance(exit, EarlyExit), "checked by the plan"
-        return Target(self.model, exit.exit_layer, lambda hidden: exit.head(hidden, hidden))
-
-    @cached_property
-    def _float32(self) -> Llama:
+    def _float32(self) -> Model:
         return self.model.to(torch.float32)
 
     def describe(self) -> Mapping[str, object]:
@@ -124,49 +132,40 @@ class TorchEngine:
         return templated
 
     @torch.inference_mode()
-    def generate(self, request: Request, *, plain: bool = False) -> Completion:
-        """Decodes one request as the plan says; ``plain``: greedily, with no draft, by the whole model.
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        plain: bool = False,
+        k: int | None = None,
+        max_batch: int | None = None,
+    ) -> list[Completion]:
+        """Decodes requests as the plan says; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`.
 
         Raises:
             ConfigError: prompt and new tokens are more than the model has positions.
         """
-        capacity = self._room(len(request.tokens) + request.max_new_tokens)
-        cache = self.model.new_cache(capacity)
-        if plain or not self.plan.speculative:
-            target = self._plain if plain else self._target
-            return decode(target, NoDraft(self.model), _OPEN, controller.Fixed(0), self._policy, request, cache)
-        return decode(self._target, self._draft, self._gate, self._controller, self._policy, request, cache)
+        speculation = self._plain if plain else self._speculation
+        if k is not None:
+            speculation = replace(speculation, controller=controller.Fixed(k))
+        room = max(self._room(len(r.tokens) + r.max_new_tokens) for r in requests)
+        cache = self.model.new_cache(
+            capacity=room + speculation.draft.nodes(k or self.plan.controller.most),
+            rows=min(len(requests), max_batch or self.plan.engine.max_batch),
+            extra_layers=speculation.draft.layers,
+        )
+        return Scheduler(speculation, cache).run(requests)
 
-    @torch.inference_mode()
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
-        """The model's own greedy answers, all prompts in one batch; rows leave it as they finish.
+    def state(self) -> Mapping[str, Any]:
+        """What gate and controller have learned so far, as JSON values."""
+        made = self._speculation
+        return {"gate": made.gate.state(), "controller": made.controller.state()}
 
-        Returns:
-            One tuple of token ids a prompt, the stop token included where it came.
-        """
-        model, eos = self.model, self.model.shape.eos
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        width = int(lengths.max())
-        cache = model.new_cache(self._room(width + max_new_tokens), rows=len(prompts))
-        padded = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=self.device)
-        # Padding stands to the right: causality hides it from the prompt, and answers overwrite it.
-        hidden = self._plain.model.run(model.embed(padded.flatten()), cache, 0, 0, model.shape.layers)
-        last = hidden.view(len(prompts), width, -1)[torch.arange(len(prompts)), lengths - 1]
-        answers: list[list[int]] = [[] for _ in prompts]
-        active = list(range(len(prompts)))
-        while True:
-            tokens = model.logits(model.norm(last)).argmax(-1)
-            for row, token in zip(active, tokens.tolist(), strict=True):
-                answers[row].append(token)
-            going = [i for i, row in enumerate(active) if answers[row][-1] not in eos]
-            if not going or len(answers[active[going[0]]]) == max_new_tokens:
-                return [tuple(answer) for answer in answers]
-            if len(going) < len(active):
-                keep = torch.tensor(going, device=self.device)
-                cache.keep_rows(keep)
-                tokens, lengths, active = tokens[keep], lengths[keep], [active[i] for i in going]
-            last = model.run(model.embed(tokens), cache, lengths, 0, model.shape.layers)
-            lengths = lengths + 1
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up what an earlier process had learned."""
+        made = self._speculation
+        made.gate.restore(state["gate"])
+        made.controller.restore(state["controller"])
 
     @torch.inference_mode()
     def fit(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path, facts: Mapping[str, Any]) -> None:
@@ -174,14 +173,14 @@ class TorchEngine:
 
         Writes a safetensors file with ``facts`` and what was measured in its metadata.
         """
-        draft = self.plan.draft
-        assert draft.exit_layer is not None, "checked by the plan"
-        parts = []
+        traces = []
         with progress("states", len(pairs)) as advance:
             for prompt, answer in pairs:
-                parts.append(fit.collect(self.model, (*prompt, *answer), len(prompt), draft.exit_layer))
+                traces.append(fit.trace(self.model, prompt, answer, self.plan.draft.exit_layer))
                 advance()
-        head = fit.fit_head(self.model, *fit.split(parts), draft, self.plan.seed)
+        draft = self.plan.draft
+        module = _draft_module(draft.learned or draft.name)
+        head: Head = module.fit(self.model, *fit.split(traces), draft, self.plan.seed)
         head.facts.update(facts, hidden=self.model.shape.hidden)
         write_atomic(path, head.to_bytes())
 
@@ -193,6 +192,7 @@ class TorchEngine:
         """
         heads.check(path, {"hidden": self.model.shape.hidden})
         self._head = Head.load(path).to(self.dtype, self.device)
+        self.__dict__.pop("_speculation", None)  # one made with another head
 
     @torch.inference_mode()
     def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
@@ -233,13 +233,16 @@ class TorchEngine:
         return positions
 
 
-def _next_logits(model: Llama, context: Sequence[int]) -> Tensor:
+def _draft_module(name: str) -> Any:
+    return importlib.import_module(f"selfspec.engine.draft.{name}")
+
+
+def _next_logits(model: Model, context: Sequence[int]) -> Tensor:
     """``[vocab]``, from one pass over the context."""
-    hidden = model.run(model.embed(tuple(context)), model.new_cache(len(context)), 0, 0, model.shape.layers)
+    cache = model.new_cache(len(context))
+    at = cache.place([Tree.chain(context)], row=cache.admit())
+    hidden = model.run(model.embed(context, at), cache, at, 0, model.shape.layers)
     return model.logits(model.norm(hidden[-1:]))[0]
-
-
-_OPEN = gate.make(schema.Gate())
 
 
 def _device(asked: schema.Device) -> torch.device:

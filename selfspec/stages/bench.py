@@ -1,31 +1,38 @@
 """The bench stage: the configuration against plain decoding, prompt by prompt in the same process.
 
-Each unit decodes one prompt both ways, in turn first, so that what drifts (clocks, neighbours) hits both;
-the ratio is per prompt. An exact policy must give plain decoding's tokens: where one differs, the two
-candidates are compared in float32, and what the dtype's rounding explains is a tie.
+Each unit decodes its prompts both ways, in turn first, so that what drifts (clocks, neighbours) hits both;
+the ratio is per unit. The references of ``bench.against`` (and, where the controller adapts, every fixed K of
+``bench.fixed``) are decoded in the same turn. An exact policy must give plain decoding's tokens: where one
+differs, the two candidates are compared in float32, and what the dtype's rounding explains is a tie.
 """
 
 import io
 import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from selfspec import metrics, workload
 from selfspec.checkpoint import Journal, Record
+from selfspec.engine import factory
 from selfspec.engine.base import Engine
 from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import collect, write_atomic
 from selfspec.stages import LazyEngine
 from selfspec.stages.fit import head_path, ready
-from selfspec.types import Completion, Cycle, Measurements, Prompt, Request
+from selfspec.types import GREEDY, Completion, Cycle, Measurements, Prompt, Request, Sampling
 
-Verdict = Literal["yes", "ties", "no", "lossy", "reference"]
+Verdict = Literal["yes", "ties", "no", "sampled", "lossy", "reference"]
+Way = Callable[[list[Request]], list[Completion]]
 
 
 def run(engine: LazyEngine, plan: Plan, journal: Journal) -> Measurements:
     """Measures every unit that the journal does not have, and sums up all of them."""
-    wanted = [(repeat, number) for repeat in range(plan.scale.repeats) for number in range(plan.scale.prompts)]
+    units = range(-(-plan.scale.prompts // plan.engine.max_batch))
+    wanted = [(repeat, number) for repeat in range(plan.scale.repeats) for number in units]
     missing = [unit for unit in wanted if journal.get("bench", _name(*unit)) is None]
     if missing:
         _measure(engine(), plan, journal, missing)
@@ -46,13 +53,17 @@ def notes(records: list[Record]) -> list[str]:
 
 
 def verdict(records: list[Record], plan: Plan) -> Verdict:
-    """``yes``, ``ties`` (differences that rounding explains), ``no``, ``lossy`` by design, or ``reference``."""
+    """``yes``, ``ties`` (differences that rounding explains), ``no``, ``lossy`` by design, or ``reference``.
+
+    ``sampled``: tokens were drawn from the exact distribution, and are not those that plain decoding drew.
+    """
     if plan.draft.name == "none":
         return "reference"
     if not plan.exact:
         return "lossy"
-    seen = {record.data["verdict"] for record in records}
-    return "no" if "differs" in seen else "ties" if "tie" in seen else "yes"
+    seen = {verdict["verdict"] for record in records for verdict in record.data["verdicts"]}
+    words: tuple[tuple[str, Verdict], ...] = (("differs", "no"), ("drawn", "sampled"), ("tie", "ties"))
+    return next((word for kind, word in words if kind in seen), "yes")
 
 
 def write_cycles(path: Path, records: list[Record]) -> None:
@@ -67,11 +78,12 @@ def write_cycles(path: Path, records: list[Record]) -> None:
     names = [*Cycle.__slots__]
     columns: dict[str, list[object]] = {name: [] for name in ("unit", "prompt", *names)}
     for record in records:
-        cycles = record.data["configured"]["cycles"]
-        for name in names:
-            columns[name] += cycles[name]
-        columns["unit"] += [record.unit] * len(cycles["k_asked"])
-        columns["prompt"] += [record.data["prompt"]] * len(cycles["k_asked"])
+        for prompt, completion in zip(record.data["prompts"], record.data["configured"], strict=True):
+            cycles = completion["cycles"]
+            for name in names:
+                columns[name] += cycles[name]
+            columns["unit"] += [record.unit] * len(cycles["k_asked"])
+            columns["prompt"] += [prompt] * len(cycles["k_asked"])
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer, compression="zstd")
     write_atomic(path, buffer.getvalue())
@@ -82,51 +94,84 @@ def _measure(engine: Engine, plan: Plan, journal: Journal, missing: list[tuple[i
         ready(lambda: engine, plan)  # a job may be resumed after its head was deleted
         engine.use_head(head_path(plan))
     encode = lambda text: engine.encode(text, plan.workload.chat)  # noqa: E731
+    size = plan.engine.max_batch
     prompts = workload.select(plan.workload, "bench", plan.scale.prompts, plan.seed, encode)
+    ways = _ways(engine, plan)
     for prompt in workload.select(plan.workload, "fit", plan.scale.warmup, plan.seed, encode):
-        _unit(engine, plan, prompt, plain_first=True)
+        _unit(engine, plan, ways, [prompt], 0)
+    learned = [record.data["state"] for record in journal.records("bench")]
+    if learned:
+        engine.restore(learned[-1])
     provenance = collect(engine.describe())
     on = str(provenance["fingerprint"])
-    total = plan.scale.repeats * plan.scale.prompts
+    units = -(-len(prompts) // size)
+    total = plan.scale.repeats * units
     with progress("bench", total, total - len(missing)) as advance:
         for repeat, number in missing:
-            data = _unit(engine, plan, prompts[number], plain_first=(repeat + number) % 2 == 0)
+            together = prompts[number * size : (number + 1) * size]
+            data = _unit(engine, plan, ways, together, repeat + number)
             journal.append("bench", _name(repeat, number), data | {"provenance": provenance}, on)
             advance()
 
 
-def _unit(engine: Engine, plan: Plan, prompt: Prompt, plain_first: bool) -> dict[str, object]:
-    """One prompt, both ways. The reference itself is decoded once."""
-    request = Request(prompt.tokens, plan.workload.new_tokens, plan.workload.ignore_eos)
+def _ways(engine: Engine, plan: Plan) -> dict[str, Way]:
+    """How a unit's prompts are decoded, by name: plainly, as configured, and by every reference."""
+    ways: dict[str, Way] = {"plain": partial(engine.generate, plain=True)}
+    if plan.draft.name != "none":
+        ways["configured"] = engine.generate
+    for k in plan.fixed_ks:
+        ways[f"K={k}"] = partial(engine.generate, k=k)
+    for name in plan.bench.against:
+        ways[name] = factory.reference(name, plan).generate
+    return ways
+
+
+def _unit(
+    engine: Engine, plan: Plan, ways: Mapping[str, Way], prompts: Sequence[Prompt], turn: int
+) -> dict[str, object]:
+    """Some prompts, every way, another one first in each turn. The reference itself is decoded once."""
+    requests = [_request(plan, prompt) for prompt in prompts]
+    order = [*ways][turn % len(ways) :] + [*ways][: turn % len(ways)]
     wall, cpu = time.perf_counter(), time.process_time()
-    if plan.draft.name == "none":
-        plain = configured = engine.generate(request, plain=True)
-    elif plain_first:
-        plain = engine.generate(request, plain=True)
-        configured = engine.generate(request)
-    else:
-        configured = engine.generate(request)
-        plain = engine.generate(request, plain=True)
+    done = {name: ways[name](requests) for name in order}
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    data: dict[str, object] = {
-        "prompt": prompt.id,
-        "prompt_tokens": len(prompt.tokens),
-        "plain": metrics.pack(plain),
-        "configured": metrics.pack(configured),
+    plain = done.pop("plain")
+    configured = done.pop("configured", plain)
+    return {
+        "prompts": [prompt.id for prompt in prompts],
+        "prompt_tokens": [len(prompt.tokens) for prompt in prompts],
+        "plain": [metrics.pack(completion) for completion in plain],
+        "configured": [metrics.pack(completion) for completion in configured],
+        "against": {name: [metrics.pack(completion) for completion in those] for name, those in done.items()},
+        "verdicts": [
+            _compared(engine, plan, prompt, one, other)
+            for prompt, one, other in zip(prompts, plain, configured, strict=True)
+        ],
+        "state": engine.state(),
         "cpu_utilisation": cpu / wall,
         "device_utilisation": engine.device_utilisation(),
         "peak_memory_mb": engine.peak_memory_mb(),
     }
-    return data | _compared(engine, plan, prompt, plain, configured)
+
+
+def _request(plan: Plan, prompt: Prompt) -> Request:
+    """A prompt with the plan's limits; where tokens are drawn, with randomness of its own."""
+    policy, sampling = plan.policy, GREEDY
+    if policy.samples:
+        seed = zlib.crc32(prompt.id.encode(), plan.seed)
+        sampling = Sampling(policy.temperature, policy.top_k, policy.top_p, seed)
+    return Request(prompt.tokens, plan.workload.new_tokens, plan.workload.ignore_eos, sampling)
 
 
 def _compared(
     engine: Engine, plan: Plan, prompt: Prompt, plain: Completion, configured: Completion
 ) -> dict[str, object]:
-    """The verdict on a unit: ``equal``, ``tie`` or ``differs``, and where and how far apart."""
+    """The verdict on a prompt: ``equal``, ``tie``, ``drawn`` or ``differs``, and where and how far apart."""
     at = metrics.first_difference(plain.tokens, configured.tokens)
     if at is None:
         return {"verdict": "equal"}
+    if plan.policy.samples and plan.exact:
+        return {"verdict": "drawn", "differs_at": at}
     stopped_early = at == min(len(plain.tokens), len(configured.tokens))
     if stopped_early or not plan.exact:  # no second token to compare with, or nothing to excuse
         return {"verdict": "differs", "differs_at": at}
@@ -136,4 +181,4 @@ def _compared(
 
 
 def _name(repeat: int, number: int) -> str:
-    return f"prompt-{number:04d}/repeat-{repeat}"
+    return f"unit-{number:04d}/repeat-{repeat}"

@@ -20,7 +20,7 @@ from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import fingerprint, storing, versions
 from selfspec.stages import LazyEngine
-from selfspec.types import Measurements
+from selfspec.types import Measurements, Request
 
 MAX_PROMPT_TOKENS = 256
 BATCH = 64
@@ -111,7 +111,8 @@ def answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequen
             with progress("answers", len(batches), len(batches) - len(missing)) as advance:
                 for i in missing:
                     batch = prompts[i * BATCH : (i + 1) * BATCH]
-                    answers = made.answer(batch, plan.scale.fit_new_tokens)
+                    requests = [Request(tokens, plan.scale.fit_new_tokens) for tokens in batch]
+                    answers = [answer.tokens for answer in made.generate(requests, plain=True, max_batch=BATCH)]
                     data = {"prompts": batch, "answers": answers}
                     journal.append("answers", batches[i], data, fingerprint(made.describe()))
                     advance()

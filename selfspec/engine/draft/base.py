@@ -1,49 +1,104 @@
-"""The contract of a draft: given the verified state, propose up to K tokens, asking the gate after each.
+"""The contract of a draft: given what is verified, propose up to K tokens, asking the gate after each.
 
-A new draft is one file here, with a class of this shape behind ``make(plan_draft, model, head)``, and one
-YAML file in ``conf/draft/``.
+A new draft is one file here, with a class of this shape behind ``make(draft, model, head)``, and one YAML
+file in ``conf/draft/``. Drafts work on a whole batch: what is asked of one row is asked of all.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from selfspec.engine.cache import KVCache
+from selfspec.engine.cache import KVCache, Place
 from selfspec.engine.gate import Gate
+from selfspec.engine.model import Model
+from selfspec.engine.tree import Tree
+from selfspec.types import Cycle, Request
 
 
-class Verified(NamedTuple):
-    """What is certain when drafting begins.
+@dataclass(slots=True)
+class Row:
+    """A request being decoded; row r of the batch has row r of the cache.
 
     Attributes:
-        token: the last emitted token; it has not been through the model yet.
-        state: the target's normed final state ``[1, D]`` that gave it.
+        tokens: prompt and generated tokens; all but the last have been through the model.
+        state: the target's normed final state ``[1, D]`` that gave the last token.
+        exit_layer: where an early-exit draft leaves, if its controller chose for this request.
+        memory: whatever the draft keeps for this row.
     """
 
-    token: int
+    request: Request
+    tokens: list[int]
     state: Tensor
+    arrival: float
+    first_token: float = 0.0
+    cycles: list[Cycle] = field(default_factory=list)
+    exit_layer: int | None = None
+    memory: Any = None
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """What has been generated."""
+        return self.tokens[len(self.request.tokens) :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to come."""
+        return self.request.max_new_tokens - (len(self.tokens) - len(self.request.tokens))
 
 
 class Proposal(NamedTuple):
     """What a draft hands to verification.
 
     Attributes:
-        tokens: the k proposed tokens.
-        hidden: ``[k + 1, D]``, the residual stream of the verified token and the proposed ones after
-            ``depth`` layers: verification goes on from there.
-        depth: how many of the target's layers the draft has run, and written the KV of, for those tokens.
-        signals: the gate's signal for each token looked at, the doubted one included.
+        trees: one for each row; its root is the row's last token, its depth at most the k asked for.
+        hidden: ``[N, D]``, the residual stream of all nodes of all trees after ``depth`` layers:
+            verification goes on from there. ``None`` where no layer was run.
+        depth: how many of the target's layers the draft has run, and written the KV of, for those nodes.
     """
 
-    tokens: list[int]
-    hidden: Tensor
-    depth: int
-    signals: list[float]
+    trees: list[Tree]
+    hidden: Tensor | None = None
+    depth: int = 0
 
 
-class Draft(Protocol):
-    """Proposes tokens. Writes the KV of layers below ``Proposal.depth`` from position ``cache.length`` on."""
+class Draft:
+    """Proposes nothing, which is plain decoding. The base of the others: a draft overrides what it needs.
 
-    def propose(self, verified: Verified, k: int, gate: Gate, cache: KVCache) -> Proposal:
-        """Up to ``k`` (>= 0) tokens that may follow ``verified.token``."""
-        ...
+    Attributes:
+        layers: cache layers of the draft's own, after the target's (a trained block's keys and values).
+        nodes: the most nodes of a tree, its root included, so that the cache has room.
+    """
+
+    layers = 0
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def nodes(self, k: int) -> int:
+        """The most nodes of a tree of depth ``k``, its root included."""
+        return k + 1
+
+    def prefill(self, tokens: Sequence[int], cache: KVCache, at: Place, row: Row) -> tuple[Tensor, int]:
+        """The draft's share of a prompt's pass: the residual stream ``[P, D]`` and how many layers it has been through."""
+        return self.model.embed(tokens, at), 0
+
+    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+        """For every row, a tree of depth up to its k (>= 0)."""
+        return Proposal([Tree.chain(row.tokens[-1:]) for row in rows])
+
+    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+        """What became certain: after the prompt, and after each verification.
+
+        Args:
+            index: the row's place in the batch and the cache, whose length counts the new tokens' predecessors.
+            tokens: the n tokens that follow the last n verified ones: ``tokens[i]`` is what the target's
+                normed final state ``states[i]`` (of ``[n, D]``) gave or, within the prompt, what came next.
+        """
+
+
+def stack(rows: Sequence[Row]) -> Tensor:
+    """The rows' states as ``[R, D]``."""
+    return rows[0].state if len(rows) == 1 else torch.cat([row.state for row in rows])

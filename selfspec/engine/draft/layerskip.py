@@ -1,53 +1,134 @@
 """Early exit: the model's own first layers draft (LayerSkip, 2404.16710; Draft & Verify, 2309.08168).
 
 Weights, KV and hidden states are shared with verification, which starts where the draft left off: the
-exit layers are never run twice for a token.
+exit layers are never run twice for a token of a chain.
 """
+
+import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
+from selfspec.engine import fit as fitting
 from selfspec.engine.cache import KVCache
-from selfspec.engine.draft.base import Proposal, Verified
+from selfspec.engine.draft.base import Draft, Proposal, Row, stack
+from selfspec.engine.fit import Trace
 from selfspec.engine.gate import Gate
 from selfspec.engine.head import ExitHead, Head, RawExit
-from selfspec.engine.llama import Llama
+from selfspec.engine.model import Model
+from selfspec.engine.readout import Readout
+from selfspec.engine.tree import Tree
 
 
-class EarlyExit:
-    """Drafts with layers below ``exit_layer`` and a readout of their hidden state."""
+class EarlyExit(Draft):
+    """Drafts with layers below ``exit_layer`` and a readout of their hidden state.
 
-    def __init__(self, model: Llama, exit_layer: int, head: ExitHead) -> None:
-        self.model, self.exit_layer, self.head = model, exit_layer, head
+    A chain, or with a ``width`` a comb: beside every token of the chain, the next likeliest ones as leaves, up to
+    ``budget`` tokens in all. Leaves are run together with the chain's last token, and so cost little.
+    """
 
-    def propose(self, verified: Verified, k: int, gate: Gate, cache: KVCache) -> Proposal:
-        """Drafts until ``k`` tokens are proposed or the gate doubts one.
+    def __init__(
+        self,
+        model: Model,
+        exit_layer: int,
+        head: ExitHead,
+        readout: Readout | None = None,
+        width: int = 1,
+        budget: int | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.exit_layer, self.head, self.readout = exit_layer, head, readout or Readout(model)
+        self.width, self.budget = width, budget
 
-        The last proposed token is run through the exit layers too: verification needs its hidden state
-        to give the token after it.
+    def nodes(self, k: int) -> int:
+        """The root, and ``width`` candidates at each of k positions or as many as the budget allows."""
+        return 1 + min(k * self.width, self.budget or 64 * self.width)
+
+    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+        """Drafts until every row has its k positions or the gate doubts the likeliest token of one.
+
+        What is proposed last is run through the exit layers too: verification goes on from its hidden state.
+        Rows that are done ride along, and what they draft is dropped.
         """
-        tokens: list[int] = []
-        signals: list[float] = []
-        hidden: list[Tensor] = []
-        token, state = verified
-        while True:
-            h = self.model.run(self.model.embed([token]), cache, cache.length + len(tokens), 0, self.exit_layer)
-            hidden.append(h)
-            if len(tokens) == k:
-                break
-            state = self.head(h, state)
-            logits = self.model.logits(state)[0]
-            if gate.signal is not None:
-                signals.append(gate.signal(logits))
-                if gate.stops(signals[-1]):
-                    break
-            token = int(logits.argmax())
-            tokens.append(token)
-        return Proposal(tokens, torch.cat(hidden), self.exit_layer, signals)
+        exit_layer = rows[0].exit_layer or self.exit_layer
+        trees = [Tree.chain(row.tokens[-1:]) for row in rows]
+        leaves: list[list[tuple[int, int]]] = [[] for _ in rows]
+        ks = [min(k, self.budget or k) for k in ks]
+        going = [k > 0 for k in ks]
+        tokens, states, hidden = [row.tokens[-1] for row in rows], stack(rows), list[Tensor]()
+        while any(going):
+            step = len(hidden)
+            at = cache.place([Tree.chain([0] * step + [token]) for token in tokens], first=step)
+            hidden.append(self.model.run(self.model.embed(tokens, at), cache, at, 0, exit_layer))
+            states = self.head(hidden[-1], states)
+            logits = self.readout(states)
+            signals = gate.signals(logits) if gate.reads else []
+            best = self.readout.likeliest(logits, self.width).tolist()
+            tokens = [token for token, *_ in best]
+            for r, tree in enumerate(trees):
+                if not going[r]:
+                    continue
+                if gate.reads:
+                    tree.signals.append(signals[r])
+                    going[r] = not gate.stops(signals[r])
+                if going[r]:
+                    tree.add(step, tokens[r])
+                    leaves[r] += ((step, token) for token in best[r][1:])
+                    going[r] = len(tree) <= ks[r]
+        ran = [min(len(tree), len(hidden)) for tree in trees]
+        for tree, others in zip(trees, leaves, strict=True):
+            room = len(others) if self.budget is None else self.budget - (len(tree) - 1)
+            for parent, token in others[:room]:  # the shallow ones are reached most often
+                tree.add(parent, token)
+        missing = any(len(tree) > count for tree, count in zip(trees, ran, strict=True))
+        first = min(ran) if missing else len(hidden)
+        if missing:
+            at = cache.place(trees, first)
+            tokens = [token for tree in trees for token in tree.tokens[first:]]
+            rest = self.model.run(self.model.embed(tokens, at), cache, at, 0, exit_layer)
+        else:
+            rest = hidden[0][:0]
+        return Proposal(trees, by_row(hidden[:first], rest, trees), exit_layer)
 
 
-def make(draft: DraftConfig, model: Llama, head: Head | None) -> EarlyExit:
-    """The raw exit: read out through the model's own norm and head."""
+def by_row(steps: Sequence[Tensor], rest: Tensor, trees: Sequence[Tree]) -> Tensor:
+    """All nodes of all trees, row after row, ``[N, D]``.
+
+    Args:
+        steps: of ``[R, D]``: every row's first nodes and, where it has fewer, what is to be dropped.
+        rest: the nodes after those, row after row.
+    """
+    parts, begun = list[Tensor](), [min(len(tree), len(steps)) for tree in trees]
+    later = torch.split(rest, [len(tree) - count for tree, count in zip(trees, begun, strict=True)])
+    for r, count in enumerate(begun):
+        parts += (*(step[r : r + 1] for step in steps[:count]), later[r])
+    return torch.cat(parts)
+
+
+def agreement(model: Model, readout: Readout, head: ExitHead, traces: Sequence[Trace]) -> list[float]:
+    """Of chains drafted through an exit head, by position (see :func:`selfspec.engine.fit.agreement`)."""
+
+    def guess(trace: Trace, at: Tensor, step: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        assert trace.exit is not None, "an early exit"
+        states = head(trace.exit[at].to(model.device), states.to(model.device))
+        return readout.likeliest(readout(states))[:, 0], states
+
+    return fitting.agreement(traces, guess)
+
+
+def make(draft: DraftConfig, model: Model, head: Head | None) -> EarlyExit:
+    """The raw exit: read out through the model's own norm and head, or its rows of frequent tokens."""
     assert draft.exit_layer is not None, "checked by the plan"
-    return EarlyExit(model, draft.exit_layer, RawExit(model))
+    readout = Readout(model, head.tensors["ids"] if head else None)
+    return EarlyExit(model, draft.exit_layer, RawExit(model), readout, draft.width, draft.budget)
+
+
+def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
+    """Nothing but the draft's vocabulary; its facts hold the held-out agreement by drafted position."""
+    begin = time.perf_counter()
+    tensors = fitting.vocabulary(model, train, draft)
+    solved = time.perf_counter() - begin
+    by_position = agreement(model, Readout(model, tensors["ids"]), RawExit(model), heldout)
+    return Head(tensors, fitting.facts(train, heldout, tensors, by_position) | {"solve_s": round(solved, 3)})

@@ -1,0 +1,149 @@
+"""A smaller model drafts: speculative decoding as first proposed (2211.17192, 2302.01318).
+
+It shares nothing with the target but the meaning of token ids. Its cache follows the target's: what it
+drafted and the target kept is in place already, what the target said in its stead is caught up on.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+from operator import eq
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfspec.config import Draft as DraftConfig
+from selfspec.config import Model as ModelConfig
+from selfspec.engine import gguf
+from selfspec.engine.cache import KVCache, Place
+from selfspec.engine.draft.base import Draft, Proposal, Row
+from selfspec.engine.gate import Gate
+from selfspec.engine.head import Head
+from selfspec.engine.llama import Llama
+from selfspec.engine.model import Model
+from selfspec.engine.tree import Tree
+from selfspec.errors import AssetError, ConfigError
+
+
+class Vanilla(Draft):
+    """Drafts chains with another model, on a cache of its own.
+
+    ``Row.memory`` is the tokens run beyond the cache's length: drafts, of which the first may come true.
+    """
+
+    def __init__(self, model: Model, small: Model) -> None:
+        super().__init__(model)
+        self.small = small
+        self._target: KVCache | None = None
+        self._cache = small.new_cache(0)
+        self._rows: list[Row] = []
+
+    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+        """Drafts until every row has its k tokens or the gate doubts one; rows that are done ride along."""
+        self._follow(rows, cache)
+        trees = {id(row): Tree.chain(row.tokens[-1:]) for row in rows}
+        most = {id(row): k for row, k in zip(rows, ks, strict=True)}
+        going = [most[id(row)] > 0 for row in self._rows]
+        logits = self._catch_up() if any(going) else None
+        while logits is not None:
+            signals = gate.signals(logits) if gate.reads else []
+            tokens = logits.max(-1).indices.tolist()
+            for r, row in enumerate(self._rows):
+                tree = trees[id(row)]
+                if going[r] and gate.reads:
+                    tree.signals.append(signals[r])
+                    going[r] = not gate.stops(signals[r])
+                if going[r]:
+                    tree.add(len(tree) - 1, tokens[r])
+                    going[r] = len(tree) <= most[id(row)]
+            logits = self._extend(tokens) if any(going) else None
+        return Proposal(list(trees.values()))
+
+    def _follow(self, rows: Sequence[Row], cache: KVCache) -> None:
+        """Takes its own rows from those that left the batch, and gives them to those that joined it."""
+        if cache is not self._target:
+            limit = self.small.shape.max_positions
+            if cache.capacity > limit:
+                raise ConfigError(f"draft.source: has {limit} positions; {cache.capacity} are needed")
+            self._target, self._cache, self._rows = cache, self.small.new_cache(cache.capacity, cache.rows), []
+        here = {id(row) for row in rows}
+        for index in reversed(range(len(self._rows))):
+            if id(self._rows[index]) not in here:
+                self._cache.evict(index)
+                self._rows[index] = self._rows[-1]
+                self._rows.pop()
+        known = {id(row) for row in self._rows}
+        for row in rows:
+            if id(row) not in known:
+                index, prompt = self._cache.admit(), Tree.chain(row.tokens[:-1])
+                self._run(prompt.tokens, self._cache.place([prompt], row=index))
+                self._cache.keep(index, range(len(prompt)))
+                self._rows.append(row)
+                row.memory = []
+
+    def _catch_up(self) -> Tensor:
+        """Runs what it has not seen of every row's tokens: the logits ``[R, vocab]`` after their last ones."""
+        unseen = []
+        for index, row in enumerate(self._rows):
+            said = row.tokens[self._cache.lengths[index] :]
+            right = len(list(takewhile(bool, map(eq, row.memory, said[:-1]))))  # the last one's logits are wanted
+            if right:
+                self._cache.keep(index, range(right))
+            unseen.append(Tree.chain(said[right:]))
+        hidden = self._run([token for tree in unseen for token in tree.tokens], self._cache.place(unseen))
+        for index, (row, tree) in enumerate(zip(self._rows, unseen, strict=True)):
+            self._cache.keep(index, range(len(tree)))
+            row.memory = []
+        last = torch.tensor([len(tree) for tree in unseen]).cumsum(0) - 1
+        return self._logits(hidden[last.to(hidden.device)])
+
+    def _extend(self, tokens: Sequence[int]) -> Tensor:
+        """Runs one more drafted token of every row: the logits ``[R, vocab]`` after it."""
+        for row, token in zip(self._rows, tokens, strict=True):
+            row.memory.append(token)
+        drafted = [Tree.chain(row.memory) for row in self._rows]
+        return self._logits(self._run(tokens, self._cache.place(drafted, first=len(drafted[0]) - 1)))
+
+    def _run(self, tokens: Sequence[int], at: Place) -> Tensor:
+        """All layers of the small model on N tokens: ``[N, D]``."""
+        small, known = self.small, self.small.shape.vocab - 1
+        embedded = small.embed([min(token, known) for token in tokens], at)  # paddings of embeddings may differ
+        return small.run(embedded, self._cache, at, 0, small.shape.layers)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Over the target's vocabulary ``[R, vocab]``, whichever of the two embeddings is padded further."""
+        logits = self.small.logits(self.small.norm(hidden))
+        return F.pad(logits, (0, self.model.shape.vocab - logits.shape[-1]), value=-torch.inf)
+
+
+def vocabulary(folder: Path) -> dict[int, str]:
+    """What every token id means, by a model folder's ``tokenizer.json``.
+
+    Raises:
+        AssetError: there is none, or it cannot be read.
+    """
+    try:
+        file = json.loads((folder / "tokenizer.json").read_bytes())
+        entries = file["model"]["vocab"]  # a mapping, or, of unigram models, a list of (token, score)
+        listed = entries.items() if isinstance(entries, dict) else ((entry[0], i) for i, entry in enumerate(entries))
+        meanings = {i: token for token, i in listed}
+        return meanings | {token["id"]: token["content"] for token in file.get("added_tokens", [])}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise AssetError(f"{folder}: has no tokenizer.json that can be read") from error
+
+
+def make(draft: DraftConfig, model: Model, head: Head | None) -> Vanilla:
+    """A draft by the model that ``draft.source`` names, on the target's device and in its dtype.
+
+    Raises:
+        AssetError: the model cannot be had.
+        ConfigError: its token ids mean something else than the target's.
+    """
+    assert draft.source is not None, "checked by the plan"
+    folder = gguf.model_folder(ModelConfig(name="draft", source=draft.source, sha256=draft.sha256))
+    assert model.folder is not None, "a target that was loaded"
+    if vocabulary(folder) != vocabulary(model.folder):
+        raise ConfigError(f"draft.source={draft.source}: its tokenizer's vocabulary is not the target's")
+    return Vanilla(model, Llama.load(folder, model.device, model.dtype))

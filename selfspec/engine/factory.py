@@ -1,0 +1,37 @@
+"""Plan -> engine, imported when it is made; and the references that a bench decodes beside its own plan."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from selfspec import config as schema
+from selfspec.config import EngineName
+from selfspec.engine.base import Engine
+from selfspec.plan import Plan
+
+ENGINES = {
+    EngineName.torch: "selfspec.engine.torch_engine:TorchEngine",
+    EngineName.fake: "selfspec.engine.fake:FakeEngine",
+    EngineName.hf: "selfspec.engine.hf_engine:HFEngine",
+}
+
+
+def make(plan: Plan) -> Engine:
+    """The plan's engine; nothing is loaded before it is asked for something."""
+    module, name = ENGINES[plan.engine.name].split(":")
+    engine: Engine = getattr(importlib.import_module(module), name)(plan)
+    return engine
+
+
+REFERENCES: dict[str, Callable[[Plan], schema.Draft]] = {
+    "hf": lambda plan: schema.Draft("none"),
+    "hf_prompt_lookup": lambda plan: schema.Draft("ngram", longest=plan.draft.longest or 2, shortest=1),
+    "hf_early_exit": lambda plan: schema.Draft("layerskip", exit_layer=plan.draft.exit_layer or 12),
+    "hf_assistant": lambda plan: plan.draft,
+}
+"""What Hugging Face's ``generate`` is asked to draft with, by the reference's name in ``bench.against``."""
+
+
+def reference(name: str, plan: Plan) -> Engine:
+    """The engine of a reference: Hugging Face's ``generate`` on the plan's model and hardware."""
+    return make(replace(plan, engine=schema.Engine(EngineName.hf), draft=REFERENCES[name](plan)))
