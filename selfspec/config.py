@@ -78,6 +78,8 @@ class Draft:
     """Lookups: the shortest match that is believed, in tokens."""
     shared: bool = False
     """``suffix``: look into what earlier requests said, too."""
+    corpus: bool = False
+    """``suffix``: look into the model's answers to the fit prompts, too (REST, 2311.08252)."""
     lookup: str | None = None
     """``hybrid``: the draft asked first."""
     learned: str | None = None
@@ -89,8 +91,8 @@ class Draft:
 
     @property
     def fitted(self) -> bool:
-        """Whether this draft reads out through a head that the fit stage makes."""
-        return self.form is not None or self.init is not None or self.vocab is not None
+        """Whether the fit stage makes something for this draft: a head, its vocabulary, a corpus."""
+        return self.form is not None or self.init is not None or self.vocab is not None or self.corpus
 
 
 @dataclass

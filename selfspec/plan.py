@@ -41,15 +41,29 @@ _MEANS: dict[str, set[str]] = {
     "none": set(),
     "layerskip": {"exit_layer"} | _READOUT,
     "lsq": {"exit_layer"} | _HEAD | _READOUT,
-    "adapter": {"exit_layer", "form", "sgd_epochs"} | _READOUT,
+    "adapter": {"exit_layer", "form", "ridge", "sgd_epochs"} | _READOUT,
     "medusa": {"heads", "init", "ridge", "sgd_epochs"} | _READOUT,
     "eagle": {"alpha"} | _HEAD | _READOUT,
     "vanilla": {"source", "sha256", "sample"},
     "ngram": {"longest", "shortest"},
-    "suffix": {"longest", "shortest", "shared", "width", "budget"},
-    "hybrid": {"lookup", "learned", "longest", "shortest", "shared", "width", "budget"},
+    "suffix": {"longest", "shortest", "shared", "corpus", "width", "budget"},
+    "hybrid": {"lookup", "learned", "longest", "shortest", "shared", "corpus", "width", "budget"},
 }
 """The settings each draft mode has a use for; a hybrid also has those of its learned draft."""
+_LOOKUP = ("longest", "shortest")
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "layerskip": ("exit_layer",),
+    "lsq": ("exit_layer", "form"),
+    "adapter": ("exit_layer",),
+    "medusa": ("heads", "init"),
+    "vanilla": ("source",),
+    "ngram": _LOOKUP,
+    "suffix": _LOOKUP,
+    "hybrid": _LOOKUP,
+}
+"""Those it cannot do without."""
+_ASKED_OF_A_FITTED_DRAFT = ("width", "budget", "sample", "longest", "shortest", "shared")
+"""How a fitted draft is used: what was fitted does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,8 @@ class Plan:
     @cached_property
     def head_id(self) -> str:
         """Identity of the fitted head: one head serves every job of a sweep that asks for the same."""
-        return _digest(answers=self.answers_id, draft=asdict(self.draft))
+        asked = replace(self.draft, **{key: getattr(schema.Draft, key) for key in _ASKED_OF_A_FITTED_DRAFT})
+        return _digest(answers=self.answers_id, draft=asdict(asked))
 
     @cached_property
     def id(self) -> str:
@@ -178,7 +193,7 @@ def make(cfg: DictConfig) -> Plan:
     _check_draft(config)
     _check_policy(config)
     _check_bench(config)
-    _check_controller(config.controller, draft, config.engine)
+    _check_controller(config)
     if not (draft.name != "none" and policy.verify):
         gate = schema.Gate()  # nothing is drafted, or nothing verified: there is nothing to stop
     if draft.name == "none":
@@ -221,26 +236,39 @@ def idle_handles(cfg: DictConfig, handles: Iterable[str]) -> list[str]:
 
 def _check_draft(config: schema.Config) -> None:
     draft, engine = config.draft, config.engine
-    layers = assets.declared_layers(config.model.source) or config.model.layers
     known = sorted(p.stem for p in _DRAFTS.glob("*.py") if p.stem not in ("__init__", "base"))
     runnable = known if engine.drafts is None else engine.drafts
     if draft.name not in runnable:
         raise ConfigError(f"draft={draft.name}: engine={engine.name.name} cannot run it; it runs {', '.join(runnable)}")
-    if draft.exit_layer is not None and layers is not None and draft.exit_layer >= layers:
-        raise ConfigError(
-            f"exit_layer={draft.exit_layer}: {config.model.name} has {layers} layers; must be from 1 to {layers - 1}"
-        )
+    if draft.name == "hybrid":
+        _check_hybrid(draft)
+    for key in _NEEDS.get(draft.name, ()) + _NEEDS.get(draft.learned or "", ()):
+        if getattr(draft, key) is None:
+            raise ConfigError(f"draft.{key}=null: draft={draft.learned or draft.name} needs one")
+    if draft.exit_layer is not None:
+        _check_exit("exit_layer", draft.exit_layer, config)
     if (draft.form is schema.HeadForm.low_rank) != (draft.rank is not None):
         form = draft.form.name if draft.form else None
         raise ConfigError(f"draft.rank={draft.rank}: form=low_rank needs a rank >= 1, other forms none; form={form}")
-    if draft.fitted and draft.ridge is None:
+    if draft.fitted and draft.ridge is None and "ridge" in _MEANS.get(draft.learned or draft.name, set()):
         raise ConfigError("draft.ridge=null: a fitted head needs a number >= 1e-09")
-    if not config.policy.verify and draft.name != "none" and draft.exit_layer is None:
-        raise ConfigError(f"policy.verify=false: only early-exit drafts can do without, draft={draft.name} is none")
+    if not config.policy.verify and draft.name not in ("none", "layerskip", "lsq"):
+        raise ConfigError(f"policy.verify=false: only layerskip and lsq can do without, draft={draft.name} cannot")
+    if not config.policy.verify and draft.vocab is not None:
+        raise ConfigError(f"draft.vocab={draft.vocab}: policy.verify=false reads out the whole vocabulary")
     if not config.policy.verify and draft.previous:
         raise ConfigError("draft.previous=true: reads the verified final state, which policy.verify=false never has")
     for key in sorted(_given(draft) - _MEANS.get(draft.learned or draft.name, set()) - _MEANS[draft.name]):
         raise ConfigError(f"draft.{key}={_plain(getattr(draft, key))}: means nothing to draft={draft.name}")
+
+
+def _check_hybrid(draft: schema.Draft) -> None:
+    lookups = ("ngram", "suffix")
+    if draft.lookup not in lookups:
+        raise ConfigError(f"draft.lookup={draft.lookup}: allowed are {', '.join(lookups)}")
+    learned = sorted(_MEANS.keys() - {"none", "hybrid", *lookups})
+    if draft.learned not in learned:
+        raise ConfigError(f"draft.learned={draft.learned}: allowed are {', '.join(learned)}")
 
 
 def _draft_label(draft: schema.Draft) -> str:
@@ -264,6 +292,8 @@ def _check_gate(gate: schema.Gate) -> None:
     if gate.name is schema.GateName.bandit:
         if not gate.arms:
             raise ConfigError(f"gate.arms={gate.arms}: gate=bandit needs one threshold or more")
+        if not all(0 <= arm <= 1 for arm in gate.arms):
+            raise ConfigError(f"gate.arms={gate.arms}: must each be from 0 to 1")
     elif gate.name is not schema.GateName.none and gate.threshold is None:
         raise ConfigError(f"gate.threshold=null: gate={gate.name.name} needs a number")
 
@@ -284,6 +314,8 @@ def _check_policy(config: schema.Config) -> None:
         )
     if config.draft.sample and not policy.samples:
         raise ConfigError("draft.sample=true: only policy=rejection at a temperature above 0 draws tokens")
+    if policy.samples and policy.temperature < 0.01:
+        raise ConfigError(f"policy.temperature={policy.temperature:g}: must be 0 (greedy) or at least 0.01")
     if config.draft.sample and config.draft.width > 1:
         raise ConfigError(f"draft.sample=true: draws chains; draft.width={config.draft.width} asks for a tree")
 
@@ -293,6 +325,12 @@ REFERENCES = ("hf", "hf_prompt_lookup", "hf_early_exit", "hf_assistant")
 
 
 def _check_bench(config: schema.Config) -> None:
+    adapts = config.controller.name in (schema.ControllerName.adaptive, schema.ControllerName.cost)
+    if config.draft.shared and (config.scale.repeats > 1 or (adapts and config.bench.fixed)):
+        raise ConfigError(
+            "draft.shared=true: would look up what it said to the same prompt before; "
+            "use scale.repeats=1 and bench.fixed=[]"
+        )
     for name in config.bench.against:
         if name not in REFERENCES:
             raise ConfigError(f"bench.against={name}: allowed are {', '.join(REFERENCES)}")
@@ -303,20 +341,34 @@ def _check_bench(config: schema.Config) -> None:
             raise ConfigError(f"bench.fixed={k}: must be from 1 to 64")
 
 
-def _check_controller(controller: schema.Controller, draft: schema.Draft, engine: schema.Engine) -> None:
+def _check_controller(config: schema.Config) -> None:
+    controller, draft = config.controller, config.draft
     needs = {
         schema.ControllerName.adaptive: ("low", "high", "step", "window", "target"),
         schema.ControllerName.cost: ("window",),
         schema.ControllerName.autotune: ("exits",),
     }
     for key in needs.get(controller.name, ()):
-        if getattr(controller, key) is None:
-            raise ConfigError(f"controller.{key}=null: controller={controller.name.name} needs a value")
+        if not getattr(controller, key) and getattr(controller, key) != 0:
+            raise ConfigError(
+                f"controller.{key}={getattr(controller, key)}: controller={controller.name.name} needs one"
+            )
     if controller.name is schema.ControllerName.autotune:
-        if draft.name != "layerskip":
-            raise ConfigError(f"controller=autotune: chooses among raw exits, which draft={draft.name} does not have")
-        if engine.max_batch > 1:
-            raise ConfigError(f"engine.max_batch={engine.max_batch}: controller=autotune decodes one request at a time")
+        if draft.name != "layerskip" or draft.vocab is not None:
+            raise ConfigError(f"controller=autotune: chooses among raw exits; draft={draft.name} has no others")
+        if config.engine.max_batch > 1:
+            raise ConfigError(
+                f"engine.max_batch={config.engine.max_batch}: controller=autotune decodes one request at a time"
+            )
+        for layer in controller.exits or []:
+            _check_exit("controller.exits", layer, config)
+
+
+def _check_exit(key: str, layer: int, config: schema.Config) -> None:
+    layers = assets.declared_layers(config.model.source) or config.model.layers
+    if layers is not None and not 1 <= layer < layers:
+        name = config.model.name
+        raise ConfigError(f"{key}={layer}: {name} has {layers} layers; must be from 1 to {layers - 1}")
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ BUSHY = Tree([9, 7, 8, 7, 8, 7], [-1, 0, 0, 1, 1, 2])
 
 
 def empty(rows: int = 1, capacity: int = 8, cls: type[KVCache] = KVCache) -> KVCache:
-    return cls(LAYERS, rows, HEADS, capacity, SIZE, torch.float32, torch.device("cpu"))
+    return cls(LAYERS, rows, HEADS, capacity, SIZE, torch.float32, torch.device("cpu"), max_positions=20)
 
 
 def chain(count: int) -> Tree:
@@ -116,6 +116,15 @@ class TestPlace:
         assert looked_at(at, 1) == [[0, 1, *more] for more in ([], [2], [3], [2, 4], [2, 5], [3, 6])]
         assert looked_at(at, 2) == [[0, 1, 2]] + [[0, 1, 2, 3]] * 5
 
+    def test_beside_others_a_row_may_go_past_the_last_position(self) -> None:
+        """It has no place there, but a draft runs it along; a slot of its own it must have."""
+        cache = empty(rows=2, capacity=24)
+        begun(cache, [1] * 18)
+        begun(cache, [1] * 3)
+        at = cache.place([chain(4), chain(4)])
+        assert torch.as_tensor(at.positions).tolist() == [18, 19, 19, 19, 3, 4, 5, 6]
+        assert at.slot is not None and at.slot.tolist() == [18, 19, 20, 21, 3, 4, 5, 6]
+
     def test_padding_lays_rows_out_side_by_side_and_back(self) -> None:
         cache = empty(rows=3)
         for _ in range(3):
@@ -127,6 +136,18 @@ class TestPlace:
         assert torch.equal(new[at.pad][at.unpad], new)
         even = cache.place([chain(2)] * 3)
         assert even.pad is None and even.unpad is None
+
+    def test_a_row_with_nothing_left_to_run(self) -> None:
+        """It is padding only: it looks at what is verified, so that attention has something to look at."""
+        cache = empty(rows=3)
+        for marks in ([1, 2], [3], [4]):
+            begun(cache, marks)
+        at = cache.place([chain(1), chain(3), chain(1)], first=1)
+        assert at.pad is not None and at.unpad is not None and at.row is not None and at.slot is not None
+        assert (at.row.tolist(), at.slot.tolist(), at.width, at.stop) == ([1, 1], [2, 3], 2, 4)
+        new = torch.arange(2)
+        assert new[at.pad].view(3, 2)[1].tolist() == [0, 1] and torch.equal(new[at.pad][at.unpad], new)
+        assert [looked_at(at, row) for row in range(3)] == [[[0, 1]] * 2, [[0, 1, 2], [0, 1, 2, 3]], [[0]] * 2]
 
     def test_capacity(self) -> None:
         cache = empty(rows=2, capacity=8)
@@ -306,7 +327,8 @@ def live(rng: random.Random, steps: int, cls: type[KVCache] = KVCache) -> None:
         else:
             trees = [sprout(rng, rng.randint(1, 7)) for _ in model.rows]
             marks = [[next(fresh) for _ in tree.tokens] for tree in trees]
-            drafted = rng.randrange(min(map(len, trees)))  # the first layer runs some nodes before the others
+            # The first layer runs some nodes before the others; of some rows, perhaps all.
+            drafted = min(rng.randrange(max(map(len, trees))), min(map(len, trees)))
             if drafted:
                 parts = [Tree(tree.tokens[:drafted], tree.parents[:drafted]) for tree in trees]
                 look(cache, model, parts, marks, 0, 0)

@@ -18,7 +18,7 @@ from selfspec.engine.decode import Speculation, Target
 from selfspec.engine.draft.base import Draft, Proposal, Row
 from selfspec.engine.draft.layerskip import EarlyExit
 from selfspec.engine.gate import Gate
-from selfspec.engine.head import ExitHead, Head, RawExit
+from selfspec.engine.head import ExitHead, FittedExit, RawExit
 from selfspec.engine.llama import Llama
 from selfspec.engine.policy import LongestPrefix
 from selfspec.engine.scheduler import Scheduler
@@ -150,7 +150,7 @@ class TestCounts:
 
     def test_it_is_greedy_decoding_without_a_cache(self, model: Llama) -> None:
         for prompt in (PROMPT, PROMPT[:1]):
-            tokens = prompt
+            tokens: tuple[int, ...] = prompt
             for _ in range(12):
                 tokens += (int(model.logits(model.norm(stream(model, tokens)[-1:])).argmax()),)
             assert run(whole(model), Request(prompt, 12)).tokens == tokens[len(prompt) :]
@@ -371,7 +371,7 @@ class TestLayerSkipping:
     def test_with_a_fitted_head(self, model: Llama, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
         random = torch.Generator().manual_seed(3)
         tensors = {"weight": torch.randn(32, 32, generator=random), "bias": torch.randn(32, generator=random)}
-        head: ExitHead = Head(tensors, {"previous": False})
+        head: ExitHead = FittedExit(tensors, previous=False)
         tokens: tuple[int, ...] = PROMPT
         for _ in range(10):
             hidden = stream(model, tokens, depth)[-1]

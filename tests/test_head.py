@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from selfspec import heads
-from selfspec.engine.head import Head, RawExit, features
+from selfspec.engine.head import FittedExit, Head, RawExit, features
 from selfspec.engine.llama import Llama
 from selfspec.errors import HeadError
 
@@ -21,8 +21,8 @@ D, RANK = 8, 3
 FACTS = {"previous": False, "exit_layer": 12, "model": "sha256:abc", "hidden": D, "agreement": 0.625}
 
 
-def shapes(low_rank: bool, previous: bool) -> dict[str, tuple[int, ...]]:
-    p = 2 * D if previous else D
+def shapes(low_rank: bool, two: bool) -> dict[str, tuple[int, ...]]:
+    p = 2 * D if two else D
     return (
         {"scale": (D,), "up": (D, RANK), "down": (RANK, p), "bias": (D,)}
         if low_rank
@@ -30,10 +30,10 @@ def shapes(low_rank: bool, previous: bool) -> dict[str, tuple[int, ...]]:
     )
 
 
-def make(low_rank: bool = False, previous: bool = False) -> Head:
+def make(low_rank: bool = False, two: bool = False) -> Head:
     random = torch.Generator().manual_seed(0)
-    tensors = {n: torch.randn(shape, generator=random) for n, shape in shapes(low_rank, previous).items()}
-    return Head(tensors, FACTS | {"previous": previous})
+    tensors = {n: torch.randn(shape, generator=random) for n, shape in shapes(low_rank, two).items()}
+    return Head(tensors | {"ids": torch.tensor([3, 2**40, 0])}, FACTS | {"previous": two})
 
 
 def saved(path: Path, head: Head | None = None) -> Path:
@@ -53,33 +53,41 @@ def path(tmp_path: Path) -> Path:
     return saved(tmp_path / "head.safetensors")
 
 
-@pytest.mark.parametrize("previous", [False, True])
+@pytest.mark.parametrize("two", [False, True])
 @pytest.mark.parametrize("low_rank", [False, True])
 class TestForms:
-    def test_it_is_an_affine_map_of_unit_states(self, low_rank: bool, previous: bool) -> None:
-        head, (hidden, before) = make(low_rank, previous), 5 * torch.randn(2, 4, D)
+    def test_it_is_an_affine_map_of_unit_states(self, low_rank: bool, two: bool) -> None:
+        head, (hidden, before) = make(low_rank, two), 5 * torch.randn(2, 4, D)
         unit = [x / x.square().mean(-1, keepdim=True).sqrt() for x in (hidden, before)]
-        t, x = head.tensors, torch.cat(unit if previous else unit[:1], -1)
+        t, x = head.tensors, torch.cat(unit if two else unit[:1], -1)
         wanted = x @ t["down"].T @ t["up"].T + t["scale"] * unit[0] if low_rank else x @ t["weight"].T
-        assert_close(head(hidden, before), wanted + t["bias"], atol=1e-5, rtol=1e-4)
+        assert_close(FittedExit(t, two)(hidden, before), wanted + t["bias"], atol=1e-5, rtol=1e-4)
 
-    def test_it_comes_back_as_it_was(self, tmp_path: Path, low_rank: bool, previous: bool) -> None:
-        head, hidden = make(low_rank, previous), torch.randn(2, 4, D)
+    def test_it_comes_back_as_it_was(self, tmp_path: Path, low_rank: bool, two: bool) -> None:
+        head = make(low_rank, two)
         back = Head.load(saved(tmp_path / "head", head))
-        assert back.facts == head.facts == heads.facts(tmp_path / "head") and back.previous is previous
-        assert torch.equal(back(*hidden), head(*hidden))
+        assert back.facts == head.facts and head.facts.items() <= heads.facts(tmp_path / "head").items()
+        assert back.tensors.keys() == head.tensors.keys()
+        assert all(torch.equal(t, head.tensors[name]) for name, t in back.tensors.items())
         assert back.to_bytes() == head.to_bytes()
 
-    def test_in_another_dtype(self, low_rank: bool, previous: bool) -> None:
-        head, hidden = make(low_rank, previous), torch.randn(2, 4, D)
+    def test_in_another_dtype(self, low_rank: bool, two: bool) -> None:
+        head, hidden = make(low_rank, two), torch.randn(2, 4, D)
         half = head.to(torch.bfloat16, torch.device("cpu"))
-        assert half(*hidden.bfloat16()).dtype == torch.bfloat16
-        assert_close(half(*hidden.bfloat16()).float(), head(*hidden), atol=0.2, rtol=0.1)
+        got = FittedExit(half.tensors, two)(*hidden.bfloat16())
+        assert got.dtype == torch.bfloat16
+        assert_close(got.float(), FittedExit(head.tensors, two)(*hidden), atol=0.2, rtol=0.1)
+        assert torch.equal(half.tensors["ids"], head.tensors["ids"]), "whole numbers stay whole"
 
 
 def test_a_head_is_kept_in_float32(tmp_path: Path) -> None:
     half = make().to(torch.bfloat16, torch.device("cpu"))
-    assert {t.dtype for t in Head.load(saved(tmp_path / "head", half)).tensors.values()} == {torch.float32}
+    kept = Head.load(saved(tmp_path / "head", half)).tensors
+    assert {name: t.dtype for name, t in kept.items()} == {
+        "weight": torch.float32,
+        "bias": torch.float32,
+        "ids": torch.int64,
+    }
 
 
 def test_features_do_not_depend_on_size() -> None:
@@ -101,7 +109,8 @@ def test_facts_are_read_without_torch(path: Path) -> None:
 
 class TestRefusals:
     def test_of_something_else(self, path: Path) -> None:
-        assert heads.check(path, {"model": "sha256:abc", "exit_layer": 12, "previous": False}) == FACTS
+        found = heads.check(path, {"model": "sha256:abc", "exit_layer": 12, "previous": False})
+        assert found.items() >= FACTS.items()
         refused(path, "fitted for model=sha256:abc, but model=sha256:def is asked for", {"model": "sha256:def"})
         refused(path, "fitted for exit_layer=12, but exit_layer=24 is", {"exit_layer": 24})
         refused(path, "fitted for previous=False, but previous=True", {"previous": True})
@@ -142,13 +151,20 @@ class TestRefusals:
                 path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
                 try:
                     head = Head.load(path)
-                    head(torch.ones(1, D), torch.ones(1, D))
                 except HeadError as error:
                     outcomes.append("refused")
                     assert "\n" not in str(error)
                 else:
                     outcomes.append("same" if head.facts == FACTS else "other facts")
+                    assert all(torch.equal(t, make().tensors[name]) for name, t in head.tensors.items())
         assert outcomes.count("refused") > 0.8 * len(outcomes)
+
+    def test_a_flipped_bit_of_a_tensor(self, path: Path) -> None:
+        whole = path.read_bytes()
+        for at in range(len(whole) - 4 * D * D, len(whole), 7):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(HeadError, match="not the ones saved"):
+                Head.load(path)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -172,8 +188,8 @@ class TestRefusals:
         refused(path, "corrupt head")
 
     def test_tensors_that_are_none_of_a_heads(self, path: Path) -> None:
-        """Sound safetensors, sound facts: but no head."""
-        for tensors in ({"bias": torch.ones(D)}, {"weight": torch.ones(D, D)}, make(previous=True).tensors):
-            save_file(tensors, path, metadata={heads.FACTS: json.dumps(FACTS)})
+        """Sound safetensors, sound facts: but of another head."""
+        for tensors in ({"bias": torch.ones(D)}, make(two=True).tensors):
+            save_file(tensors, path, metadata={heads.FACTS: json.dumps(heads.facts(saved(path)))})
             with pytest.raises(HeadError):
                 Head.load(path)

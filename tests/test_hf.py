@@ -40,6 +40,11 @@ SCOUT = {
     **{"head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 4, "max_position_embeddings": 10485760},
     **{"attention_chunk_size": 96, "floor_scale": 80},  # 8192 both in the real one
 }
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
+LONGROPE = {
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **FACTORS},
+}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT": (
         "OPTForCausalLM",
@@ -136,7 +141,7 @@ def test_tokens_are_those_of_generate(name: str, tmp_path: Path) -> None:
         ids = torch.tensor([prompt])
         out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
         wanted.append(tuple(out[0, len(prompt) :].tolist()))
-    assert len({token for answer in wanted for token in answer}) > 20, "else a mistake could hide"
+    assert len({token for answer in wanted for token in answer}) > 10, "else a mistake could hide"
     model = HFModel.load(tmp_path, CPU, torch.float32)
     assert model.folder == tmp_path and model.shape.eos == {1}
     assert (model.lm_head is model.embedding) == bool(theirs.config.tie_word_embeddings)
@@ -174,8 +179,8 @@ def test_logits_of_a_ragged_batch_of_trees(pair: tuple[Llama, HFModel]) -> None:
 
 def test_another_dtype_is_a_copy(pair: tuple[Llama, HFModel]) -> None:
     single, double = pair[1], pair[1].to(torch.float64)
-    assert double.new_cache(1).append  # a cache of its dtype
-    assert (single.dtype, double.dtype) == (torch.float32, torch.float64) and double.folder == single.folder
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    assert (double.folder, double.shape) == (single.folder, single.shape)
     assert double.lm_head is double.embedding and double.difference() < 1e-6
     assert tokens(decode(double, Draft(double), 3, 0)) == tokens(decode(single, Draft(single), 3, 0))
 
@@ -246,6 +251,7 @@ class TestLimits:
                 MODERN | {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1},
                 24,
             ),
+            ("Phi3ForCausalLM", MODERN | LONGROPE, 64),
             ("Llama4ForCausalLM", SCOUT | {"attention_chunk_size": 24}, 24),
             ("Llama4ForCausalLM", SCOUT, 79),
             ("Llama4ForCausalLM", SCOUT | {"attn_temperature_tuning": False}, 96),
@@ -283,6 +289,7 @@ class TestRefusals:
             ("GraniteForCausalLM", {"logits_scaling": 4.0}, "its logits then differ by 300%"),
             ("CohereForCausalLM", {"logit_scale": 0.5}, "its logits then differ by 100%"),
             ("PhiForCausalLM", {}, "biases or caps its logits"),
+            ("Qwen2ForCausalLM", {"final_logit_softcapping": 30.0}, "biases or caps its logits"),
             ("GPTNeoXForCausalLM", {}, "cannot be run layer by layer: "),
             ("MambaForCausalLM", {}, "does not support an attention implementation"),
             ("BloomForCausalLM", {}, "does not support an attention implementation"),

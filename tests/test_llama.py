@@ -193,6 +193,15 @@ class TestRows:
         wanted = torch.cat([self.alone(qwen, row, tokens) for row, tokens in enumerate(new)])
         assert_close(qwen.logits(qwen.norm(hidden)), wanted, atol=1e-4, rtol=0)
 
+    def test_beside_a_row_that_has_nothing_left_to_run(self, qwen: Llama, cache: KVCache) -> None:
+        counts = (1, 3, 1, 2)
+        trees = [Tree.chain(TOKENS[12 + row : 12 + row + count]) for row, count in enumerate(counts)]
+        at = cache.place(trees, first=0)
+        early = qwen.run(qwen.embed([token for tree in trees for token in tree.tokens]), cache, at, 0, LAYERS)
+        at = cache.place(trees, first=1)
+        again = qwen.run(qwen.embed([token for tree in trees for token in tree.tokens[1:]]), cache, at, 0, LAYERS)
+        assert_close(again, early[[2, 3, 6]], atol=1e-4, rtol=1e-4)
+
     def test_after_one_has_left(self, qwen: Llama, cache: KVCache) -> None:
         cache.evict(1)
         got = full(qwen, cache, [Tree.chain(TOKENS[:2])] * 3)

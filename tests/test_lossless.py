@@ -1,9 +1,14 @@
 """The identity that everything stands on: with an exact policy, speculative tokens are plain decoding's.
 
-Every draft x every gate x K, in float32; and three planted faults, each of which the same check finds.
+Every draft x every gate x K x batch size, in float32; and planted faults, each of which the same check finds.
+A new draft is one line in ``DRAFTS``.
 """
 
-from collections.abc import Callable
+import importlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache as memo
 from pathlib import Path
@@ -11,200 +16,386 @@ from statistics import quantiles
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
 from selfspec.config import Gate as GateConfig
-from selfspec.config import GateName, HeadForm
+from selfspec.config import GateName, HeadForm, HeadInit
 from selfspec.engine import fit, gate
-from selfspec.engine.cache import KVCache
+from selfspec.engine.cache import KVCache, Place
 from selfspec.engine.controller import Fixed
-from selfspec.engine.decode import Target, decode
-from selfspec.engine.draft import layerskip, lsq, none
-from selfspec.engine.draft.base import Draft, Proposal, Verified
+from selfspec.engine.decode import Speculation, Target
+from selfspec.engine.draft.base import Draft, Proposal, Row
 from selfspec.engine.draft.layerskip import EarlyExit
 from selfspec.engine.gate import Gate
-from selfspec.engine.head import RawExit
+from selfspec.engine.head import Head, RawExit
 from selfspec.engine.llama import Llama
-from selfspec.engine.policy import Policy, Verdict, longest_prefix
+from selfspec.engine.policy import Choice, LongestPrefix, Policy, Verdict
+from selfspec.engine.scheduler import Scheduler
+from selfspec.engine.tree import Tree
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
 
-EXIT, NEW = 3, 23  # 22 tokens after the first: no multiple of K + 1 for any K here but 1
-OPEN = gate.make(GateConfig())
+EXIT, NEW, POSITIONS, ROOMY = 3, 19, 64, 512
+OPEN = Gate()
 _LSQ = DraftConfig("lsq", EXIT, HeadForm.affine, ridge=1e-3)
+_BLOCK = DraftConfig(form=HeadForm.block, ridge=1e-3, sgd_epochs=1)
 DRAFTS = {
     "none": DraftConfig("none"),
     "layerskip": DraftConfig("layerskip", EXIT),
     "lsq": _LSQ,
     "lsq low rank": replace(_LSQ, form=HeadForm.low_rank, rank=8),
     "lsq previous": replace(_LSQ, previous=True),
+    "lsq tree": replace(_LSQ, width=3, budget=9),
+    "lsq vocab": replace(_LSQ, vocab=60),
+    "adapter": replace(_BLOCK, name="adapter", exit_layer=EXIT),
+    "medusa": DraftConfig("medusa", heads=4, init=HeadInit.lsq, ridge=1e-3),
+    "medusa tree": DraftConfig("medusa", heads=4, init=HeadInit.copy, ridge=1e-3, sgd_epochs=1, width=3, budget=9),
+    "eagle alpha": DraftConfig("eagle", alpha=0.3),
+    "eagle": replace(_LSQ, name="eagle", exit_layer=None),
+    "eagle block": replace(_BLOCK, name="eagle"),
+    "eagle tree": replace(_BLOCK, name="eagle", width=2, budget=9),
+    "vanilla": DraftConfig("vanilla", source="file:{folder}/small"),
+    "ngram": DraftConfig("ngram", longest=4, shortest=1),
+    "suffix": DraftConfig("suffix", longest=4, shortest=1, shared=True, width=2, budget=9),
+    "hybrid": DraftConfig("hybrid", EXIT, lookup="ngram", learned="layerskip", longest=4, shortest=2),
 }
-KS = (1, 2, 3, 5, 8)
+LOOKUPS = {"ngram", "suffix"}
+"""Drafts without a distribution: no gate has anything to say to them."""
+KS = (1, 3, 8)
+BATCHES = (1, 3)
+
+
+def unruly(tiny_folder: Path, folder: Path, positions: int) -> Path:
+    """The tiny model made unruly: it seldom repeats itself, and late layers matter; in ``small``, the first five."""
+    weights = load_file(tiny_folder / "model.safetensors")
+    for layer in range(EXIT, 6):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"model.layers.{layer}.{name}.weight"] *= 8
+    weights["lm_head.weight"] = torch.randn(80, 32, generator=torch.Generator().manual_seed(5))
+    config = json.loads((tiny_folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    for place, more in ((folder, {"max_position_embeddings": positions}), (folder / "small", {"num_hidden_layers": 5})):
+        shutil.copytree(tiny_folder, place, dirs_exist_ok=True)
+        (place / "config.json").write_text(json.dumps(config | more))
+        save_file(weights, place / "model.safetensors")
+    return folder
 
 
 class Bench:
-    """Requests, drafts and gates for the tiny model, made unruly: it seldom repeats itself, and late layers matter."""
+    """Requests, drafts and gates for a model."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.model = Llama.load(folder, torch.device("cpu"), torch.float32)
-        for layer in self.model.layers[EXIT:]:
-            layer.out *= 8
-            layer.down *= 8
-        self.model.lm_head = torch.randn(80, 32, generator=torch.Generator().manual_seed(5))
-        self.shape = self.model.shape
-        random = torch.Generator().manual_seed(6)
-        prompts = [tuple(torch.randint(80, (n,), generator=random).tolist()) for n in (3, 12, 30)]
-        self.requests = [Request(prompt, NEW, ignore_eos=True) for prompt in prompts]
-        said = [token for request in self.requests for token in self.plain(request).tokens[5:15]]
+        self.shape = self.model.shape = replace(self.model.shape, eos=frozenset())
+        chance = torch.Generator().manual_seed(6)
+        lengths = (3, 12, 1, POSITIONS - NEW)
+        prompts = [tuple(torch.randint(80, (n,), generator=chance).tolist()) for n in lengths]
+        free = [Request(prompt, NEW, ignore_eos=True) for prompt in prompts]
+        said = [token for request in free for token in self.plain(request).tokens[5:15]]
         self.eos = max(set(said), key=said.count)
-        self.requests += [replace(request, ignore_eos=False) for request in self.requests]
+        self.requests = [replace(request, ignore_eos=False) for request in free]
+        self.requests += [free[1], replace(free[2], max_new_tokens=2), replace(free[0], max_new_tokens=1)]
         self.model.shape = replace(self.shape, eos=frozenset({self.eos}))
         self.plain = memo(self.plain)  # type: ignore[method-assign]
-        self.draft = memo(self.draft)  # type: ignore[method-assign]
+        self.head = memo(self.head)  # type: ignore[method-assign]
         self.threshold = memo(self.threshold)  # type: ignore[method-assign]
 
     def decode(
-        self, request: Request, draft: Draft, gate: Gate, k: int, policy: Policy = longest_prefix, kv: type = KVCache
-    ) -> Completion:
-        """One completion, after which every layer must hold every verified position."""
+        self,
+        requests: Sequence[Request],
+        draft: Draft,
+        gate: Gate = OPEN,
+        k: int = 0,
+        rows: int = 1,
+        policy: Policy | None = None,
+        kv: type[KVCache] = KVCache,
+    ) -> list[Completion]:
+        """All of them, by continuous batching; after each step every layer must hold every verified position."""
         s = self.shape
-        capacity = len(request.tokens) + request.max_new_tokens - 1 if kv is KVCache else s.max_positions
-        cache = kv(s.layers, 1, s.kv_heads, capacity, s.head_dim, torch.float32, torch.device("cpu"))
+        capacity = max(len(r.tokens) + r.max_new_tokens for r in requests) + draft.nodes(k)
+        size = (s.layers + draft.layers, rows, s.kv_heads, capacity if kv is KVCache else ROOMY, s.head_dim)
+        cache = kv(*size, torch.float32, torch.device("cpu"), s.max_positions)
         target = Target(self.model, s.layers, self.model.norm)
-        completion = decode(target, draft, gate, Fixed(k), policy, request, cache)
-        cache.check_integrity(s.layers)
-        return completion
+        scheduler = Scheduler(Speculation(target, draft, gate, Fixed(k), policy or LongestPrefix()), cache)
+        numbers = [scheduler.submit(request) for request in requests]
+        done = dict[int, Completion]()
+        while scheduler.busy:
+            done |= scheduler.step()
+            cache.check_integrity(s.layers)
+            assert kv is not KVCache or cache.lengths == [len(row.tokens) - 1 for _, row in scheduler.rows]
+        return [done[number] for number in numbers]
 
     def plain(self, request: Request) -> Completion:
-        return self.decode(request, none.make(DraftConfig("none"), self.model, None), OPEN, 0)
+        return self.decode([request], Draft(self.model))[0]
+
+    def same(self, draft: Draft, k: int, rows: int, **faulty: object) -> bool:
+        """Whether all tokens are plain decoding's."""
+        got = self.decode(self.requests, draft, OPEN, k, rows, **faulty)  # type: ignore[arg-type]
+        return all(run.tokens == self.plain(r).tokens for run, r in zip(got, self.requests, strict=True))
 
     def draft(self, name: str) -> Draft:
+        """A new one: some remember what they have seen."""
+        config, module = DRAFTS[name], importlib.import_module(f"selfspec.engine.draft.{DRAFTS[name].name}")
+        if config.source:
+            config = replace(config, source=config.source.format(folder=self.folder))
+        made: Draft = module.make(config, self.model, self.head(name) if config.fitted else None)
+        return made
+
+    def head(self, name: str) -> Head:
         config = DRAFTS[name]
-        if name == "none":
-            return none.make(config, self.model, None)
-        if name == "layerskip":
-            return layerskip.make(config, self.model, None)
-        random = torch.Generator().manual_seed(7)
-        parts = []
+        module = importlib.import_module(f"selfspec.engine.draft.{config.learned or config.name}")
+        chance = torch.Generator().manual_seed(7)
+        traces = []
         for _ in range(40):
-            prompt = tuple(torch.randint(80, (6,), generator=random).tolist())
+            prompt = tuple(torch.randint(80, (6,), generator=chance).tolist())
             answer = self.plain(Request(prompt, 20, ignore_eos=True)).tokens
-            parts.append(fit.collect(self.model, prompt + answer, len(prompt), EXIT))
-        return lsq.make(config, self.model, fit.fit_head(self.model, *fit.split(parts), config, 0))
+            traces.append(fit.trace(self.model, prompt, answer, config.exit_layer))
+        head: Head = module.fit(self.model, *fit.split(traces), config, 0)
+        return head
 
     def threshold(self, name: str, gate_name: GateName) -> float:
         """The doubtful quartile of the ungated draft's signals: a gate set there stops at every fourth or so."""
-        reading = gate.make(GateConfig(gate_name, 0.0)).signal
-        runs = [self.decode(r, self.draft(name), Gate(reading, lambda s: False), 4) for r in self.requests[:3]]
+        reading = gate.make(GateConfig(gate_name))  # without a threshold: it never stops
+        runs = self.decode(self.requests[:4], self.draft(name), reading, 4)
         signals = [signal for run in runs for cycle in run.cycles for signal in cycle.signals]
         return quantiles(signals or [0.0, 0.0], n=4)[0 if gate_name is GateName.maxp else 2]
 
     def gate(self, name: str, gate_name: GateName) -> Gate:
-        if gate_name is GateName.none:
-            return OPEN
-        return gate.make(GateConfig(gate_name, self.threshold(name, gate_name)))
+        match gate_name:
+            case GateName.none:
+                return OPEN
+            case GateName.bandit:
+                return gate.make(GateConfig(gate_name, arms=[0.0, self.threshold(name, GateName.maxp), 0.9]))
+            case _:
+                return gate.make(GateConfig(gate_name, self.threshold(name, gate_name)))
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_folder: Path) -> Bench:
-    return Bench(tiny_folder)
+def bench(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The longest of its requests ends at the model's last position."""
+    return Bench(unruly(tiny_folder, tmp_path_factory.mktemp("unruly"), POSITIONS))
 
 
+@pytest.fixture(scope="module")
+def roomy(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The same with positions to spare: a fault is to be found by what it says, not by where it runs out."""
+    return Bench(unruly(tiny_folder, tmp_path_factory.mktemp("roomy"), ROOMY))
+
+
+@pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize("k", KS)
 @pytest.mark.parametrize("gate_name", GateName)
 @pytest.mark.parametrize("name", DRAFTS)
-def test_tokens_are_those_of_plain_decoding(bench: Bench, name: str, gate_name: GateName, k: int) -> None:
+def test_tokens_are_those_of_plain_decoding(bench: Bench, name: str, gate_name: GateName, k: int, rows: int) -> None:
     cycles: list[Cycle] = []
-    for request in bench.requests:
-        got = bench.decode(request, bench.draft(name), bench.gate(name, gate_name), k)
+    runs = bench.decode(bench.requests, bench.draft(name), bench.gate(name, gate_name), k, rows)
+    for request, got in zip(bench.requests, runs, strict=True):
         wanted = bench.plain(request)
         assert (got.tokens, got.finish) == (wanted.tokens, wanted.finish)
         assert sum(cycle.new_tokens for cycle in got.cycles) + 1 == len(got.tokens)
         cycles += got.cycles
+    assert {cycle.batch for cycle in cycles} >= {1} if rows == 1 else {cycle.batch for cycle in cycles} >= {rows}
     if name == "none":
         assert all(cycle.proposed == 0 and cycle.new_tokens == 1 for cycle in cycles)
         return
+    for c in cycles:
+        assert 0 <= c.accepted <= c.depth <= c.k_asked <= k and c.proposed >= c.depth
+        assert 1 <= c.new_tokens <= c.accepted + 1
     accepted, proposed = sum(c.accepted for c in cycles), sum(c.proposed for c in cycles)
     assert 0 < accepted < proposed, "else nothing is proven"
-    stopped = sum(c.proposed < c.k_asked for c in cycles)
-    assert 0 < stopped < len(cycles) if gate_name is not GateName.none else stopped == 0
-    for c in cycles:
-        assert 0 <= c.accepted <= c.proposed <= c.k_asked <= k and 1 <= c.new_tokens <= c.accepted + 1
-        looked_at = c.proposed + (c.proposed < c.k_asked)
-        assert len(c.signals) == (0 if gate_name is GateName.none else looked_at)
+    reads = gate_name is not GateName.none and name.split()[0] not in LOOKUPS
+    assert any(c.signals for c in cycles) == reads
+    if reads and gate_name is not GateName.bandit:  # which may come to prefer a threshold that never stops
+        assert 0 < sum(c.depth < c.k_asked for c in cycles) < len(cycles)
 
 
 def test_some_stop_early_and_some_do_not(bench: Bench) -> None:
     """So that the test above covers both, and a stop in the middle of a cycle."""
     plain = [bench.plain(request) for request in bench.requests]
-    assert {completion.finish for completion in plain[3:]} == {"stop", "length"}
-    assert all(len(completion.tokens) == NEW and completion.finish == "length" for completion in plain[:3])
-    assert all((bench.eos in c.tokens) == (c.finish == "stop") and bench.eos not in c.tokens[:-1] for c in plain[3:])
-    speculative = [bench.decode(request, bench.draft("lsq"), OPEN, 5) for request in bench.requests[3:]]
+    assert {completion.finish for completion in plain[:4]} == {"stop", "length"}
+    assert all((bench.eos in c.tokens) == (c.finish == "stop") and bench.eos not in c.tokens[:-1] for c in plain[:4])
+    assert [len(completion.tokens) for completion in plain[4:]] == [NEW, 2, 1] and bench.eos in plain[4].tokens
+    assert any(len(r.tokens) + len(c.tokens) == POSITIONS for r, c in zip(bench.requests, plain, strict=True))
+    speculative = bench.decode(bench.requests, Thicket(bench), k=5)
     assert any(c.cycles[-1].new_tokens <= c.cycles[-1].accepted for c in speculative if c.cycles)
     assert len({token for completion in plain for token in completion.tokens}) > 20
 
 
-class Wrap:
+class Thicket(Draft):
+    """Random trees of right and wrong tokens, which know what the model will say.
+
+    Right tokens follow right ones and wrong ones, before and behind their wrong siblings, so that a node which
+    sees what it must not, stands where it must not or is kept where it does not belong gives other tokens.
+    With ``depth``, the first layers are run here: some nodes first, then the others.
+    """
+
+    def __init__(self, bench: Bench, depth: int = 0) -> None:
+        super().__init__(bench.model)
+        self.bench, self.depth = bench, depth
+
+    def nodes(self, k: int) -> int:
+        return 1 + 4 * k
+
+    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+        trees = [self.grown(row, k) for row, k in zip(rows, ks, strict=True)]
+        if not self.depth:
+            return Proposal(trees)
+        first = min(map(len, trees)) // 2
+        begun = [Tree(tree.tokens[:first], tree.parents[:first]) for tree in trees]
+        parts = [self.early(trees, first, cache)] if not first else []
+        if first:
+            early, late = self.early(begun, 0, cache), self.early(trees, first, cache)
+            late_of = torch.split(late, [len(tree) - first for tree in trees])
+            parts = [part for pair in zip(torch.split(early, first), late_of, strict=True) for part in pair]
+        return Proposal(trees, torch.cat(parts), self.depth)
+
+    def early(self, trees: Sequence[Tree], first: int, cache: KVCache) -> Tensor:
+        at = cache.place(trees, first=first)
+        tokens = [token for tree in trees for token in tree.tokens[first:]]
+        return self.model.run(self.model.embed(tokens, at), cache, at, 0, self.depth)
+
+    def grown(self, row: Row, k: int) -> Tree:
+        rng = random.Random(str((row.request.tokens, len(row.tokens))))
+        said = self.bench.plain(replace(row.request, ignore_eos=True, max_new_tokens=NEW)).tokens
+        at = len(row.new_tokens)
+        tree, depths = Tree.chain(row.tokens[-1:]), [0]
+        for _ in range(4 * k if rng.random() < 0.9 else 0):
+            parent = rng.choice([i for i, depth in enumerate(depths) if depth < k] + [len(depths) - 1] * 2)
+            if depths[parent] == k:
+                continue
+            right = said[at + depths[parent]]
+            token = right if rng.random() < 0.6 else rng.randrange(80)
+            if tree.child(parent, token) is None:
+                tree.add(parent, token)
+                depths.append(depths[parent] + 1)
+        return tree
+
+
+class TestTrees:
+    @pytest.mark.parametrize("rows", BATCHES)
+    @pytest.mark.parametrize("depth", [0, EXIT])
+    @pytest.mark.parametrize("k", KS)
+    def test_tokens_are_those_of_plain_decoding(self, bench: Bench, k: int, depth: int, rows: int) -> None:
+        runs = bench.decode(bench.requests, Thicket(bench, depth), k=k, rows=rows)
+        for request, got in zip(bench.requests, runs, strict=True):
+            assert (got.tokens, got.finish) == (bench.plain(request).tokens, bench.plain(request).finish)
+        cycles = [cycle for run in runs for cycle in run.cycles]
+        assert all(0 <= c.accepted <= c.depth <= c.k_asked <= k and c.proposed >= c.depth for c in cycles)
+        assert any(c.proposed > c.depth for c in cycles) and any(c.proposed == 0 < c.k_asked for c in cycles)
+        accepted = [c.accepted for c in cycles]
+        assert set(accepted) == {0, 1} if k == 1 else len(set(accepted)) >= 4
+
+
+class Wrap(Draft):
     """A draft whose proposals are tampered with."""
 
     def __init__(self, draft: Draft, change: Callable[[Proposal], Proposal]) -> None:
+        super().__init__(draft.model)
         self.draft, self.change = draft, change
 
-    def propose(self, verified: Verified, k: int, gate: Gate, cache: KVCache) -> Proposal:
-        return self.change(self.draft.propose(verified, k, gate, cache))
+    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+        return self.change(self.draft.propose(rows, ks, gate, cache))
 
 
 class NoRollBack(KVCache):
     """Counts all that was written as verified."""
 
-    def advance(self, count: int) -> None:
-        self.length = self.written[-1]
+    def keep(self, row: int, path: Sequence[int]) -> None:
+        super().keep(row, path)
+        self.lengths[row] = self.written[-1][row]
 
 
-def one_too_many(drafted: list[int], logits: Tensor) -> Verdict:
-    accepted = min(longest_prefix(drafted, logits).accepted + 1, len(drafted))
-    return Verdict(accepted, int(logits[accepted].argmax()))
+class Forgetful(KVCache):
+    """Leaves the keys and values of a path where the tree had them."""
+
+    def keep(self, row: int, path: Sequence[int]) -> None:
+        self.lengths[row] += len(path)
 
 
-def one_too_few(drafted: list[int], logits: Tensor) -> Verdict:
+class BySlot(KVCache):
+    """Takes a node's slot for its position."""
+
+    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> Place:
+        at = super().place(trees, first, row)
+        return replace(at, positions=slice(at.start, at.stop) if at.slot is None else at.slot)
+
+
+class Judged(LongestPrefix):
+    """A policy that changes its mind."""
+
+    def __init__(self, change: Callable[[Tree, Verdict, list[int]], Verdict]) -> None:
+        self.change = change
+
+    def __call__(self, trees: Sequence[Tree], logits: Tensor, choices: Sequence[Choice]) -> list[Verdict]:
+        verdicts = super().__call__(trees, logits, choices)
+        wanted = [part.argmax(-1).tolist() for part in torch.split(logits, [len(tree) for tree in trees])]
+        return [self.change(*row) for row in zip(trees, verdicts, wanted, strict=True)]
+
+
+def one_too_many(tree: Tree, verdict: Verdict, wanted: list[int]) -> Verdict:
+    children = [i for i, parent in enumerate(tree.parents) if parent == verdict.path[-1]]
+    path = verdict.path + children[:1]
+    return Verdict(path, wanted[path[-1]])
+
+
+def one_too_few(tree: Tree, verdict: Verdict, wanted: list[int]) -> Verdict:
     """Exact, only slow: so the identity, rightly, does not mind it."""
-    accepted = max(longest_prefix(drafted, logits).accepted - 1, 0)
-    return Verdict(accepted, int(logits[accepted].argmax()))
+    path = verdict.path[:-1] or [0]
+    return Verdict(path, wanted[path[-1]])
 
 
+@pytest.mark.parametrize(("k", "rows"), [(1, 3), (3, 1), (8, 3)])
 class TestPlantedFaults:
-    """Each is found with every K; the untouched draft and a merely timid policy pass the same check."""
+    """Each is found; the untouched draft and a merely timid policy pass the same check."""
 
-    @pytest.fixture(params=KS)
-    def same(self, bench: Bench, request: pytest.FixtureRequest) -> Callable[..., bool]:
-        def same(draft: Draft | None = None, **faulty: object) -> bool:
-            draft = draft or bench.draft("layerskip")
-            runs = [(r, bench.decode(r, draft, OPEN, request.param, **faulty)) for r in bench.requests[:3]]  # type: ignore[arg-type]
-            return all(run.tokens == bench.plain(r).tokens for r, run in runs)
+    def test_none(self, roomy: Bench, k: int, rows: int) -> None:
+        for draft in (roomy.draft("layerskip"), Thicket(roomy), Thicket(roomy, EXIT)):
+            assert roomy.same(draft, k, rows) and roomy.same(draft, k, rows, policy=Judged(one_too_few))
 
-        return same
+    def test_a_token_too_many_is_accepted(self, roomy: Bench, k: int, rows: int) -> None:
+        for draft in (roomy.draft("layerskip"), Thicket(roomy)):
+            assert not roomy.same(draft, k, rows, policy=Judged(one_too_many))
 
-    def test_none(self, same: Callable[..., bool]) -> None:
-        assert same() and same(policy=one_too_few)
+    def test_the_cache_does_not_roll_back(self, roomy: Bench, k: int, rows: int) -> None:
+        assert not roomy.same(roomy.draft("layerskip"), k, rows, kv=NoRollBack)
 
-    def test_a_token_too_many_is_accepted(self, same: Callable[..., bool]) -> None:
-        assert not same(policy=one_too_many)
+    def test_the_hidden_states_are_of_a_layer_too_early(self, roomy: Bench, k: int, rows: int) -> None:
+        early = EarlyExit(roomy.model, EXIT - 1, RawExit(roomy.model))
+        assert roomy.same(early, k, rows)
+        with pytest.raises(AssertionError, match=r"layer 2, row .* written"):
+            roomy.same(Wrap(early, lambda proposal: proposal._replace(depth=EXIT)), k, rows)
 
-    def test_the_cache_does_not_roll_back(self, same: Callable[..., bool]) -> None:
-        assert not same(kv=NoRollBack)
+    def test_the_hidden_states_are_of_a_layer_too_late(self, roomy: Bench, k: int, rows: int) -> None:
+        late = Wrap(roomy.draft("layerskip"), lambda proposal: proposal._replace(depth=EXIT - 1))
+        assert not roomy.same(late, k, rows)
 
-    def test_the_hidden_states_are_of_a_layer_too_early(self, bench: Bench, same: Callable[..., bool]) -> None:
-        early = EarlyExit(bench.model, EXIT - 1, RawExit(bench.model))
-        assert same(early)
-        with pytest.raises(AssertionError, match=r"layer 2: .* written"):
-            same(Wrap(early, lambda proposal: proposal._replace(depth=EXIT)))
+    def test_the_hidden_states_are_of_another_position(self, roomy: Bench, k: int, rows: int) -> None:
+        def rolled(proposal: Proposal) -> Proposal:
+            assert proposal.hidden is not None
+            return proposal._replace(hidden=proposal.hidden.roll(1, 0))
 
-    def test_the_hidden_states_are_of_a_layer_too_late(self, bench: Bench, same: Callable[..., bool]) -> None:
-        assert not same(Wrap(bench.draft("layerskip"), lambda proposal: proposal._replace(depth=EXIT - 1)))
+        assert not roomy.same(Wrap(roomy.draft("layerskip"), rolled), k, rows)
 
-    def test_the_hidden_states_are_of_another_position(self, bench: Bench, same: Callable[..., bool]) -> None:
-        draft = bench.draft("layerskip")
-        assert not same(Wrap(draft, lambda proposal: proposal._replace(hidden=proposal.hidden.roll(1, 0))))
+    @pytest.mark.parametrize("depth", [0, EXIT])
+    def test_siblings_see_each_other(
+        self, roomy: Bench, k: int, rows: int, depth: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = Tree.visible
+
+        def too_much(self: Tree) -> Tensor:
+            parents = torch.tensor(self.parents)
+            return real(self) | (parents[:, None] == parents).tril()
+
+        monkeypatch.setattr(Tree, "visible", too_much)
+        assert not roomy.same(Thicket(roomy, depth), k, rows)
+
+    @pytest.mark.parametrize("depth", [0, EXIT])
+    def test_a_path_that_stands_is_not_moved_up(self, roomy: Bench, k: int, rows: int, depth: int) -> None:
+        assert not roomy.same(Thicket(roomy, depth), k, rows, kv=Forgetful)
+
+    @pytest.mark.parametrize("depth", [0, EXIT])
+    def test_positions_are_slots(self, roomy: Bench, k: int, rows: int, depth: int) -> None:
+        assert not roomy.same(Thicket(roomy, depth), k, rows, kv=BySlot)

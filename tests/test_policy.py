@@ -137,6 +137,12 @@ def test_a_token_drawn_from_q_stands_with_probability_p_over_q() -> None:
         assert all(verdict.token == 1 for verdict, stands in zip(verdicts, stood, strict=True) if not stands)
 
 
+def test_a_token_that_the_target_rules_out_never_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "uniform", lambda *where: 0.0)
+    logits, q = torch.tensor([0.0, -torch.inf]).expand(2, -1), torch.tensor([0.5, 0.5])
+    assert Rejection()([drafted(q, 1)], logits, [Choice(Sampling(1.0), 5)]) == [([0], 0)]
+
+
 def test_a_draft_that_is_the_target_always_stands() -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(8))
     for seed in range(50):

@@ -7,7 +7,7 @@ probabilities multiply to; and planted faults, each of which the same check find
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from selfspec.engine import policy
+from selfspec.engine import sampling as chance
 from selfspec.engine.cache import KVCache
 from selfspec.engine.controller import Fixed
 from selfspec.engine.decode import Speculation, Target
@@ -29,13 +30,13 @@ from selfspec.types import Completion, Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")
 
-VOCAB, NEW, K, SEEDS = 4, 5, 3, 3000
+VOCAB, NEW, K, SEEDS = 4, 5, 3, 1200
 PROMPT = (2, 0, 3)
 SAMPLINGS = {"all": Sampling(0.8), "top-k and top-p": Sampling(1.2, top_k=3, top_p=0.9)}
 
 
 def tiny() -> Llama:
-    """Two layers and a head with opinions, in float64: what a pass over several tokens rounds otherwise is no matter."""
+    """Two layers and a head with opinions, in float64, so that it is no matter who shares a pass with whom."""
     random = torch.Generator().manual_seed(11)
 
     def matrix(rows: int, columns: int, scale: float = 2) -> Tensor:
@@ -54,12 +55,20 @@ def tiny() -> Llama:
     return Llama({"model_type": "llama", "max_position_embeddings": 64, "rms_norm_eps": 1e-5, **shape}, weights)
 
 
+def next_logits(model: Llama, context: tuple[int, ...]) -> Tensor:
+    """``[VOCAB]``, of the token after ``context``, from one plain pass."""
+    kv = model.new_cache(len(context))
+    at = kv.place([Tree.chain(context)], row=kv.admit())
+    hidden = model.run(model.embed(context, at), kv, at, 0, model.shape.layers)
+    return model.logits(model.norm(hidden[-1:]))[0]
+
+
 class Bigram(Draft):
-    """Drafts by the last token alone: ``[VOCAB, VOCAB]`` logits, near the truth or not."""
+    """Drafts by the last token alone, as if nothing stood before it, and less surely than the target."""
 
     def __init__(self, model: Llama) -> None:
         super().__init__(model)
-        self.table = 1.5 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(12))
+        self.table = 0.7 * torch.stack([next_logits(model, (token,)) for token in range(VOCAB)])
 
     def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         return Proposal([self.tree(row, k) for row, k in zip(rows, ks, strict=True)])
@@ -100,14 +109,19 @@ class Sampled(Bigram):
         tree, sampling, drawn_from = Tree.chain(row.tokens[-1:]), row.request.sampling, list[Tensor]()
         for ahead in range(k):
             q = distribution(self.table[tree.tokens[-1]], sampling)
-            u = uniform(sampling.seed, len(row.tokens) + ahead, Purpose.draft, ahead)
+            u = chance.uniform(sampling.seed, len(row.tokens) + ahead, Purpose.draft, ahead)
             tree.add(ahead, draw(q, u))
             drawn_from.append(q)
         tree.drawn_from = torch.stack(drawn_from) if drawn_from else None
         return tree
 
 
-DRAFTS: dict[str, type[Draft]] = {"none": Draft, "chain": Chain, "tree": Branches, "sampled chain": Sampled}
+DRAFTS: dict[str, type[Draft]] = {
+    "none": Draft,
+    "chain": Chain,
+    "tree": Branches,
+    "sampled chain": Sampled,
+}
 
 
 @dataclass(frozen=True)
@@ -132,16 +146,9 @@ class Bench:
             joint = {
                 (*said, token): probability * p
                 for said, probability in joint.items()
-                for token, p in enumerate(distribution(self.logits((*PROMPT, *said)), sampling).tolist())
+                for token, p in enumerate(distribution(next_logits(self.model, (*PROMPT, *said)), sampling).tolist())
             }
         return joint
-
-    def logits(self, context: tuple[int, ...]) -> Tensor:
-        """Of the next token, ``[VOCAB]``."""
-        kv = self.model.new_cache(len(context))
-        at = kv.place([Tree.chain(context)], row=kv.admit())
-        hidden = self.model.run(self.model.embed(context, at), kv, at, 0, self.model.shape.layers)
-        return self.model.logits(self.model.norm(hidden[-1:]))[0]
 
     def p_value(self, draft: str, sampling: Sampling, judge: Policy | None = None) -> float:
         """How likely counts as far from the truth as these are, of an exact policy."""
@@ -177,3 +184,132 @@ def bench() -> Bench:
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_tokens_have_the_targets_joint_distribution(bench: Bench, draft: str, sampling: str) -> None:
     assert bench.p_value(draft, SAMPLINGS[sampling]) > 1e-4
+
+
+def by_the_target_alone(patch: pytest.MonkeyPatch) -> Policy:
+    """The wrong residual: after a rejection, the target's own distribution."""
+    patch.setattr(policy, "residual", lambda p, q: p)
+    return Rejection()
+
+
+def by_a_draft_times(factor: float) -> Callable[[pytest.MonkeyPatch], Policy]:
+    """An unnormalised draft: its probabilities come to ``factor``."""
+
+    def judge(trees: Sequence[Tree], logits: Tensor, choices: Sequence[Choice]) -> list[Verdict]:
+        for tree in trees:
+            if tree.drawn_from is not None:
+                tree.drawn_from = tree.drawn_from * factor
+        return Rejection()(trees, logits, choices)
+
+    return lambda patch: judge
+
+
+def by_the_node_before(patch: pytest.MonkeyPatch) -> Policy:
+    """Off by one: the logits of node i - 1 judge what follows node i."""
+
+    def judge(trees: Sequence[Tree], logits: Tensor, choices: Sequence[Choice]) -> list[Verdict]:
+        shifted = [own[[0, *range(len(own) - 1)]] for own in logits.split([len(tree) for tree in trees])]
+        return Rejection()(trees, torch.cat(shifted), choices)
+
+    return judge
+
+
+def by_the_number_before(patch: pytest.MonkeyPatch) -> Policy:
+    """Off by one: two positions share a number."""
+    patch.setattr(policy, "uniform", lambda seed, position, purpose: uniform(seed, position // 2, purpose))
+    return Rejection()
+
+
+def by_the_number_that_drew_it(patch: pytest.MonkeyPatch) -> Policy:
+    """One number draws the draft token and judges it."""
+    patch.setattr(policy, "uniform", lambda seed, position, purpose: uniform(seed, position, Purpose.draft))
+    patch.setattr(chance, "uniform", lambda seed, position, purpose, ahead: uniform(seed, position, Purpose.draft))
+    return Rejection()
+
+
+@pytest.mark.parametrize(
+    ("draft", "fault"),
+    [
+        ("sampled chain", by_the_target_alone),
+        ("sampled chain", by_a_draft_times(1.3)),
+        ("sampled chain", by_a_draft_times(0.7)),
+        ("sampled chain", by_the_node_before),
+        ("chain", by_the_node_before),
+        ("tree", by_the_node_before),
+        ("sampled chain", by_the_number_before),
+        ("tree", by_the_number_before),
+        ("sampled chain", by_the_number_that_drew_it),
+    ],
+)
+def test_a_planted_fault_is_found(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, draft: str, fault: Callable[[pytest.MonkeyPatch], Policy]
+) -> None:
+    assert bench.p_value(draft, SAMPLINGS["all"], fault(monkeypatch)) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def mixed() -> list[Request]:
+    """Requests that differ in everything, some greedy: neighbours to each other."""
+    kinds = (Sampling(0.8), Sampling(0.0), Sampling(1.2, top_k=3, top_p=0.9), Sampling(2.0, top_p=0.5))
+    prompts = (PROMPT, (1,), (3, 3, 0, 2, 1, 0))
+    samplings = [replace(kind, seed=seed) for seed in range(9) for kind in kinds]
+    return [Request(prompts[i % 3], NEW + i % 4, True, sampling) for i, sampling in enumerate(samplings)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("draft", ["chain", "tree"])
+def test_a_certain_draft_does_not_show_in_the_tokens(bench: Bench, mixed: list[Request], draft: str, k: int) -> None:
+    """Tokens are a function of prompt and seed, whatever the draft, K, and neighbours: those of plain sampling."""
+    plain = [bench.decode("none", [request], rows=1)[0].tokens for request in mixed]
+    assert len(set(plain)) > len(mixed) / 2
+    for rows in (1, 5, len(mixed)):
+        together = bench.decode(draft, mixed, rows, k)
+        assert [done.tokens for done in together] == plain
+        assert any(c.accepted for done in together for c in done.cycles)
+    assert [done.tokens for done in bench.decode(draft, mixed[::-1], 5, k)] == plain[::-1]
+
+
+def test_a_sampled_draft_is_a_function_of_the_request_too(bench: Bench, mixed: list[Request]) -> None:
+    alone = [bench.decode("sampled chain", [request], rows=1)[0].tokens for request in mixed]
+    for rows in (5, len(mixed)):
+        assert [done.tokens for done in bench.decode("sampled chain", mixed[::-1], rows)] == alone[::-1]
+
+
+def test_another_seed_gives_other_tokens(bench: Bench) -> None:
+    requests = [request(Sampling(1.5, seed=seed)) for seed in (*range(20), *range(20))]
+    tokens = [done.tokens for done in bench.decode("sampled chain", requests)]
+    assert tokens[:20] == tokens[20:]
+    assert len(set(tokens)) > 15
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_at_temperature_zero_it_is_the_longest_prefix(bench: Bench, draft: str) -> None:
+    contexts = product(range(VOCAB), repeat=2)
+    requests = [Request(context, NEW + 3, True, Sampling(0, 3, 0.9, seed)) for seed, context in enumerate(contexts)]
+    got = bench.decode(draft, requests, 4)
+    wanted = bench.decode(draft, requests, 4, judge=LongestPrefix())
+    assert [done.tokens for done in got] == [done.tokens for done in wanted]
+    assert [[c.accepted for c in done.cycles] for done in got] == [[c.accepted for c in d.cycles] for d in wanted]
+    assert draft == "none" or any(c.accepted for done in got for c in done.cycles)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_temperature_near_zero_is_greedy(bench: Bench, draft: str) -> None:
+    (greedy,) = bench.decode("none", [request(Sampling())])
+    cold = bench.decode(draft, [request(Sampling(1e-3, seed=seed)) for seed in range(30)])
+    assert {done.tokens for done in cold} == {greedy.tokens}
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_no_token_is_outside_top_k_and_top_p(bench: Bench, draft: str) -> None:
+    logits = cache(partial(next_logits, bench.model))
+    requests = [request(Sampling(3.0, top_k=2, seed=seed)) for seed in range(60)]
+    requests += [request(Sampling(1.5, top_p=0.4, seed=seed)) for seed in range(60)]
+    chosen = set()
+    for number, done in enumerate(bench.decode(draft, requests)):
+        for i, token in enumerate(done.tokens):
+            p = (logits((*PROMPT, *done.tokens[:i])) / requests[number].sampling.temperature).softmax(-1)
+            likelier = p[p > p[token]]
+            assert len(likelier) < 2 if number < 60 else float(likelier.sum()) < 0.4
+            chosen.add((number < 60, len(likelier)))
+    assert {(True, 0), (True, 1), (False, 0), (False, 1)} <= chosen, "else nothing is proven"

@@ -119,9 +119,13 @@ def test_numbers_are_uniform_and_a_function_of_where_they_are_used() -> None:
     counts = torch.histc(x, 20, 0, 1)
     expected = len(keys) / 20
     assert float(((counts - expected) ** 2 / expected).sum()) < 50.8  # chi-squared, 19 degrees: one in ten thousand
-    # Neighbours of every kind have nothing to do with each other.
+    # Neighbours of every kind have nothing to do with each other, nor has a position that is drafted once more.
     table = x.view(len(seeds), len(positions), len(Purpose)) - 0.5
-    for one, other in ((table[1:], table[:-1]), (table[:, 1:], table[:, :-1]), (table[..., 1:], table[..., :-1])):
+    again = torch.tensor([[uniform(*at, Purpose.draft, 1) for at in product([s], positions)] for s in seeds]) - 0.5
+    for one, other in (
+        *((table[1:], table[:-1]), (table[:, 1:], table[:, :-1]), (table[..., 1:], table[..., :-1])),
+        *((again, table[..., 2]), (again[:, 1:], table[:, :-1, 2])),
+    ):
         assert abs(float((one * other).mean())) < 4 * (1 / 12) / one.numel() ** 0.5
     assert uniform(0, 1, Purpose.draft, 2) != uniform(0, 1, Purpose.draft, 1) != uniform(0, 12, Purpose.draft)
     assert uniform(1, 1, Purpose.draft) != uniform(11, 1, Purpose.draft) != uniform(-1, 1, Purpose.draft)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from hydra.core.global_hydra import GlobalHydra
 from selfspec import heads, plan
 from selfspec.engine import torch_engine
 from selfspec.engine.base import Tie
+from selfspec.engine.head import features, linear
 from selfspec.engine.llama import Llama
+from selfspec.engine.model import Model
 from selfspec.engine.torch_engine import TorchEngine
+from selfspec.engine.tree import Tree
 from selfspec.errors import ConfigError, HeadError
 from selfspec.run import CONF
-from selfspec.types import Request
+from selfspec.types import Completion, Request
 
 Maker = Callable[..., TorchEngine]
 
@@ -51,10 +54,22 @@ def random_prompts(*lengths: int) -> list[tuple[int, ...]]:
 
 def fitted(engine: TorchEngine, path: Path) -> TorchEngine:
     prompts = random_prompts(*[6] * 20)
-    pairs = list(zip(prompts, engine.answer(prompts, 16), strict=True))
+    answers = engine.generate([Request(prompt, 16) for prompt in prompts], plain=True, max_batch=20)
+    pairs = [(prompt, answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
     engine.fit(pairs, path, {"model": "tiny", "exit_layer": engine.plan.draft.exit_layer})
     engine.use_head(path)
     return engine
+
+
+def single(engine: TorchEngine, request: Request, plain: bool = False) -> Completion:
+    return engine.generate([request], plain=plain)[0]
+
+
+def stream(model: Model, tokens: Sequence[int], depth: int) -> torch.Tensor:
+    """The residual stream ``[n, D]`` after ``depth`` layers, without anything cached before."""
+    cache = model.new_cache(len(tokens))
+    at = cache.place([Tree.chain(tokens)], row=cache.admit())
+    return model.run(model.embed(tokens, at), cache, at, 0, depth)
 
 
 class TestGenerate:
@@ -75,14 +90,39 @@ class TestGenerate:
         made = engine(*more)
         if made.plan.draft.fitted:
             fitted(made, tmp_path / "head")
-        drafted = 0
-        for prompt in self.PROMPTS:
-            request = Request(prompt, 16, ignore_eos=True)
-            plain, got = made.generate(request, plain=True), made.generate(request)
-            assert got.tokens == plain.tokens and len(plain.tokens) == 16
-            assert len(plain.cycles) == 15 and all(cycle.k_asked == 0 for cycle in plain.cycles)
-            drafted += sum(cycle.proposed for cycle in got.cycles)
-        assert (drafted > 0) == (made.plan.draft.name != "none")
+        requests = [Request(prompt, 16, ignore_eos=True) for prompt in self.PROMPTS]
+        plain = made.generate(requests, plain=True)
+        assert all(len(c.tokens) == 16 and [cycle.k_asked for cycle in c.cycles] == [0] * 15 for c in plain)
+        for batch in (1, 2):
+            got = made.generate(requests, max_batch=batch)
+            assert [completion.tokens for completion in got] == [completion.tokens for completion in plain]
+            assert {cycle.batch for completion in got for cycle in completion.cycles} >= {batch}
+            drafted = sum(cycle.proposed for completion in got for cycle in completion.cycles)
+            assert (drafted > 0) == (made.plan.draft.name != "none")
+
+    def test_with_another_k_than_the_plans(self, engine: Maker) -> None:
+        made, requests = engine("draft=layerskip", "K=2"), [Request(self.PROMPTS[1], 16, ignore_eos=True)]
+        for k, most in ((None, 2), (0, 0), (5, 5), (None, 2)):
+            (got,) = made.generate(requests, k=k)
+            assert max(cycle.k_asked for cycle in got.cycles) == most
+            assert got.tokens == made.generate(requests, plain=True)[0].tokens
+
+    @pytest.mark.parametrize("plain", [False, True])
+    def test_as_many_at_once_as_the_plan_says(self, engine: Maker, plain: bool) -> None:
+        made = engine("draft=layerskip", "engine.max_batch=2")
+        requests = [Request(prompt, 6, ignore_eos=True) for prompt in (*self.PROMPTS, *self.PROMPTS)]
+        for asked, most in ((None, 2), (1, 1), (4, 4)):
+            got = made.generate(requests, plain=plain, max_batch=asked)
+            assert max(cycle.batch for completion in got for cycle in completion.cycles) == most
+
+    def test_what_gate_and_controller_learned_is_carried_over(self, engine: Maker) -> None:
+        made, other = (engine("draft=layerskip", "gate=bandit", "controller=adaptive") for _ in range(2))
+        before = made.state()
+        made.generate([Request(self.PROMPTS[1], 16, ignore_eos=True)])
+        learned = json.loads(json.dumps(made.state()))
+        assert set(learned) == {"gate", "controller"} and learned != json.loads(json.dumps(before))
+        other.restore(learned)
+        assert json.loads(json.dumps(other.state())) == learned
 
     @pytest.mark.parametrize("draft", ["layerskip", "lsq"])
     def test_an_unverified_plan_runs_only_its_first_layers(
@@ -92,59 +132,59 @@ class TestGenerate:
         if draft == "lsq":
             fitted(made, tmp_path / "head")
         request = Request(self.PROMPTS[1], 16, ignore_eos=True)
-        plain = made.generate(request, plain=True)
+        plain = single(made, request, plain=True)
         raw, tokens = made.model, list(request.tokens)
         with torch.inference_mode():
             for _ in range(16):
-                hidden = raw.run(raw.embed(tokens), raw.new_cache(len(tokens)), 0, 0, 2)[-1:]
-                state = raw.norm(hidden) if made._head is None else made._head(hidden, hidden)
+                hidden = stream(raw, tokens, 2)[-1:]
+                state = raw.norm(hidden)
+                if made._head is not None:
+                    state = linear(made._head.tensors, features(hidden))
                 tokens.append(int(raw.logits(state).argmax()))
         real, ranges = Llama.run, set[tuple[int, int]]()
 
-        def watching(self: Llama, *args: int) -> torch.Tensor:
+        def watching(self: Llama, *args: Any) -> torch.Tensor:
             ranges.add((args[-2], args[-1]))
-            return real(self, *args)  # type: ignore[arg-type]
+            return real(self, *args)
 
         monkeypatch.setattr(Llama, "run", watching)
-        got = made.generate(request)
+        got = single(made, request)
         assert ranges == {(0, 2)} and [*request.tokens, *got.tokens] == tokens
         assert all((cycle.proposed, cycle.new_tokens) == (0, 1) for cycle in got.cycles)
-        assert made.generate(request, plain=True).tokens == plain.tokens
+        assert single(made, request, plain=True).tokens == plain.tokens
 
     def test_as_many_positions_as_the_model_has(self, engine: Maker) -> None:
         made = engine("draft=layerskip")
-        assert len(made.generate(Request(random_prompts(504)[0], 8, ignore_eos=True)).tokens) == 8
+        long, longer = random_prompts(504, 505)
+        assert len(single(made, Request(long, 8, ignore_eos=True)).tokens) == 8
         message = r"^workload: prompt and new tokens come to 513 positions; the model has 512$"
         for plain in (True, False):
             with pytest.raises(ConfigError, match=message):
-                made.generate(Request(random_prompts(505)[0], 8), plain=plain)
-        with pytest.raises(ConfigError, match=message):
-            made.answer(random_prompts(3, 505), 8)
+                made.generate([Request(long, 8), Request(longer, 8)], plain=plain)
 
     def test_an_exit_beyond_the_model_is_found_when_its_layers_are_known(self, engine: Maker) -> None:
         made = engine("draft=layerskip", "exit_layer=3")
         made.plan.draft.exit_layer = 6  # as where neither the config nor the source declares the layers
         with pytest.raises(ConfigError, match="exit_layer=6: tiny has 6 layers; must be from 1 to 5"):
-            made.generate(Request((5, 6), 4))
+            made.generate([Request((5, 6), 4)])
 
 
-class TestAnswer:
+class TestBatch:
     @pytest.mark.parametrize("new", [1, 2, 16])
     def test_a_batch_answers_as_each_prompt_alone(self, engine: Maker, new: int) -> None:
         made = engine("draft=none")
         prompts = random_prompts(2, 17, 5, 5, 9, 1, 30, 12)
-        said = [made.generate(Request(prompt, 16, ignore_eos=True), plain=True).tokens for prompt in prompts]
+        said = [single(made, Request(prompt, 16, ignore_eos=True), plain=True).tokens for prompt in prompts]
         ends = {said[1][3], said[4][0], said[6][7]}  # rows leave early, at different times, one at once
         made.model.shape = replace(made.model.shape, eos=frozenset(ends))
-        alone = [made.generate(Request(prompt, new), plain=True) for prompt in prompts]
-        assert made.answer(prompts, new) == [completion.tokens for completion in alone]
+        requests = [Request(prompt, new) for prompt in prompts]
+        alone = [single(made, request, plain=True) for request in requests]
+        for batch in (3, 8, 32):
+            together = made.generate(requests, plain=True, max_batch=batch)
+            assert [(c.tokens, c.finish) for c in together] == [(c.tokens, c.finish) for c in alone]
         if new == 16:
             assert len({len(completion.tokens) for completion in alone}) >= 3
             assert {completion.finish for completion in alone} == {"stop", "length"}
-
-    def test_of_one_prompt(self, engine: Maker) -> None:
-        made, (prompt,) = engine("draft=none"), random_prompts(7)
-        assert made.answer([prompt], 5) == [made.generate(Request(prompt, 5), plain=True).tokens]
 
 
 class TestEncode:
@@ -219,10 +259,10 @@ class TestHead:
         for verify in ("true", "false"):
             changing, fresh = (engine("draft=lsq", f"policy.verify={verify}") for _ in range(2))
             changing.use_head(one)
-            changing.generate(request)
+            single(changing, request)
             for made in (changing, fresh):
                 made.use_head(two)
-            got, wanted = changing.generate(request), fresh.generate(request)
+            got, wanted = single(changing, request), single(fresh, request)
             assert got.tokens == wanted.tokens
             assert [cycle.accepted for cycle in got.cycles] == [cycle.accepted for cycle in wanted.cycles]
 
@@ -232,8 +272,7 @@ class TestCompare:
         made, context = engine("draft=none"), random_prompts(9)[0]
         model = made.model
         with torch.inference_mode():
-            hidden = model.run(model.embed(context), model.new_cache(9), 0, 0, 6)
-            logits = model.logits(model.norm(hidden[-1:]))[0]
+            logits = model.logits(model.norm(stream(model, context, 6)[-1:]))[0]
         best, second = logits.topk(2).indices.tolist()
         tie = made.compare(context, best, second)
         assert tie.gap == pytest.approx(float(logits[best] - logits[second]), abs=1e-4)
@@ -244,14 +283,13 @@ class TestCompare:
     def test_half_width_rounds_coarsely_and_is_compared_in_float32(self, engine: Maker) -> None:
         full, half = engine("draft=none"), engine("draft=none", "hardware.dtype=bf16")
         context = random_prompts(9)[0]
-        token = full.generate(Request(context, 1), plain=True).tokens[0]
+        token = single(full, Request(context, 1), plain=True).tokens[0]
         other = half.compare(context, token, 7)
         assert half.model.dtype == torch.bfloat16
         exact = half.model.to(torch.float32)
         with torch.inference_mode():
             logits, rounded = (
-                m.logits(m.norm(m.run(m.embed(context), m.new_cache(9), 0, 0, 6)[-1:]))[0, [token, 7]].float()
-                for m in (exact, half.model)
+                m.logits(m.norm(stream(m, context, 6)[-1:]))[0, [token, 7]].float() for m in (exact, half.model)
             )
         assert other.gap == pytest.approx(float(logits.diff().abs()), abs=1e-5)
         least = 2 * 2**-7 * float(logits.abs().max())
@@ -268,7 +306,7 @@ class TestPlace:
     )
     def test_the_dtype_asked_for(self, engine: Maker, dtype: str, wanted: torch.dtype) -> None:
         made = engine("draft=none", f"hardware.dtype={dtype}")
-        assert made.dtype == made.model.dtype == made.model.new_cache(1).keys[0].dtype == wanted
+        assert made.dtype == made.model.dtype == made.model.new_cache(1)._kv.dtype == wanted
         about = made.describe()
         assert (about["engine"], about["device"], about["threads"]) == ("torch", "cpu", 1)
         assert about["dtype"] == str(wanted).removeprefix("torch.")

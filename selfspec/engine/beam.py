@@ -1,4 +1,4 @@
-"""A draft tree while it grows: the likeliest paths are gone on with, the likeliest nodes are proposed (EAGLE-2, 2406.16858)."""
+"""A draft tree while it grows: the likeliest paths go on, the likeliest nodes are proposed (EAGLE-2, 2406.16858)."""
 
 from collections.abc import Sequence
 
@@ -41,7 +41,7 @@ class Beam:
         return [place for _, place in born[: self.width]]
 
     def tree(self, budget: int | None) -> Tree:
-        """The likeliest ``budget`` nodes below the root. A parent is never less likely than its child, and is among them."""
+        """The likeliest ``budget`` nodes below the root: as no child is likelier than its parent, a tree."""
         nodes = sorted(range(1, len(self._pool)), key=lambda node: -self._scores[node])
         tree, place = Tree.chain(self._pool.tokens[:1]), {0: 0}
         for node in sorted(nodes[:budget]):

@@ -14,6 +14,7 @@ Shapes: N new tokens of all rows (see ``cache.py``), P features, D hidden size, 
 d head size.
 """
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -64,10 +65,10 @@ class Block:
 
 def project(t: dict[str, Tensor], s: Shape, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Features ``[..., P]`` at angles ``[..., d]`` -> queries ``[..., H, d]``, keys and values ``[..., G, d]``."""
-    qkv = F.linear(x, t["qkv"]).unflatten(-1, (-1, s.head_dim))
-    qk, v = qkv.split((s.heads + s.kv_heads, s.kv_heads), -2)
+    qkv = F.linear(x, t["qkv"]).view(*x.shape[:-1], -1, s.head_dim)
+    qk, v = qkv.tensor_split((s.heads + s.kv_heads,), -2)
     qk = qk * cos[..., None, :] + qk.roll(s.head_dim // 2, -1) * sin[..., None, :]
-    q, k = qk.to(v.dtype).split((s.heads, s.kv_heads), -2)
+    q, k = qk.to(v.dtype).tensor_split((s.heads,), -2)
     return q, k, v
 
 
@@ -107,32 +108,39 @@ def whole(model: Model, trace: Trace, previous: bool) -> Tensor:
 
 
 def estimate(t: dict[str, Tensor], s: Shape, sequences: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Whole sequences of features ``[n, P]`` -> estimates ``[m_1 + m_2 + ..., D]`` at the m positions wanted of each."""
-    x, lengths = torch.cat(list(sequences)), [len(sequence) for sequence in sequences]
+    """Whole sequences of features ``[n, P]`` -> estimates ``[m, D]`` at the positions wanted of each."""
+    lengths = [len(sequence) for sequence in sequences]
+    x = torch.cat(list(sequences))
     cos, sin = rotation(torch.cat([torch.arange(n, device=x.device) for n in lengths]), s.head_dim)
-    mixed = [
-        F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in parts), is_causal=True, enable_gqa=True)
-        for parts in zip(*(part.split(lengths) for part in project(t, s, x, cos, sin)), strict=True)
-    ]
-    chosen = [one[0].transpose(0, 1).flatten(1)[at] for one, at in zip(mixed, wanted, strict=True)]
-    read = [sequence[at] for sequence, at in zip(sequences, wanted, strict=True)]
-    return finish(t, torch.cat(read), torch.cat(chosen))
+    parts = (torch.split(part, lengths) for part in project(t, s, x, cos, sin))
+    mixed = [causal(q, k, v)[at.to(x.device)] for q, k, v, at in zip(*parts, wanted, strict=True)]
+    read = [sequence[at.to(x.device)] for sequence, at in zip(sequences, wanted, strict=True)]
+    return finish(t, torch.cat(read), torch.cat(mixed))
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention within a sequence: ``[n, H, d]`` over ``[n, G, d]`` -> ``[n, H * d]``."""
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    merged: Tensor = mixed[0].transpose(0, 1).flatten(1)
+    return merged
 
 
 def begin(linear_map: dict[str, Tensor], s: Shape, seed: int) -> dict[str, Tensor]:
     """What training starts from: a linear map of P features, and a layer that adds nothing to it yet."""
     random = torch.Generator().manual_seed(seed)
-    reads, width = linear_map["weight"].shape[1], 64 * round(_EXPANSION * s.hidden / 64) or 64
+    reads, width = linear_map["weight"].shape[1], int(_EXPANSION * s.hidden)
 
     def normal(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=random) / columns**0.5
+        return torch.randn(rows, columns, generator=random) / math.sqrt(columns)
 
-    return linear_map | {
+    layer = {
         "qkv": normal((s.heads + 2 * s.kv_heads) * s.head_dim, reads),
         "out": torch.zeros(s.hidden, s.heads * s.head_dim),
         "gate_up": normal(2 * width, s.hidden),
         "down": torch.zeros(s.hidden, width),
     }
+    return linear_map | layer
 
 
 def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
@@ -153,7 +161,6 @@ def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConf
     tensors = _descend(model, readout, tensors, train, draft, seed, previous)
     by_position = agreement(model, readout, tensors, heldout, previous)
     facts = {
-        "previous": previous,
         "form": "block",
         "solve_s": round(solved, 3),
         "sgd_gain": by_position[0] - closed_form[0],
@@ -175,11 +182,11 @@ def _descend(
 
     def loss(learned: dict[str, Tensor], rows: Tensor, weight: Tensor) -> Tensor:
         chosen = [traces[row] for row in rows.tolist()]
-        wanted = torch.cat([trace.tokens[trace.at + 1] for trace in chosen]).to(model.device)
+        wanted = torch.cat([trace.tokens[trace.at + 1] for trace in chosen])
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype is torch.bfloat16):
             sequences = [whole(model, trace, previous) for trace in chosen]
             states = estimate(learned, model.shape, sequences, [trace.at for trace in chosen])
-            return fitting.cross_entropy(states, weight, readout.indices(wanted))
+            return fitting.cross_entropy(states, weight, readout.indices(wanted).to(model.device))
 
     there = {name: t.to(model.device) for name, t in tensors.items()}
     learned = fitting.descend(there, [readout.weight], loss, len(traces), draft.sgd_epochs, seed, _RATE, _BATCH)

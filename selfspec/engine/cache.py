@@ -73,10 +73,13 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        max_positions: int,
     ) -> None:
         self._kv = torch.zeros((layers, 2, rows, kv_heads, capacity, head_dim), dtype=dtype, device=device)
-        self._layers = [(layer[0], layer[1]) for layer in self._kv]
+        self._read = [(layer[0], layer[1]) for layer in self._kv]
+        self._write = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in self._read]  # as tokens come: [R, S, G, d]
         self.rows, self.capacity, self.device = rows, capacity, device
+        self._last_position = max_positions - 1
         self.lengths: list[int] = []
         self.written: list[dict[int, int]] = [{} for _ in range(layers)]
 
@@ -108,7 +111,8 @@ class KVCache:
         """Where the nodes of every row's tree go, from node ``first`` on; those before have been run already.
 
         Args:
-            trees: one for each active row; or one, for ``row`` alone.
+            trees: one for each active row; or one, for ``row`` alone. A row may have no nodes from ``first`` on
+                where another has some.
         """
         start = 0 if row is None else row
         if len(trees) == 1:
@@ -121,7 +125,8 @@ class KVCache:
         slots, positions, owners = list[int](), list[int](), list[int]()
         for r, (base, tree) in enumerate(zip(bases, trees, strict=True)):
             slots += range(base + first, stops[r])
-            positions += [base + depth for depth in tree.depths()[first:]]
+            # A row that rides along while others draft on may go past the last position; what it says is dropped.
+            positions += [min(base + depth, self._last_position) for depth in tree.depths()[first:]]
             owners += [r] * counts[r]
         pad = unpad = None
         if len(slots) < width * len(trees):
@@ -174,17 +179,18 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor, at: Place) -> tuple[Tensor, Tensor]:
         """Writes a layer's new keys and values ``[N, G, d]``; returns all that attention reads, ``[R, G, stop, d]``."""
-        k, v = self._layers[layer]
+        k, v = self._write[layer]
         written = self.written[layer]
         if at.slot is None:
             row = at.rows.start
-            k[row, :, at.start : at.stop] = keys.transpose(0, 1)
-            v[row, :, at.start : at.stop] = values.transpose(0, 1)
+            k[row, at.start : at.stop] = keys
+            v[row, at.start : at.stop] = values
             written[row] = at.stop
         else:
-            k[at.row, :, at.slot] = keys
-            v[at.row, :, at.slot] = values
+            k[at.row, at.slot] = keys
+            v[at.row, at.slot] = values
             written.update(enumerate(at.stops))
+        k, v = self._read[layer]
         return k[at.rows, :, : at.stop], v[at.rows, :, : at.stop]
 
     def keep(self, row: int, path: Sequence[int]) -> None:

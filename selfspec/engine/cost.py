@@ -18,14 +18,18 @@ from numpy.typing import NDArray
 from selfspec.engine.controller import Controller
 from selfspec.types import Cycle
 
-SHARE = 0.01
+SHARE = 0.005
 """Of all time, how much may be lost by trying what is not thought best."""
 KNOWN = 3
 """Cycles after which a cost is known: the fewest that have a median."""
+RECENT = 9
+"""Cycles that tell the machine's present pace."""
 STALL = 2.0
 """A cycle above so many medians counts as this many: the machine was busy elsewhere."""
 EVIDENCE = 8
 """Cycles of a request's own that weigh as much as what is known of all requests."""
+REQUESTS = 8
+"""Windows of drafted cycles for which what is known of all requests is remembered."""
 HOPE = 0.5
 """The acceptance taken for granted before anything is known."""
 
@@ -36,21 +40,27 @@ class Costs:
     """Milliseconds of a cycle by batch size and the K asked for, in which the machine's pace is set apart.
 
     A neighbour that slows the machine down slows every K down: without a common pace, whatever K is in use
-    would look dear beside memories of better times. Costs at one pace are told apart by what is tried in turn.
+    would look dear beside memories of better times. The pace is how the last few cycles compare with what is
+    usual of them; that being a median over many more, the change of a few does not reach it.
     """
 
     def __init__(self, most: int, window: int) -> None:
         self.most, self.window = most, window
-        self.pace = 1.0
         self._times: dict[int, dict[int, deque[float]]] = {}
+        self._recent: deque[float] = deque([1.0] * RECENT, RECENT)
+        self._usual: dict[int, dict[int, float]] = {}
         self._typical: dict[int, dict[int, float]] = {}
         self._curves: dict[int, Array] = {}
 
+    @property
+    def pace(self) -> float:
+        """How long cycles take now, in units of what they usually take."""
+        return median(self._recent)
+
     def observe(self, batch: int, k: int, ms: float) -> None:
         """What a cycle took."""
-        if k in self._typical.get(batch, {}):
-            change = ms / (self.pace * self._typical[batch][k])
-            self.pace *= min(max(change, 1 / STALL), STALL) ** 0.1
+        if k in self._usual.get(batch, {}):
+            self._recent.append(ms / self._usual[batch][k])
         times = self._times.setdefault(batch, {}).setdefault(k, deque(maxlen=self.window))
         times.append(ms / self.pace)
         self._learn(batch, k)
@@ -58,24 +68,25 @@ class Costs:
     def _learn(self, batch: int, k: int) -> None:
         times = self._times[batch][k]
         if len(times) >= KNOWN:
-            above = STALL * median(times)
-            self._typical.setdefault(batch, {})[k] = fmean(min(ms, above) for ms in times)
+            usual = median(times)
+            self._usual.setdefault(batch, {})[k] = usual
+            self._typical.setdefault(batch, {})[k] = fmean(min(ms, STALL * usual) for ms in times)
             self._curves.clear()
 
     def _spanned(self, batch: int) -> bool:
         return {0, self.most} <= self._typical.get(batch, {}).keys()
 
     def unknown(self, batch: int) -> int | None:
-        """The K to ask for before there is any :meth:`curve`: both ends of one, in turn."""
-        if any(map(self._spanned, self._typical)):
-            return None
+        """The K to ask for before there is a :meth:`curve`: 0; and the most in turn, where no batch has one yet."""
         times = self._times.get(batch, {})
-        return min((0, self.most), key=lambda k: len(times.get(k, ())))
+        ends = (0,) if any(map(self._spanned, self._typical)) else (0, self.most)
+        fewest = min(ends, key=lambda k: len(times.get(k, ())))
+        return fewest if len(times.get(fewest, ())) < KNOWN else None
 
     def curve(self, batch: int) -> Array:
         """Float64 ``[most + 1]``: what a cycle takes at each K, in milliseconds; never less than at a smaller one.
 
-        What was not measured is interpolated. A batch size of which one end is not known has the nearest
+        What was not measured is interpolated. A batch size of which only the near end is known has the nearest
         one's curve, scaled to what is.
         """
         if batch not in self._curves:
@@ -83,7 +94,7 @@ class Costs:
             if not self._spanned(batch):
                 nearest = min(filter(self._spanned, self._typical), key=lambda other: abs(other - batch))
                 shape = self.curve(nearest) / self.pace
-            known = sorted(self._typical.get(batch, {}).items()) or [(0, shape[0])]
+            known = sorted(self._typical[batch].items())
             scale = np.interp(range(self.most + 1), [k for k, _ in known], [ms / shape[k] for k, ms in known])
             self._curves[batch] = np.maximum.accumulate(shape * scale)
         return self.pace * self._curves[batch]
@@ -91,12 +102,13 @@ class Costs:
     def state(self) -> dict[str, Any]:
         """All cycles it remembers."""
         times = {str(batch): {str(k): [*ms] for k, ms in own.items()} for batch, own in self._times.items()}
-        return {"pace": self.pace, "times": times}
+        return {"recent": [*self._recent], "times": times}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
         self.__init__(self.most, self.window)  # type: ignore[misc]
-        self.pace = state["pace"]
+        self._recent.clear()
+        self._recent.extend(state["recent"])
         for batch, own in state["times"].items():
             self._times[int(batch)] = {int(k): deque(ms, self.window) for k, ms in own.items()}
             for k in own:
@@ -118,16 +130,12 @@ class Cost(Controller):
         self._purse = 0.0
         self._plain_next = True
         self._asked: int | None = None
-        self._early = True
 
     def ask(self, history: Sequence[Cycle], batch: int) -> int:
         """One answer for all rows of a cycle."""
         if self._asked is None:
-            alone = batch == 1
-            drafted = islice((cycle for cycle in reversed(history) if cycle.k_asked), self.window) if alone else ()
-            own = _counts(drafted, self.k)
-            self._early = not alone or own[0].sum() < 2 * EVIDENCE
-            self._asked = self._choose(own, batch)
+            drafted = islice((cycle for cycle in reversed(history) if cycle.k_asked), self.window)
+            self._asked = self._choose(_counts(drafted if batch == 1 else (), self.k), batch)
         return self._asked
 
     def _choose(self, own: Array, batch: int) -> int:
@@ -158,22 +166,14 @@ class Cost(Controller):
         return 1 + np.concatenate(([0.0], np.cumsum(np.cumprod(chances))))
 
     def observe(self, cycles: list[Cycle]) -> None:
-        """Learns what the cycle cost and, early in a request, how much stood.
-
-        Later a request that drafts badly is not asked to, and one that drafts well counts no more than it.
-        """
+        """Learns what the cycle cost and how much stood."""
         ms = cycles[0].draft_ms + cycles[0].verify_ms
         self.costs.observe(len(cycles), max(cycle.k_asked for cycle in cycles), ms)
-        self._purse = min(self._purse + SHARE * ms, self._limit(len(cycles)))
+        self._purse += SHARE * ms
         drafted = [cycle for cycle in cycles if cycle.k_asked]
-        if self._early and drafted:
-            self._all *= (1 - 1 / (8 * self.window)) ** len(drafted)
-            self._all += _counts(drafted, self.k)
+        self._all *= (1 - 1 / (REQUESTS * self.window)) ** len(drafted)
+        self._all += _counts(drafted, self.k)
         self._asked = None
-
-    def _limit(self, batch: int) -> float:
-        """Enough to try anything once: what was saved up for longer is not spent at once."""
-        return 0.0 if self.costs.unknown(batch) is not None else float(self.costs.curve(batch)[-1])
 
     def state(self) -> dict[str, Any]:
         """Costs, acceptance, and what may be spent on trying."""

@@ -33,5 +33,17 @@ REFERENCES: dict[str, Callable[[Plan], schema.Draft]] = {
 
 
 def reference(name: str, plan: Plan) -> Engine:
-    """The engine of a reference: Hugging Face's ``generate`` on the plan's model and hardware."""
-    return make(replace(plan, engine=schema.Engine(EngineName.hf), draft=REFERENCES[name](plan)))
+    """The engine of a reference: Hugging Face's ``generate`` on the plan's model and hardware, with its K.
+
+    It has no gate and no other controller, and is exact; what the plan says of them is the configuration's alone.
+    """
+    return make(
+        replace(
+            plan,
+            engine=schema.Engine(EngineName.hf, max_batch=plan.engine.max_batch),
+            draft=REFERENCES[name](plan),
+            gate=schema.Gate(),
+            controller=schema.Controller(K=plan.controller.K),
+            policy=plan.policy if plan.exact else schema.Policy(),
+        )
+    )

@@ -98,11 +98,17 @@ class FakeEngine:
         return list(text.encode())
 
     def generate(
-        self, requests: Sequence[Request], *, plain: bool = False, max_batch: int | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        plain: bool = False,
+        k: int | None = None,
+        max_batch: int | None = None,
     ) -> list[Completion]:
-        """Always as many tokens as asked for; ``max_batch`` requests share a cycle."""
-        drafts = self.plan.speculative and not plain
-        control, stops = (self.controller, self.gate) if drafts else (controller.Fixed(0), gate.Gate())
+        """As :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`; always as many tokens as asked for."""
+        control, stops = (self.controller, self.gate) if k is None else (controller.Fixed(k), self.gate)
+        if plain or not self.plan.speculative:
+            control, stops = controller.Fixed(0), gate.Gate()
         waiting, rows = deque(enumerate(requests)), list[Row]()
         done: dict[int, Completion] = {}
         self._before, self._now = self._before + self._now, 0.0
@@ -216,7 +222,7 @@ def _entropy(p: float) -> float:
 
 
 def _var_entropy(p: float) -> float:
-    """The variance of surprisal there, in nats squared."""
+    """The variance of surprisal there, in nats squared: small where p is, too, as then nearly all tokens are alike."""
     best, other = _surprisals(p)
     return p * (1 - p) * (best - other) ** 2
 

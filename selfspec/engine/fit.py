@@ -8,7 +8,7 @@ B'(X'X + lambda I) B, the best map of that rank under the same loss (Mukherjee a
 All in float32 on the CPU, the solution itself in float64.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from selfspec.engine.tree import Tree
 AHEAD = 5
 """How many positions ahead agreement is measured, unless a draft looks less far."""
 
+_BLOCK = 4096
 _SGD_BATCH, _SGD_RATE = 256, 1e-3
 
 
@@ -152,15 +153,28 @@ def _strength(gram: Tensor, draft: DraftConfig) -> Tensor:
 
 
 def _moments(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """X'X ``[P + 1, P + 1]`` and X'Y ``[P + 1, D]``, each part in float32, their sum in float64."""
+    """X'X ``[P + 1, P + 1]`` and X'Y ``[P + 1, D]``, blocks in float32, their sum in float64."""
     gram: Tensor | float = 0.0
     cross: Tensor | float = 0.0
-    for features, wanted in parts:
-        x = F.pad(features.float(), (0, 1), value=1.0)
+    for block in _blocks(parts):
+        x = F.pad(torch.cat([x for x, _ in block]).float(), (0, 1), value=1.0)
         gram = gram + (x.T @ x).double()
-        cross = cross + (x.T @ wanted.float()).double()
+        cross = cross + (x.T @ torch.cat([y for _, y in block]).float()).double()
     assert isinstance(gram, Tensor) and isinstance(cross, Tensor), "at least one part"
     return gram, cross
+
+
+def _blocks(parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """As many parts at a time as make a block: adding up in float64 costs more than the products of a few rows."""
+    block, rows = list[tuple[Tensor, Tensor]](), 0
+    for part in parts:
+        block.append(part)
+        rows += len(part[0])
+        if rows >= _BLOCK:
+            yield block
+            block, rows = [], 0
+    if block:
+        yield block
 
 
 def descend(
@@ -171,6 +185,7 @@ def descend(
     epochs: int,
     seed: int,
     rate: float = _SGD_RATE,
+    batch: int = _SGD_BATCH,
 ) -> dict[str, Tensor]:
     """Minimises a loss by AdamW with a cosine schedule, from ``tensors`` on.
 
@@ -183,10 +198,10 @@ def descend(
         frozen = [t.clone() for t in frozen]  # a tensor made in inference mode cannot take part in autograd
         order = torch.Generator().manual_seed(seed)
         optimiser = torch.optim.AdamW(learned.values(), lr=rate, weight_decay=0.0)
-        steps = epochs * -(-examples // _SGD_BATCH)
+        steps = epochs * -(-examples // batch)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         for _ in range(epochs):
-            for rows in torch.split(torch.randperm(examples, generator=order), _SGD_BATCH):
+            for rows in torch.split(torch.randperm(examples, generator=order), batch):
                 optimiser.zero_grad()
                 loss(learned, rows, *frozen).backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
@@ -195,5 +210,6 @@ def descend(
 
 
 def cross_entropy(state: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
-    """Of what is read out of estimated states ``[n, D]`` through ``weight`` ``[V, D]``; wanted -1s do not count."""
-    return F.cross_entropy(F.linear(state.to(weight.dtype), weight).float(), wanted, ignore_index=-1)
+    """Mean over estimated states ``[n, D]``, read out through ``weight`` ``[V, D]``; nothing for those that want -1."""
+    logits = F.linear(state.to(weight.dtype), weight).float()
+    return F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum") / len(wanted)

@@ -69,7 +69,7 @@ class Threshold(Gate):
 
 
 class Bandit(Threshold):
-    """Learns which max-probability threshold gives the most tokens per second: one arm a cycle, drawn by Thompson sampling.
+    """Learns which max-probability threshold gives the most tokens per second: an arm a cycle, by Thompson sampling.
 
     TapOut (2511.02017) plays stop rules against each other for the share of drafted tokens accepted; this pays
     out what counts, the new tokens of all rows per millisecond of drafting and verifying.
@@ -114,7 +114,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def var_entropy(logits: Tensor) -> Tensor:
-    """The variance of surprisal, sum p (ln p)^2 - H^2, of each row, in nats squared: zero when certain and when uniform."""
+    """The variance of surprisal, sum p (ln p)^2 - H^2, of each row, in nats squared: 0 if certain and if uniform."""
     log_p = logits.float().log_softmax(-1)
     p = log_p.exp()
     centred = log_p - (p * log_p).sum(-1, keepdim=True)  # as a mean of squares: two large numbers leave noise

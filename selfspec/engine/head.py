@@ -4,6 +4,7 @@ The file is safetensors. Its metadata holds one JSON object of *facts*: what the
 (model, draft, exit layer), on how much, and how well it agrees with the full model on held-out tokens.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,9 @@ from torch import Tensor
 from selfspec import heads
 from selfspec.engine.model import Model
 from selfspec.errors import HeadError, one_line
+
+_CHECK = "sha256"
+"""Key of the fact that guards the tensors; only in the file."""
 
 
 class Head:
@@ -31,7 +35,8 @@ class Head:
     def to_bytes(self) -> bytes:
         """The head as a safetensors file, float32, facts in its metadata."""
         tensors = {name: t.to("cpu", _like(t, torch.float32)).contiguous() for name, t in self.tensors.items()}
-        return save(tensors, metadata={heads.FACTS: json.dumps(self.facts, sort_keys=True)})
+        facts = self.facts | {_CHECK: _digest(tensors)}
+        return save(tensors, metadata={heads.FACTS: json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> "Head":
@@ -43,11 +48,21 @@ class Head:
         facts = heads.facts(path)
         try:
             tensors = load(path.read_bytes())
+            if facts.pop(_CHECK, None) != _digest(tensors):
+                raise ValueError("tensors that are not the ones saved")
             if not all(bool(t.isfinite().all()) for t in tensors.values()):
                 raise ValueError("not finite")
         except Exception as error:  # safetensors raises its own and several built-in errors on damage
             raise HeadError(f"{path}: corrupt head ({one_line(error)}); delete it to fit it again") from error
         return cls(tensors, facts)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        digest.update(t.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _like(t: Tensor, dtype: torch.dtype) -> torch.dtype:

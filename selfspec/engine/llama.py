@@ -105,7 +105,8 @@ class Llama:
     def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0) -> KVCache:
         """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use."""
         s = self.shape
-        return KVCache(s.layers + extra_layers, rows, s.kv_heads, capacity, s.head_dim, self.dtype, self.device)
+        size = (s.layers + extra_layers, rows, s.kv_heads, capacity, s.head_dim)
+        return KVCache(*size, self.dtype, self.device, s.max_positions)
 
     def embed(self, tokens: Sequence[int] | Tensor, at: Place | None = None) -> Tensor:
         """Token ids, N of them -> ``[N, D]``; positions come in with every layer, so ``at`` is not looked at."""
@@ -120,12 +121,11 @@ class Llama:
 
     def rotation(self, at: Place) -> "Rotation":
         """What every layer of a pass shares: angles of the positions, and the mask for folded heads."""
-        groups = self.shape.heads // self.shape.kv_heads
-        mask = None if at.mask is None else at.mask.repeat(1, 1, groups, 1)
-        positions = at.positions
-        if isinstance(positions, Tensor):  # a row that rides along in a draft may be run past the last position
-            positions = positions.clamp(max=len(self._cos) - 1)
-        return Rotation(self._cos[positions][:, None], self._sin[positions][:, None], mask)
+        mask = None
+        if at.mask is not None:  # as numbers to add: each layer would turn truth values into them again
+            hidden = torch.zeros(at.mask.shape, dtype=self.dtype, device=self.device).masked_fill_(~at.mask, -torch.inf)
+            mask = hidden.repeat(1, 1, self.shape.heads // self.shape.kv_heads, 1)
+        return Rotation(self._cos[at.positions][:, None], self._sin[at.positions][:, None], mask)
 
     def block(self, w: Layer, hidden: Tensor, cache: KVCache, index: int, at: Place, rotation: "Rotation") -> Tensor:
         """One layer on ``[N, D]``, its keys and values at layer ``index`` of the cache."""
@@ -162,7 +162,7 @@ class Rotation(NamedTuple):
     Attributes:
         cos: ``[N, 1, d]``, and
         sin: ``[N, 1, d]``, signed: rotary angles of the positions.
-        mask: the place's mask, repeated for every head of a group; ``None`` as there.
+        mask: the place's mask, repeated for every head of a group, 0 or -inf in the model's dtype; ``None`` as there.
     """
 
     cos: Tensor

@@ -42,7 +42,7 @@ class TorchEngine:
         self.device = _device(plan.hardware.device)
         self.dtype = _dtype(plan.hardware.dtype, self.device)
         self._gate, self._policy = gate.make(plan.gate, plan.seed), policy.make(plan.policy)
-        self._controller = controller.make(plan.controller)
+        self._controller = controller.make(plan.controller, plan.seed)
         self._head: Head | None = None
 
     @cached_property
@@ -57,12 +57,15 @@ class TorchEngine:
         Raises:
             ConfigError: the model has fewer layers than the plan counted on.
         """
-        model = hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers)
+        model = self._load()
         exit_layer, layers = self.plan.draft.exit_layer, model.shape.layers
         if exit_layer is not None and exit_layer >= layers:
             name = self.plan.model.name
             raise ConfigError(f"exit_layer={exit_layer}: {name} has {layers} layers; must be from 1 to {layers - 1}")
         return model
+
+    def _load(self) -> Model:
+        return hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -92,6 +95,12 @@ class TorchEngine:
         assert isinstance(draft, EarlyExit), "checked by the plan"
         exit = Target(self.model, draft.exit_layer, lambda hidden: draft.head(hidden, hidden))
         return replace(self._plain, target=exit)
+
+    def _fixed(self, k: int) -> Speculation:
+        """The configuration with another controller, and a gate that learns for itself."""
+        return replace(
+            self._speculation, controller=controller.Fixed(k), gate=gate.make(self.plan.gate, self.plan.seed)
+        )
 
     def _make_draft(self) -> Draft:
         made: Draft = _draft_module(self.plan.draft.name).make(self.plan.draft, self.model, self._head)
@@ -145,9 +154,7 @@ class TorchEngine:
         Raises:
             ConfigError: prompt and new tokens are more than the model has positions.
         """
-        speculation = self._plain if plain else self._speculation
-        if k is not None:
-            speculation = replace(speculation, controller=controller.Fixed(k))
+        speculation = self._plain if plain else self._speculation if k is None else self._fixed(k)
         room = max(self._room(len(r.tokens) + r.max_new_tokens) for r in requests)
         cache = self.model.new_cache(
             capacity=room + speculation.draft.nodes(k or self.plan.controller.most),
@@ -179,7 +186,7 @@ class TorchEngine:
                 traces.append(fit.trace(self.model, prompt, answer, self.plan.draft.exit_layer))
                 advance()
         draft = self.plan.draft
-        module = _draft_module(draft.learned or draft.name)
+        module = _draft_module(draft.name)
         head: Head = module.fit(self.model, *fit.split(traces), draft, self.plan.seed)
         head.facts.update(facts, hidden=self.model.shape.hidden)
         write_atomic(path, head.to_bytes())

@@ -51,7 +51,7 @@ class Mixture(World):
 
 
 class Noisy(World):
-    """A shared machine: a tenth of noise, one cycle in thirty stalls, and now and then all is half as fast for seconds."""
+    """A shared machine: a tenth of noise, one cycle in thirty stalls, a quarter of the time all takes twice as long."""
 
     def pace(self, now: float) -> float:
         """By the clock."""
@@ -128,7 +128,7 @@ def rate(
     gate: config.Gate | None = None,
     seed: int = 0,
 ) -> float:
-    """Decode tokens per virtual second of a configuration. Half as many requests again come first, to learn from."""
+    """Decode tokens per virtual second of a configuration, what it spends on learning included."""
     made = replace(_blank(), controller=controller, gate=gate or config.Gate(), seed=seed)
     engine = FakeEngine(made, environment.world)
     done = engine.generate(requests, max_batch=environment.batch)
@@ -140,6 +140,11 @@ def rate(
 def fixed(k: int) -> config.Controller:
     """K in every cycle."""
     return config.Controller(ControllerName.fixed, k)
+
+
+def autotune(*exits: int) -> config.Controller:
+    """A choice of these exit layers."""
+    return config.Controller(ControllerName.autotune, 4, exits=[*exits])
 
 
 ADAPTIVE = config.Controller(ControllerName.adaptive, 4, low=0, high=MOST, step=1, window=16, target=0.6)
@@ -172,13 +177,10 @@ def main() -> None:
         cells += [f"{arm:g}: {by_arm[arm] / plain:.2f}x", f"{1 - bandit / by_arm[arm]:+.1%}", f"{both / plain:.2f}x"]
         print("| " + " | ".join(cells) + " |", flush=True)
 
-    environment = Environment(Exits(0.0))
-    by_exit = {
-        layer: rate(environment, requests, config.Controller(ControllerName.autotune, 4, exits=[layer]))
-        for layer in EXITS
-    }
+    requests, environment = stream(5 * options.requests, 32), Environment(Exits(0.0))
+    by_exit = {layer: rate(environment, requests, autotune(layer)) for layer in EXITS}
     best = max(by_exit, key=by_exit.__getitem__)
-    tuned = rate(environment, requests, config.Controller(ControllerName.autotune, 4, exits=EXITS))
+    tuned = rate(environment, requests, autotune(*EXITS))
     print(f"autotune: best fixed exit layer {best}, {by_exit[best]:.0f} tok/s; by prompt length {tuned:.0f} tok/s")
 
 

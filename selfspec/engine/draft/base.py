@@ -82,7 +82,7 @@ class Draft:
         return k + 1
 
     def prefill(self, tokens: Sequence[int], cache: KVCache, at: Place, row: Row) -> tuple[Tensor, int]:
-        """The draft's share of a prompt's pass: the residual stream ``[P, D]`` and how many layers it has been through."""
+        """The draft's share of a prompt's pass: the residual stream ``[P, D]`` and how many layers it has run."""
         return self.model.embed(tokens, at), 0
 
     def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
 from selfspec.engine import fit as fitting
-from selfspec.engine.cache import KVCache
+from selfspec.engine.cache import KVCache, Place
 from selfspec.engine.draft.base import Draft, Proposal, Row, stack
 from selfspec.engine.fit import Trace
 from selfspec.engine.gate import Gate
@@ -37,14 +37,22 @@ class EarlyExit(Draft):
         readout: Readout | None = None,
         width: int = 1,
         budget: int | None = None,
+        sample: bool = False,
     ) -> None:
         super().__init__(model)
         self.exit_layer, self.head, self.readout = exit_layer, head, readout or Readout(model)
-        self.width, self.budget = width, budget
+        self.width, self.budget, self.sample = width, budget, sample
+
+    def estimate(self, hidden: Tensor, previous: Tensor, cache: KVCache, at: Place) -> Tensor:
+        """Exit states and the previous positions' final states -> estimates of the final ones, all ``[N, D]``."""
+        return self.head(hidden, previous)
+
+    def remember(self, hidden: Tensor, cache: KVCache, at: Place) -> None:
+        """Exit states ``[N, D]`` that are not read out: a draft with keys and values of its own writes them now."""
 
     def nodes(self, k: int) -> int:
         """The root, and ``width`` candidates at each of k positions or as many as the budget allows."""
-        return 1 + min(k * self.width, self.budget or 64 * self.width)
+        return 1 + (k * self.width if self.budget is None else min(k * self.width, self.budget))
 
     def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """Drafts until every row has its k positions or the gate doubts the likeliest token of one.
@@ -55,6 +63,7 @@ class EarlyExit(Draft):
         exit_layer = rows[0].exit_layer or self.exit_layer
         trees = [Tree.chain(row.tokens[-1:]) for row in rows]
         leaves: list[list[tuple[int, int]]] = [[] for _ in rows]
+        drawn_from: list[list[Tensor]] = [[] for _ in rows]
         ks = [min(k, self.budget or k) for k in ks]
         going = [k > 0 for k in ks]
         tokens, states, hidden = [row.tokens[-1] for row in rows], stack(rows), list[Tensor]()
@@ -62,7 +71,7 @@ class EarlyExit(Draft):
             step = len(hidden)
             at = cache.place([Tree.chain([0] * step + [token]) for token in tokens], first=step)
             hidden.append(self.model.run(self.model.embed(tokens, at), cache, at, 0, exit_layer))
-            states = self.head(hidden[-1], states)
+            states = self.estimate(hidden[-1], states, cache, at)
             logits = self.readout(states)
             signals = gate.signals(logits) if gate.reads else []
             best = self.readout.likeliest(logits, self.width).tolist()
@@ -73,10 +82,16 @@ class EarlyExit(Draft):
                 if gate.reads:
                     tree.signals.append(signals[r])
                     going[r] = not gate.stops(signals[r])
+                if going[r] and self.sample and rows[r].request.sampling.temperature > 0:
+                    number = len(rows[r].tokens) + step
+                    tokens[r], q = self.readout.draw(logits[r], rows[r].request.sampling, number, step)
+                    drawn_from[r].append(q)
                 if going[r]:
                     tree.add(step, tokens[r])
                     leaves[r] += ((step, token) for token in best[r][1:])
                     going[r] = len(tree) <= ks[r]
+        for tree, drawn in zip(trees, drawn_from, strict=True):
+            tree.drawn_from = torch.stack(drawn) if drawn else None
         ran = [min(len(tree), len(hidden)) for tree in trees]
         for tree, others in zip(trees, leaves, strict=True):
             room = len(others) if self.budget is None else self.budget - (len(tree) - 1)
@@ -88,6 +103,7 @@ class EarlyExit(Draft):
             at = cache.place(trees, first)
             tokens = [token for tree in trees for token in tree.tokens[first:]]
             rest = self.model.run(self.model.embed(tokens, at), cache, at, 0, exit_layer)
+            self.remember(rest, cache, at)
         else:
             rest = hidden[0][:0]
         return Proposal(trees, by_row(hidden[:first], rest, trees), exit_layer)
@@ -122,7 +138,7 @@ def make(draft: DraftConfig, model: Model, head: Head | None) -> EarlyExit:
     """The raw exit: read out through the model's own norm and head, or its rows of frequent tokens."""
     assert draft.exit_layer is not None, "checked by the plan"
     readout = Readout(model, head.tensors["ids"] if head else None)
-    return EarlyExit(model, draft.exit_layer, RawExit(model), readout, draft.width, draft.budget)
+    return EarlyExit(model, draft.exit_layer, RawExit(model), readout, draft.width, draft.budget, draft.sample)
 
 
 def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:

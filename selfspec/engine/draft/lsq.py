@@ -20,7 +20,8 @@ def make(draft: DraftConfig, model: Model, head: Head | None) -> EarlyExit:
     """The same draft as ``layerskip`` with a better readout."""
     assert draft.exit_layer is not None and head is not None, "checked by the plan, fitted by the fit stage"
     exit = FittedExit(head.tensors, head.facts["previous"])
-    return EarlyExit(model, draft.exit_layer, exit, Readout(model, head.tensors.get("ids")), draft.width, draft.budget)
+    readout = Readout(model, head.tensors.get("ids"))
+    return EarlyExit(model, draft.exit_layer, exit, readout, draft.width, draft.budget, draft.sample)
 
 
 def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:

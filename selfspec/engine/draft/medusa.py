@@ -157,8 +157,8 @@ def _descend(
     heads, block, device = head.facts["heads"], head.facts["block"], model.device
     parts = [_example(model, trace, heads) for trace in traces]
     state, verified = (torch.cat([part[i] for part in parts]) for i in range(2))
-    tokens = [trace.tokens[trace.at[: len(p[0])][:, None] + 1 + torch.arange(heads)] for trace, p in zip(traces, parts)]
-    wanted = readout.indices(torch.cat(tokens)).to(device)
+    said = [trace.tokens[trace.first + 1 :] for trace in traces]
+    wanted = readout.indices(torch.cat([t.unfold(0, heads, 1) for t in said if len(t) >= heads])).to(device)
 
     def loss(learned: dict[str, Tensor], rows: Tensor, readout: Tensor, *examples: Tensor) -> Tensor:
         state, verified, wanted = (t[rows] for t in examples)

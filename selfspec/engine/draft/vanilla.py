@@ -15,16 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
+from selfspec.config import Layers
 from selfspec.config import Model as ModelConfig
-from selfspec.engine import gguf
+from selfspec.engine import gguf, hf
 from selfspec.engine.cache import KVCache, Place
 from selfspec.engine.draft.base import Draft, Proposal, Row
 from selfspec.engine.gate import Gate
 from selfspec.engine.head import Head
-from selfspec.engine.llama import Llama
 from selfspec.engine.model import Model
+from selfspec.engine.readout import Readout
 from selfspec.engine.tree import Tree
 from selfspec.errors import AssetError, ConfigError
+
+_NEVER = -1e4
+"""A logit of no probability, and yet a number: gates multiply the two."""
 
 
 class Vanilla(Draft):
@@ -33,9 +37,9 @@ class Vanilla(Draft):
     ``Row.memory`` is the tokens run beyond the cache's length: drafts, of which the first may come true.
     """
 
-    def __init__(self, model: Model, small: Model) -> None:
+    def __init__(self, model: Model, small: Model, sample: bool = False) -> None:
         super().__init__(model)
-        self.small = small
+        self.small, self.sample, self._readout = small, sample, Readout(model)
         self._target: KVCache | None = None
         self._cache = small.new_cache(0)
         self._rows: list[Row] = []
@@ -51,23 +55,32 @@ class Vanilla(Draft):
             signals = gate.signals(logits) if gate.reads else []
             tokens = logits.max(-1).indices.tolist()
             for r, row in enumerate(self._rows):
-                tree = trees[id(row)]
+                tree, ahead = trees[id(row)], len(trees[id(row)]) - 1
                 if going[r] and gate.reads:
                     tree.signals.append(signals[r])
                     going[r] = not gate.stops(signals[r])
+                if going[r] and self.sample and row.request.sampling.temperature > 0:
+                    tokens[r], q = self._readout.draw(logits[r], row.request.sampling, len(row.tokens) + ahead, ahead)
+                    tree.drawn_from = q[None] if tree.drawn_from is None else torch.cat((tree.drawn_from, q[None]))
                 if going[r]:
-                    tree.add(len(tree) - 1, tokens[r])
+                    tree.add(ahead, tokens[r])
                     going[r] = len(tree) <= most[id(row)]
             logits = self._extend(tokens) if any(going) else None
         return Proposal(list(trees.values()))
 
     def _follow(self, rows: Sequence[Row], cache: KVCache) -> None:
-        """Takes its own rows from those that left the batch, and gives them to those that joined it."""
+        """Keeps what came true, takes its own rows from those that left the batch, gives them to those that joined."""
         if cache is not self._target:
             limit = self.small.shape.max_positions
             if cache.capacity > limit:
                 raise ConfigError(f"draft.source: has {limit} positions; {cache.capacity} are needed")
             self._target, self._cache, self._rows = cache, self.small.new_cache(cache.capacity, cache.rows), []
+        for index, row in enumerate(self._rows):  # before any moves: what lies beyond the length is left behind
+            said = row.tokens[self._cache.lengths[index] :]
+            right = len(list(takewhile(bool, map(eq, row.memory, said[:-1]))))  # the last one's logits are wanted
+            if right:
+                self._cache.keep(index, range(right))
+            row.memory = []
         here = {id(row) for row in rows}
         for index in reversed(range(len(self._rows))):
             if id(self._rows[index]) not in here:
@@ -85,17 +98,10 @@ class Vanilla(Draft):
 
     def _catch_up(self) -> Tensor:
         """Runs what it has not seen of every row's tokens: the logits ``[R, vocab]`` after their last ones."""
-        unseen = []
-        for index, row in enumerate(self._rows):
-            said = row.tokens[self._cache.lengths[index] :]
-            right = len(list(takewhile(bool, map(eq, row.memory, said[:-1]))))  # the last one's logits are wanted
-            if right:
-                self._cache.keep(index, range(right))
-            unseen.append(Tree.chain(said[right:]))
+        unseen = [Tree.chain(row.tokens[known:]) for row, known in zip(self._rows, self._cache.lengths, strict=True)]
         hidden = self._run([token for tree in unseen for token in tree.tokens], self._cache.place(unseen))
-        for index, (row, tree) in enumerate(zip(self._rows, unseen, strict=True)):
+        for index, tree in enumerate(unseen):
             self._cache.keep(index, range(len(tree)))
-            row.memory = []
         last = torch.tensor([len(tree) for tree in unseen]).cumsum(0) - 1
         return self._logits(hidden[last.to(hidden.device)])
 
@@ -115,7 +121,7 @@ class Vanilla(Draft):
     def _logits(self, hidden: Tensor) -> Tensor:
         """Over the target's vocabulary ``[R, vocab]``, whichever of the two embeddings is padded further."""
         logits = self.small.logits(self.small.norm(hidden))
-        return F.pad(logits, (0, self.model.shape.vocab - logits.shape[-1]), value=-torch.inf)
+        return F.pad(logits, (0, self.model.shape.vocab - logits.shape[-1]), value=_NEVER)
 
 
 def vocabulary(folder: Path) -> dict[int, str]:
@@ -146,4 +152,4 @@ def make(draft: DraftConfig, model: Model, head: Head | None) -> Vanilla:
     assert model.folder is not None, "a target that was loaded"
     if vocabulary(folder) != vocabulary(model.folder):
         raise ConfigError(f"draft.source={draft.source}: its tokenizer's vocabulary is not the target's")
-    return Vanilla(model, Llama.load(folder, model.device, model.dtype))
+    return Vanilla(model, hf.load(folder, model.device, model.dtype, Layers.auto), draft.sample)

@@ -1,0 +1,259 @@
+"""The hf engine: Hugging Face's own ``generate``, as a peer to measure against.
+
+Drafts are what it offers: prompt lookup (``draft=ngram``), its early exit (``layerskip``), an assistant model
+(``vanilla``), each with K draft tokens a cycle (its "constant" schedule). One request is decoded at a time.
+What comes with the first token is of no cycle; here a first pass verifies drafts too.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from selfspec import config as schema
+from selfspec.config import ControllerName, GateName
+from selfspec.engine import gguf, hf
+from selfspec.engine.draft import vanilla
+from selfspec.engine.hf import HFModel
+from selfspec.engine.torch_engine import TorchEngine
+from selfspec.errors import ConfigError
+from selfspec.plan import Plan
+from selfspec.types import Completion, Cycle, Request
+
+_MEANS = {
+    "none": set[str](),
+    "ngram": {"longest", "shortest"},
+    "layerskip": {"exit_layer"},
+    "vanilla": {"source", "sha256"},
+}
+"""The drafts of ours that ``generate`` has, and the settings it can be given."""
+
+_IN_USE: WeakValueDictionary[tuple[Path, torch.device, torch.dtype], HFModel] = WeakValueDictionary()
+"""Weights that an engine of this process holds: several references beside one plan read them once."""
+
+
+class HFEngine(TorchEngine):
+    """Runs a plan's model with ``transformers``; device, dtype, tokenizer and comparisons are the torch engine's."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Raises ``ConfigError`` for what ``generate`` does not have."""
+        _check(plan)
+        super().__init__(plan)
+
+    def _load(self) -> HFModel:
+        key = (self.folder, self.device, self.dtype)
+        model = _IN_USE.get(key) or HFModel.load(*key)
+        _IN_USE[key] = model
+        return model
+
+    @cached_property
+    def _lm(self) -> Any:
+        """The target, as ``transformers`` has it."""
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # its advice on how generate is called, printed among our results
+        model = self.model
+        assert isinstance(model, HFModel)
+        return model.lm
+
+    @cached_property
+    def _assistant(self) -> Any:
+        """The model that drafts.
+
+        Raises:
+            AssetError: it cannot be had.
+            ConfigError: its token ids mean something else than the target's.
+        """
+        draft = self.plan.draft
+        assert draft.source is not None, "checked by the plan"
+        folder = gguf.model_folder(schema.Model(name="draft", source=draft.source, sha256=draft.sha256))
+        if vanilla.vocabulary(folder) != vanilla.vocabulary(self.folder):
+            raise ConfigError(f"draft.source={draft.source}: its tokenizer's vocabulary is not the target's")
+        return hf.read(folder, self.device, self.dtype).eval()
+
+    def describe(self) -> Mapping[str, object]:
+        """Device, dtype, threads, torch, transformers."""
+        import transformers
+
+        return {**super().describe(), "engine": "hf", "transformers": transformers.__version__}
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        plain: bool = False,
+        k: int | None = None,
+        max_batch: int | None = None,
+    ) -> list[Completion]:
+        """Decodes requests one after the other; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`.
+
+        Raises:
+            ConfigError: prompt and new tokens are more than the model has positions.
+        """
+        for request in requests:
+            self._room(len(request.tokens) + request.max_new_tokens)
+        depth = 0 if plain or self.plan.draft.name == "none" else k or self.plan.controller.K
+        return [self._decode(request, depth) for request in requests]
+
+    def _decode(self, request: Request, k: int) -> Completion:
+        """One request, with ``k`` draft tokens a cycle; 0 is plain decoding."""
+        from transformers import GenerationConfig
+
+        lm, sampling, stops = self._lm, request.sampling, self.model.shape.eos
+        settings: dict[str, Any] = {
+            "max_new_tokens": request.max_new_tokens,
+            "eos_token_id": None if request.ignore_eos or not stops else sorted(stops),
+            "pad_token_id": 0,
+            "do_sample": sampling.temperature > 0,
+        }
+        if sampling.temperature > 0:
+            torch.manual_seed(sampling.seed)
+            settings |= {"temperature": sampling.temperature}
+            settings |= {"top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}  # 0 and 1: all tokens
+        arguments: dict[str, Any] = {}
+        drafts_as = GenerationConfig()
+        if k and self.plan.draft.name == "ngram":
+            settings |= {"prompt_lookup_num_tokens": k, "max_matching_ngram_size": self.plan.draft.longest}
+        elif k:
+            # An assistant (for an early exit, the model itself) has its own settings for these, on itself.
+            schedule = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+            drafts_as = GenerationConfig(num_assistant_tokens=k, **schedule)
+            if self.plan.draft.name == "layerskip":
+                settings["assistant_early_exit"] = self.plan.draft.exit_layer
+            else:
+                arguments["assistant_model"] = self._assistant
+                self._assistant.generation_config = drafts_as
+        lm.generation_config = drafts_as  # the file's own would be mixed in: stop tokens, temperatures
+        ids = torch.tensor([request.tokens], device=self.device)
+        arguments |= {"attention_mask": torch.ones_like(ids), "generation_config": GenerationConfig(**settings)}
+
+        arrival = time.perf_counter()
+        watch = Watch(k, request.max_new_tokens)
+        with watch.over(lm):
+            out = lm.generate(ids, streamer=watch, **arguments)
+        total = time.perf_counter() - arrival
+        tokens = tuple(out[0, len(request.tokens) :].tolist())
+        return Completion(
+            tokens=tokens,
+            cycles=tuple(watch.cycles()),
+            ttft_s=watch.times[0] - arrival,
+            total_s=total,
+            finish="stop" if not request.ignore_eos and tokens[-1] in stops else "length",
+        )
+
+    def state(self) -> Mapping[str, Any]:
+        """Nothing is learned."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing is learned."""
+
+    def fit(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path, facts: Mapping[str, Any]) -> None:
+        """No draft that is run here has a fitted head."""
+        raise AssertionError("checked when the engine was made")
+
+    def use_head(self, path: Path) -> None:
+        """No draft that is run here has a fitted head."""
+        raise AssertionError("checked when the engine was made")
+
+
+class Watch:
+    """What ``generate`` shows of its cycles: a streamer for the tokens, and an eye on whatever drafts.
+
+    Attributes:
+        times: when each pass's tokens came, in seconds of ``perf_counter``.
+        counts: how many they were.
+        drafts: for each pass, how many tokens were proposed to it, and the milliseconds that took.
+    """
+
+    def __init__(self, k: int, budget: int) -> None:
+        self.k, self.budget = k, budget
+        self.times, self.counts = list[float](), list[int]()
+        self.drafts = list[tuple[int, float]]()
+        self._seen_prompt = False
+
+    def put(self, tokens: Tensor) -> None:
+        """Takes the prompt first, then every pass's new tokens."""
+        if self._seen_prompt:
+            self.times.append(time.perf_counter())
+            self.counts.append(tokens.numel())
+        self._seen_prompt = True
+
+    def end(self) -> None:
+        """All tokens have been put."""
+
+    @contextmanager
+    def over(self, lm: Any) -> Iterator[None]:
+        """Also watches the candidate generator that ``lm.generate`` makes, if it makes one."""
+        make = lm._get_candidate_generator
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            generator = make(*args, **kwargs)
+            propose = generator.get_candidates
+
+            def timed(ids: Tensor, **more: Any) -> Any:
+                began = time.perf_counter()
+                candidates = propose(ids, **more)
+                self.drafts.append((candidates[0].shape[1] - ids.shape[1], 1e3 * (time.perf_counter() - began)))
+                return candidates
+
+            generator.get_candidates = timed
+            return generator
+
+        lm._get_candidate_generator = watched
+        try:
+            yield
+        finally:
+            del lm._get_candidate_generator
+
+    def cycles(self) -> Iterator[Cycle]:
+        """One for each pass after the first."""
+        drafts = self.drafts or [(0, 0.0)] * len(self.counts)
+        remaining = self.budget
+        for i, (count, (proposed, draft_ms)) in enumerate(zip(self.counts, drafts, strict=True)):
+            if i:
+                yield Cycle(
+                    k_asked=min(self.k, remaining - 1),
+                    proposed=proposed,
+                    depth=proposed,
+                    accepted=count - 1,
+                    new_tokens=count,
+                    signals=(),
+                    draft_ms=draft_ms,
+                    verify_ms=1e3 * (self.times[i] - self.times[i - 1]) - draft_ms,
+                )
+            remaining -= count
+
+
+def _check(plan: Plan) -> None:
+    """Refuses what would have no effect here.
+
+    Raises:
+        ConfigError: with the setting, and what ``generate`` has in its place.
+    """
+    draft, blank = plan.draft, schema.Draft(name=plan.draft.name)
+    if draft.name not in _MEANS:
+        raise ConfigError(f"draft={draft.name}: engine=hf cannot run it; it runs {', '.join(_MEANS)}")
+    for key, value in asdict(draft).items():
+        if value != getattr(blank, key) and key not in _MEANS[draft.name]:
+            raise ConfigError(f"draft.{key}={value}: means nothing to engine=hf")
+    if draft.name == "ngram" and draft.shortest != 1:
+        raise ConfigError(f"draft.shortest={draft.shortest}: engine=hf looks up single tokens too; must be 1")
+    if plan.policy.relaxed:
+        raise ConfigError(f"policy={plan.policy.name.name}: engine=hf decodes exactly, and verifies what it drafts")
+    if plan.policy.samples and draft.name != "none":
+        raise ConfigError(f"policy.temperature={plan.policy.temperature:g}: engine=hf drafts greedily; use draft=none")
+    if plan.gate.name is not GateName.none:
+        raise ConfigError(f"gate={plan.gate.name.name}: engine=hf asks no gate; use gate=none")
+    if draft.name != "none" and plan.controller.name is not ControllerName.fixed:
+        raise ConfigError(f"controller={plan.controller.name.name}: engine=hf drafts K tokens always; use fixed")
+    if plan.engine.max_batch > 1:
+        raise ConfigError(f"engine.max_batch={plan.engine.max_batch}: engine=hf decodes one request at a time")
