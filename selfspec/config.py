@@ -90,9 +90,14 @@ class Draft:
     """``vanilla``: of its file."""
 
     @property
+    def learned_from_states(self) -> bool:
+        """Whether the fit stage fits something to the model's states."""
+        return self.form is not None or self.init is not None or self.vocab is not None
+
+    @property
     def fitted(self) -> bool:
-        """Whether the fit stage makes something for this draft: a head, its vocabulary, a corpus."""
-        return self.form is not None or self.init is not None or self.vocab is not None or self.corpus
+        """Whether this draft needs what the fit stage makes."""
+        return self.learned_from_states or self.corpus
 
 
 @dataclass

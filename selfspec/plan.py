@@ -252,6 +252,10 @@ def _check_draft(config: schema.Config) -> None:
         raise ConfigError(f"draft.rank={draft.rank}: form=low_rank needs a rank >= 1, other forms none; form={form}")
     if draft.fitted and draft.ridge is None and "ridge" in _MEANS.get(draft.learned or draft.name, set()):
         raise ConfigError("draft.ridge=null: a fitted head needs a number >= 1e-09")
+    if "alpha" in _MEANS.get(draft.learned or draft.name, set()):
+        _check_eagle(draft)
+    if draft.form is schema.HeadForm.block and "lsq" in (draft.name, draft.learned):
+        raise ConfigError("draft.form=block: draft=lsq is a linear map; draft=adapter has a block")
     if not config.policy.verify and draft.name not in ("none", "layerskip", "lsq"):
         raise ConfigError(f"policy.verify=false: only layerskip and lsq can do without, draft={draft.name} cannot")
     if not config.policy.verify and draft.vocab is not None:
@@ -260,6 +264,13 @@ def _check_draft(config: schema.Config) -> None:
         raise ConfigError("draft.previous=true: reads the verified final state, which policy.verify=false never has")
     for key in sorted(_given(draft) - _MEANS.get(draft.learned or draft.name, set()) - _MEANS[draft.name]):
         raise ConfigError(f"draft.{key}={_plain(getattr(draft, key))}: means nothing to draft={draft.name}")
+
+
+def _check_eagle(draft: schema.Draft) -> None:
+    if (draft.alpha is None) == (draft.form is None):
+        raise ConfigError(f"draft.alpha={draft.alpha}: eagle wants an alpha (untrained) or a form (fitted), and not both")
+    if draft.alpha is not None and draft.sgd_epochs:
+        raise ConfigError(f"draft.sgd_epochs={draft.sgd_epochs}: with draft.alpha nothing is trained")
 
 
 def _check_hybrid(draft: schema.Draft) -> None:

@@ -189,9 +189,11 @@ class TestClosedForm:
         got = fit.ridge([(seen, final)], replace(AFFINE, ridge=strength))
         assert_close(torch.cat((got["weight"], got["bias"][:, None]), 1), wanted.T.float(), atol=1e-3, rtol=1e-3)
 
-    def test_parts_add_up(self) -> None:
+    @pytest.mark.parametrize("block", [1, 100, 10**6])
+    def test_parts_add_up(self, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
         exit, _, final, *_ = planted(noise=1.0)
         whole = fit.ridge([(features(exit), final)], AFFINE)
+        monkeypatch.setattr(fit, "_BLOCK", block)
         parts = zip(features(exit).split(37), final.split(37), strict=True)
         for name, tensor in fit.ridge(parts, AFFINE).items():
             assert_close(tensor, whole[name], atol=1e-3, rtol=1e-3)

@@ -81,6 +81,7 @@ def test_tokens_and_cycles(plain: plan.Plan, tiny_folder: Path, name: str) -> No
         for cycle in done.cycles:
             assert cycle.k_asked == (0 if name == "none" else min(K, NEW - emitted - 1))
             assert 0 <= cycle.accepted <= cycle.proposed <= (0 if name == "none" else K)
+            assert cycle.proposed == cycle.k_asked or name == "ngram", "no schedule, no confidence: K always"
             assert (cycle.depth, cycle.new_tokens) == (cycle.proposed, cycle.accepted + 1)
             assert cycle.verify_ms > 0 and (cycle.draft_ms > 0) == (name != "none")
             emitted += cycle.new_tokens
@@ -136,6 +137,7 @@ def test_references_share_weights_and_nothing_else(plain: plan.Plan, tiny_folder
         draft=draft("layerskip", tiny_folder),
         gate=schema.Gate(schema.GateName.maxp, threshold=0.5),
         controller=schema.Controller(schema.ControllerName.cost, K=K, window=4),
+        policy=schema.Policy(schema.PolicyName.topk_agree, k=2),
     )
     assisted = replace(configured, draft=draft("vanilla", tiny_folder))
     references = {

@@ -62,6 +62,12 @@ def trace(model: Model, prompt: Sequence[int], answer: Sequence[int], exit_layer
     return Trace(torch.tensor(tokens), final.to(cpu), exit.to(cpu) if exit_layer else None, len(prompt) - 1)
 
 
+def unread(prompt: Sequence[int], answer: Sequence[int]) -> Trace:
+    """The tokens of a pair and no states, for what is fitted to tokens alone."""
+    tokens = torch.tensor([*prompt, *answer])
+    return Trace(tokens, torch.empty(len(tokens), 0), None, len(prompt) - 1)
+
+
 def split(traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace]]:
     """Sequences to fit on, and every fifth held out."""
     return [trace for i, trace in enumerate(traces) if i % 5 != 4], list(traces[4::5])

@@ -180,12 +180,15 @@ class TorchEngine:
 
         Writes a safetensors file with ``facts`` and what was measured in its metadata.
         """
-        traces = []
-        with progress("states", len(pairs)) as advance:
-            for prompt, answer in pairs:
-                traces.append(fit.trace(self.model, prompt, answer, self.plan.draft.exit_layer))
-                advance()
         draft = self.plan.draft
+        if draft.learned_from_states:
+            traces = []
+            with progress("states", len(pairs)) as advance:
+                for prompt, answer in pairs:
+                    traces.append(fit.trace(self.model, prompt, answer, draft.exit_layer))
+                    advance()
+        else:  # a corpus is tokens only
+            traces = [fit.unread(prompt, answer) for prompt, answer in pairs]
         module = _draft_module(draft.name)
         head: Head = module.fit(self.model, *fit.split(traces), draft, self.plan.seed)
         head.facts.update(facts, hidden=self.model.shape.hidden)

@@ -36,10 +36,18 @@ def head_path(plan: Plan) -> Path:
 
 def wanted(plan: Plan) -> dict[str, Any]:
     """The facts that the plan's head must have."""
+    draft = plan.draft
     return {
         "model": plan.model_id,
-        "exit_layer": plan.draft.exit_layer,
-        "previous": plan.draft.previous,
+        "draft": draft.name,
+        "learned": draft.learned,
+        "exit_layer": draft.exit_layer,
+        "form": draft.form.name if draft.form else None,
+        "previous": draft.previous,
+        "vocab": draft.vocab,
+        "heads": draft.heads,
+        "init": draft.init.name if draft.init else None,
+        "corpus": draft.corpus,
     }
 
 

