@@ -268,7 +268,7 @@ def _check_draft(config: schema.Config) -> None:
 
 def _check_eagle(draft: schema.Draft) -> None:
     if (draft.alpha is None) == (draft.form is None):
-        raise ConfigError(f"draft.alpha={draft.alpha}: eagle wants an alpha (untrained) or a form (fitted), and not both")
+        raise ConfigError(f"draft.alpha={draft.alpha}: eagle wants either an alpha or a form")
     if draft.alpha is not None and draft.sgd_epochs:
         raise ConfigError(f"draft.sgd_epochs={draft.sgd_epochs}: with draft.alpha nothing is trained")
 
@@ -290,7 +290,7 @@ def _draft_label(draft: schema.Draft) -> str:
     if draft.form is schema.HeadForm.block:
         label += "-block"
     label += f"/{draft.vocab // 1000}k" if draft.vocab and draft.vocab >= 1000 else ""
-    return label + (f"x{draft.width}" if draft.width > 1 else "")
+    return label + (f"/w{draft.width}" if draft.width > 1 else "")
 
 
 def _given(draft: schema.Draft) -> set[str]:

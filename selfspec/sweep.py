@@ -15,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, open_dict, read_write
 
 from selfspec import job, plan, report, results, tracking
 from selfspec.config import HANDLES
@@ -36,6 +36,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: refuses all of it if one of its plans cannot work; else opens its tracker run."""
+        _pin_folder(config)
         _or_leave(lambda: _open(config))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -70,6 +71,13 @@ def _begin(config: DictConfig) -> None:
     folder = Path(config.hydra.run.dir)
     with storing(folder):  # Hydra makes it next, and would not say why it cannot
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def _pin_folder(config: DictConfig) -> None:
+    """One folder for all jobs: a sweep over experiments would otherwise put each under its own experiment's name."""
+    quoted = config.hydra.sweep.dir.replace("\\", "\\\\").replace("'", "\\'")
+    with read_write(config), open_dict(config):
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
 
 
 def _open(config: DictConfig) -> None:

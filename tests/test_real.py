@@ -111,4 +111,6 @@ def test_speculation_is_lossless(engine: Maker, fitted: Callable[[str], Path], d
                 assert made.compare(context, plain.tokens[at], got.tokens[at]).explains
             drafted += sum(cycle.proposed for cycle in got.cycles)
             accepted += sum(cycle.accepted for cycle in got.cycles)
-    assert 0 < accepted < drafted
+    assert accepted < drafted and (accepted > 0 or not made.plan.draft.fitted), (
+        "in so few tokens a lookup may find none"
+    )

@@ -213,7 +213,7 @@ def test_a_head_of_the_users_is_taken_and_checked(make: Make, tmp_path: Path, mo
         job.check(made)
     path.write_bytes(data[:-4] + b"\x00\x00\xc0\x7f")  # a NaN
     other = make(f"draft.head={path}", "stages=[bench]", "seed=1")
-    with pytest.raises(HeadError, match="not finite"):
+    with pytest.raises(HeadError, match="corrupt head"):
         run(other, tmp_path / "nan")
 
 

@@ -177,6 +177,13 @@ def failing(monkeypatch: pytest.MonkeyPatch, k: int, changes_tokens: bool) -> No
     monkeypatch.setattr(FakeEngine, "generate", wrong)
 
 
+def test_a_sweep_over_experiments_has_one_folder_and_one_table(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("-m", "experiment=baseline,baseline_sanity", "draft=none")
+    assert code == 0 and out.count("| none") == 2, err
+    (folder,) = folders(tmp_path)
+    assert len(list(folder.glob(f"*/{results.FILE}"))) == 2 and len(rows(folder)) == 2
+
+
 @pytest.mark.parametrize("changes_tokens", [False, True])
 def test_a_failing_job_hides_no_other_and_is_not_hidden(
     run: Run, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes_tokens: bool

@@ -2,9 +2,9 @@
 
 The model is a stack of layers that can be run from ``first`` to ``last``, so that a draft which exits
 early and the verification that follows share one pass: what the draft ran is not run again. Projections
-are fused (one matrix for q, k, v; one for gate and up), keys and values are preallocated, and residual
-additions ride on the matrix products. Decoding one token is bound by reading the weights; everything
-else here only has to stay out of the way.
+are fused (one matrix for q, k, v; one for gate and up) and packed (``linear.py``), keys and values are
+preallocated, and residual additions ride on the matrix products. Decoding one token is bound by reading the
+weights; everything else here only has to stay out of the way.
 
 Shapes: R rows, N new tokens of all rows together (see :class:`~selfspec.engine.cache.Place`), D hidden size,
 H query heads, G key-value heads, d head size.
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selfspec.engine.cache import KVCache, Place
+from selfspec.engine.linear import add_linear, linear, packed, plain
 from selfspec.engine.model import Shape
 from selfspec.errors import AssetError, ConfigError
 
@@ -57,6 +58,7 @@ class Llama:
         self.final_norm = weights["model.norm.weight"]
         self.layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self._head: Tensor | None = None  # the packed one: the embedding, which may be the same, stays as it is
         self._rotary = _rotary(config, self.shape)
         self._cos, self._sin = (table.to(self.device, self.dtype) for table in self._rotary)
 
@@ -81,11 +83,19 @@ class Llama:
                 weights.update(load_file(file, device=str(device)))
             model = cls(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
             model.folder = folder
+            model.pack()
             return model
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise AssetError(f"{folder}: cannot be read as a model: {error}") from error
         except KeyError as error:
             raise AssetError(f"{folder}: lacks the tensor or setting {error}") from error
+
+    def pack(self) -> None:
+        """Lays all weights out for the CPU's kernels, where those have a layout of their own."""
+        for layer in self.layers:
+            layer.qkv, layer.out = packed(layer.qkv), packed(layer.out)
+            layer.gate_up, layer.down = packed(layer.gate_up), packed(layer.down)
+        self._head = packed(self.lm_head)
 
     def to(self, dtype: torch.dtype) -> "Llama":
         """The same model in another dtype (a copy; used to look at a tie in float32)."""
@@ -95,10 +105,10 @@ class Llama:
         other.lm_head = other.embedding if self.lm_head is self.embedding else self.lm_head.to(dtype)
         other.final_norm = self.final_norm.to(dtype)
         other.layers = [
-            Layer(*(None if w is None else w.to(dtype) for w in (getattr(layer, f) for f in Layer.__slots__)))  # type: ignore[arg-type]
+            Layer(*(None if w is None else plain(w).to(dtype) for w in (getattr(layer, f) for f in Layer.__slots__)))  # type: ignore[arg-type]
             for layer in self.layers
         ]
-        other._rotary = self._rotary
+        other._head, other._rotary = None, self._rotary
         other._cos, other._sin = (table.to(self.device, dtype) for table in self._rotary)
         return other
 
@@ -132,7 +142,7 @@ class Llama:
         s, eps = self.shape, self.shape.norm_eps
         roped = s.heads + s.kv_heads
         x = F.rms_norm(hidden, (s.hidden,), w.attention_norm, eps)
-        qkv = F.linear(x, w.qkv, w.qkv_bias).view(-1, roped + s.kv_heads, s.head_dim)
+        qkv = linear(x, w.qkv, w.qkv_bias).view(-1, roped + s.kv_heads, s.head_dim)
         qk = qkv[:, :roped]
         if w.q_norm is not None and w.k_norm is not None:
             q, k = qk[:, : s.heads], qk[:, s.heads :]
@@ -142,10 +152,10 @@ class Llama:
         qk = torch.addcmul(qk * rotation.cos, qk.roll(s.head_dim // 2, -1), rotation.sin)
         keys, values = cache.append(index, qk[:, s.heads :], qkv[:, roped:], at)
         mixed = attend(qk[:, : s.heads], keys, values, at, rotation.mask)
-        hidden = torch.addmm(hidden, mixed, w.out.t())
+        hidden = add_linear(hidden, mixed, w.out)
         x = F.rms_norm(hidden, (s.hidden,), w.mlp_norm, eps)
-        gate, up = F.linear(x, w.gate_up).chunk(2, -1)
-        return torch.addmm(hidden, F.silu(gate) * up, w.down.t())
+        gate, up = linear(x, w.gate_up).chunk(2, -1)
+        return add_linear(hidden, F.silu(gate) * up, w.down)
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The model's own final norm: ``[N, D]`` -> ``[N, D]``, what the language-model head reads."""
@@ -153,7 +163,7 @@ class Llama:
 
     def logits(self, state: Tensor) -> Tensor:
         """Normed states ``[N, D]`` -> logits ``[N, vocab]`` through the frozen language-model head."""
-        return F.linear(state, self.lm_head)
+        return linear(state, self.lm_head if self._head is None else self._head)
 
 
 class Rotation(NamedTuple):

@@ -5,10 +5,10 @@ leaving out the others costs the target nothing (FR-Spec, 2502.14856).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from selfspec.engine import sampling
+from selfspec.engine.linear import linear, packed
 from selfspec.engine.model import Model
 from selfspec.types import Sampling
 
@@ -23,10 +23,12 @@ class Readout:
     def __init__(self, model: Model, ids: Tensor | None = None) -> None:
         self.ids, self.vocab = ids, model.shape.vocab
         self.weight = model.lm_head if ids is None else model.lm_head[ids]
+        frequent = None if ids is None else packed(self.weight)
+        self._read = model.logits if frequent is None else lambda state: linear(state, frequent)
 
     def __call__(self, state: Tensor) -> Tensor:
         """``[N, D]`` -> ``[N, V]``."""
-        return F.linear(state, self.weight)
+        return self._read(state)
 
     def likeliest(self, logits: Tensor, width: int = 1) -> Tensor:
         """The best token ids of each row of ``[N, V]``, best first: ``[N, width]``."""

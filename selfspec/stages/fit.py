@@ -39,9 +39,9 @@ def wanted(plan: Plan) -> dict[str, Any]:
     draft = plan.draft
     return {
         "model": plan.model_id,
+        "exit_layer": draft.exit_layer,
         "draft": draft.name,
         "learned": draft.learned,
-        "exit_layer": draft.exit_layer,
         "form": draft.form.name if draft.form else None,
         "previous": draft.previous,
         "vocab": draft.vocab,
