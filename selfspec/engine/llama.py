@@ -95,7 +95,8 @@ class Llama:
         for layer in self.layers:
             layer.qkv, layer.out = packed(layer.qkv), packed(layer.out)
             layer.gate_up, layer.down = packed(layer.gate_up), packed(layer.down)
-        self._head = packed(self.lm_head)
+        head = packed(self.lm_head)
+        self._head = head if head is not self.lm_head else None
 
     def to(self, dtype: torch.dtype) -> "Llama":
         """The same model in another dtype (a copy; used to look at a tie in float32)."""

@@ -38,9 +38,9 @@ def watch():
 
     Llama.load, TorchEngine.generate = classmethod(timed), first
 
-from selfspec import job
-make = job._make_engine
-job._make_engine = lambda plan: (watch(), make(plan))[1]
+from selfspec.engine import factory
+make = factory.make
+factory.make = lambda plan: (watch(), make(plan))[1]
 main()
 """
 

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM
 
 from selfspec import metrics, plan, workload
+from selfspec.engine.linear import linear
 from selfspec.engine.torch_engine import TorchEngine
 from selfspec.run import CONF
 from selfspec.types import Request
@@ -38,7 +38,7 @@ def main() -> None:
     prompts = workload.select(settings.workload, "bench", options.prompts, 0, lambda text: engine.encode(text, True))
 
     def ours(tokens: tuple[int, ...]) -> None:
-        engine.generate(Request(tokens, options.new_tokens, ignore_eos=True), plain=True)
+        engine.generate([Request(tokens, options.new_tokens, ignore_eos=True)], plain=True)
 
     def transformers(tokens: tuple[int, ...]) -> None:
         ids = torch.tensor([tokens], device=engine.device)
@@ -59,7 +59,7 @@ def main() -> None:
     print(f"ours: {median(rates):.1f} tok/s, {1e3 * step:.2f} ms a token")
     print(f"  matrix products alone, nothing between them: {1e3 * weights:.2f} ms ({weights / step:.0%} of a token)")
     print(f"  of which the language-model head: {1e3 * head:.2f} ms")
-    size = sum(w.numel() * w.element_size() for layer in engine.model.layers for w in matrices(layer))
+    size = sum(w.numel() * engine.dtype.itemsize for layer in engine.model.layers for w in matrices(layer))
     size += engine.model.lm_head.numel() * engine.model.lm_head.element_size()
     print(f"  weights read: {size / 1e6:.0f} MB a token, {size / weights / 1e9:.1f} GB/s while they are")
 
@@ -86,9 +86,9 @@ def products(engine: TorchEngine, rounds: int = 30) -> tuple[float, float]:
         begin = time.perf_counter()
         for layer in model.layers:
             for weight in matrices(layer):
-                F.linear(inputs[weight.shape[1]], weight)
+                linear(inputs[weight.shape[1]], weight)
         middle = time.perf_counter()
-        F.linear(inputs[model.shape.hidden], model.lm_head)
+        model.logits(inputs[model.shape.hidden])
         all_of_them.append(time.perf_counter() - begin)
         heads.append(time.perf_counter() - middle)
     return median(all_of_them), median(heads)
