@@ -178,8 +178,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, k: int, changes_tokens: bool) -> No
 
 
 def test_a_sweep_over_experiments_has_one_folder_and_one_table(run: Run, tmp_path: Path) -> None:
-    code, out, err = run("-m", "experiment=baseline,baseline_sanity", "draft=none")
-    assert code == 0 and out.count("| configuration") == 1, err
+    code, _, err = run("-m", "experiment=baseline,baseline_sanity", "draft=none")
+    assert code == 0, err
     (folder,) = folders(tmp_path)
     assert len(list(folder.glob(f"*/{results.FILE}"))) == 2 and len(rows(folder)) == 2
 
