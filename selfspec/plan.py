@@ -66,6 +66,15 @@ _ASKED_OF_A_FITTED_DRAFT = ("width", "budget", "sample", "longest", "shortest", 
 """How a fitted draft is used: what was fitted does not depend on it."""
 
 
+REFERENCES: dict[str, Callable[[schema.Draft], schema.Draft]] = {
+    "hf": lambda draft: schema.Draft("none"),
+    "hf_prompt_lookup": lambda draft: schema.Draft("ngram", longest=draft.longest or 2, shortest=1),
+    "hf_early_exit": lambda draft: schema.Draft("layerskip", exit_layer=draft.exit_layer or 12),
+    "hf_assistant": lambda draft: draft,
+}
+"""What ``bench.against`` may name, and what Hugging Face's ``generate`` is then asked to draft with."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """One job, settled: every group as it will really be used."""
@@ -331,10 +340,6 @@ def _check_policy(config: schema.Config) -> None:
         raise ConfigError(f"draft.sample=true: draws chains; draft.width={config.draft.width} asks for a tree")
 
 
-REFERENCES = ("hf", "hf_prompt_lookup", "hf_early_exit", "hf_assistant")
-"""What ``bench.against`` may name."""
-
-
 def _check_bench(config: schema.Config) -> None:
     adapts = config.controller.name in (schema.ControllerName.adaptive, schema.ControllerName.cost)
     if config.draft.shared and (config.scale.repeats > 1 or (adapts and config.bench.fixed)):
@@ -347,6 +352,8 @@ def _check_bench(config: schema.Config) -> None:
             raise ConfigError(f"bench.against={name}: allowed are {', '.join(REFERENCES)}")
     if "hf_assistant" in config.bench.against and config.draft.name != "vanilla":
         raise ConfigError("bench.against=hf_assistant: needs draft=vanilla, whose model it drafts with")
+    if config.bench.against and config.engine.max_batch > 1:
+        raise ConfigError(f"engine.max_batch={config.engine.max_batch}: bench.against decodes one request at a time")
     for k in config.bench.fixed:
         if not 1 <= k <= 64:
             raise ConfigError(f"bench.fixed={k}: must be from 1 to 64")

@@ -136,6 +136,7 @@ def test_idle_handles_of_the_smallest_model() -> None:
         ("draft.sample=true", "draft.sample=true: only policy=rejection"),
         ("policy=typical policy.delta=null", "policy.delta=null: policy=typical needs a number"),
         ("bench.against=[vllm]", "bench.against=vllm: allowed are hf, hf_prompt_lookup"),
+        ("bench=peers engine.max_batch=2", "engine.max_batch=2: bench.against decodes one request at a time"),
         ("draft=suffix draft.shared=true scale.repeats=2", "draft.shared=true: would look up what it said"),
         ("controller=autotune", "controller=autotune: chooses among raw exits"),
         ("controller=autotune draft=layerskip controller.exits=[30]", "controller.exits=30: .* from 1 to 29"),

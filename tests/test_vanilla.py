@@ -148,9 +148,18 @@ def test_embeddings_may_be_padded_differently(bench: Bench) -> None:
 
 def test_too_short_a_model_is_refused(bench: Bench) -> None:
     short = bench.small.to(torch.float32)
-    short.shape = replace(short.shape, max_positions=40)
-    with pytest.raises(ConfigError, match=r"^draft\.source: has 40 positions; 64 are needed$"):
+    short.shape = replace(short.shape, max_positions=47)
+    with pytest.raises(ConfigError, match=r"^draft\.source: has 47 positions; 48 are needed$"):
         bench.decode(Vanilla(bench.target, short), 3, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_model_just_long_enough_will_do(bench: Bench, rows: int) -> None:
+    """The cache has more slots than that: room for drafts, which need no positions of their own."""
+    enough = bench.small.to(torch.float32)
+    enough.shape = replace(enough.shape, max_positions=48)
+    got = bench.decode(Vanilla(bench.target, enough), 5, rows)
+    assert [run.tokens for run in got] == [run.tokens for run in bench.plain]
 
 
 class TestMake:

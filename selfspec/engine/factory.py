@@ -1,13 +1,12 @@
 """Plan -> engine, imported when it is made; and the references that a bench decodes beside its own plan."""
 
 import importlib
-from collections.abc import Callable
 from dataclasses import replace
 
 from selfspec import config as schema
 from selfspec.config import EngineName
 from selfspec.engine.base import Engine
-from selfspec.plan import Plan
+from selfspec.plan import REFERENCES, Plan
 
 ENGINES = {
     EngineName.torch: "selfspec.engine.torch_engine:TorchEngine",
@@ -23,15 +22,6 @@ def make(plan: Plan) -> Engine:
     return engine
 
 
-REFERENCES: dict[str, Callable[[Plan], schema.Draft]] = {
-    "hf": lambda plan: schema.Draft("none"),
-    "hf_prompt_lookup": lambda plan: schema.Draft("ngram", longest=plan.draft.longest or 2, shortest=1),
-    "hf_early_exit": lambda plan: schema.Draft("layerskip", exit_layer=plan.draft.exit_layer or 12),
-    "hf_assistant": lambda plan: plan.draft,
-}
-"""What Hugging Face's ``generate`` is asked to draft with, by the reference's name in ``bench.against``."""
-
-
 def reference(name: str, plan: Plan) -> Engine:
     """The engine of a reference: Hugging Face's ``generate`` on the plan's model and hardware, with its K.
 
@@ -41,7 +31,7 @@ def reference(name: str, plan: Plan) -> Engine:
         replace(
             plan,
             engine=schema.Engine(EngineName.hf, max_batch=plan.engine.max_batch),
-            draft=REFERENCES[name](plan),
+            draft=REFERENCES[name](plan.draft),
             gate=schema.Gate(),
             controller=schema.Controller(K=plan.controller.K),
             policy=plan.policy if plan.exact else schema.Policy(),

@@ -86,6 +86,7 @@ class FakeEngine:
         self.world = world or World(acceptance)
         self.gate = gate.make(plan.gate, plan.seed)
         self.controller = controller.make(plan.controller, plan.seed)
+        self._fixed_gates: dict[int, Gate] = {}
         self._signal = _SIGNALS[plan.gate.name]
         self._before = self._now = 0.0  # milliseconds of earlier calls, and into this one
 
@@ -106,7 +107,10 @@ class FakeEngine:
         max_batch: int | None = None,
     ) -> list[Completion]:
         """As :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`; always as many tokens as asked for."""
-        control, stops = (self.controller, self.gate) if k is None else (controller.Fixed(k), self.gate)
+        control, stops = self.controller, self.gate
+        if k is not None:
+            control = controller.Fixed(k)
+            stops = self._fixed_gates.setdefault(k, gate.make(self.plan.gate, self.plan.seed))
         if plain or not self.plan.speculative:
             control, stops = controller.Fixed(0), gate.Gate()
         waiting, rows = deque(enumerate(requests)), list[Row]()

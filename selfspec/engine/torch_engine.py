@@ -43,6 +43,7 @@ class TorchEngine:
         self.dtype = _dtype(plan.hardware.dtype, self.device)
         self._gate, self._policy = gate.make(plan.gate, plan.seed), policy.make(plan.policy)
         self._controller = controller.make(plan.controller, plan.seed)
+        self._fixed_gates: dict[int, gate.Gate] = {}
         self._head: Head | None = None
 
     @cached_property
@@ -98,9 +99,8 @@ class TorchEngine:
 
     def _fixed(self, k: int) -> Speculation:
         """The configuration with another controller, and a gate that learns for itself."""
-        return replace(
-            self._speculation, controller=controller.Fixed(k), gate=gate.make(self.plan.gate, self.plan.seed)
-        )
+        own = self._fixed_gates.setdefault(k, gate.make(self.plan.gate, self.plan.seed))
+        return replace(self._speculation, controller=controller.Fixed(k), gate=own)
 
     def _make_draft(self) -> Draft:
         made: Draft = _draft_module(self.plan.draft.name).make(self.plan.draft, self.model, self._head)

@@ -24,6 +24,7 @@ from selfspec.engine.gate import Gate
 from selfspec.engine.head import Head
 from selfspec.engine.model import Model
 from selfspec.engine.readout import Readout
+from selfspec.engine.sampling import likeliest
 from selfspec.engine.tree import Tree
 from selfspec.errors import AssetError, ConfigError
 
@@ -53,7 +54,7 @@ class Vanilla(Draft):
         logits = self._catch_up() if any(going) else None
         while logits is not None:
             signals = gate.signals(logits) if gate.reads else []
-            tokens = logits.max(-1).indices.tolist()
+            tokens = likeliest(logits)
             for r, row in enumerate(self._rows):
                 tree, ahead = trees[id(row)], len(trees[id(row)]) - 1
                 if going[r] and gate.reads:
@@ -71,9 +72,6 @@ class Vanilla(Draft):
     def _follow(self, rows: Sequence[Row], cache: KVCache) -> None:
         """Keeps what came true, takes its own rows from those that left the batch, gives them to those that joined."""
         if cache is not self._target:
-            limit = self.small.shape.max_positions
-            if cache.capacity > limit:
-                raise ConfigError(f"draft.source: has {limit} positions; {cache.capacity} are needed")
             self._target, self._cache, self._rows = cache, self.small.new_cache(cache.capacity, cache.rows), []
         for index, row in enumerate(self._rows):  # before any moves: what lies beyond the length is left behind
             said = row.tokens[self._cache.lengths[index] :]
@@ -90,11 +88,18 @@ class Vanilla(Draft):
         known = {id(row) for row in self._rows}
         for row in rows:
             if id(row) not in known:
+                self._check_room(row)
                 index, prompt = self._cache.admit(), Tree.chain(row.tokens[:-1])
                 self._run(prompt.tokens, self._cache.place([prompt], row=index))
                 self._cache.keep(index, range(len(prompt)))
                 self._rows.append(row)
                 row.memory = []
+
+    def _check_room(self, row: Row) -> None:
+        """What is asked for must fit; slots beyond it, where drafts of the last positions lie, need no position."""
+        limit, needed = self.small.shape.max_positions, len(row.request.tokens) + row.request.max_new_tokens
+        if needed > limit:
+            raise ConfigError(f"draft.source: has {limit} positions; {needed} are needed")
 
     def _catch_up(self) -> Tensor:
         """Runs what it has not seen of every row's tokens: the logits ``[R, vocab]`` after their last ones."""
