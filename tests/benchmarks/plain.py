@@ -16,9 +16,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM
 
-from selfspec import metrics, plan, workload
-from selfspec.engine.linear import linear
+from selfspec import metrics, workload
+from selfspec import plan as plans
+from selfspec.engine.linear import linear, packed, plain
 from selfspec.engine.torch_engine import TorchEngine
+from selfspec.engine.tree import Tree
 from selfspec.run import CONF
 from selfspec.types import Request
 
@@ -32,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = plan.make(compose("config", ["draft=none", "tracking=none"]))
+        settings = plans.make(compose("config", ["draft=none", "tracking=none"]))
     engine = TorchEngine(settings)
     theirs = AutoModelForCausalLM.from_pretrained(engine.folder, dtype=engine.dtype).to(engine.device).eval()
     prompts = workload.select(settings.workload, "bench", options.prompts, 0, lambda text: engine.encode(text, True))
@@ -59,9 +61,34 @@ def main() -> None:
     print(f"ours: {median(rates):.1f} tok/s, {1e3 * step:.2f} ms a token")
     print(f"  matrix products alone, nothing between them: {1e3 * weights:.2f} ms ({weights / step:.0%} of a token)")
     print(f"  of which the language-model head: {1e3 * head:.2f} ms")
+    rearranged = products(engine, laid_out=False)[0]
+    print(f"  the same on weights that are not packed: {1e3 * rearranged:.2f} ms")
+    print(
+        "  a pass at 200 tokens of context, ms by rows:", {rows: round(1e3 * a_pass(engine, rows), 2) for rows in ROWS}
+    )
     size = sum(w.numel() * engine.dtype.itemsize for layer in engine.model.layers for w in matrices(layer))
     size += engine.model.lm_head.numel() * engine.model.lm_head.element_size()
     print(f"  weights read: {size / 1e6:.0f} MB a token, {size / weights / 1e9:.1f} GB/s while they are")
+
+
+ROWS = (1, 4, 8, 12, 16)
+
+
+@torch.inference_mode()
+def a_pass(engine: TorchEngine, rows: int, rounds: int = 30) -> float:
+    """Median seconds of the whole model over a binary tree of so many tokens."""
+    model, cache = engine.model, engine.model.new_cache(256)
+    index, prompt = cache.admit(), Tree.chain(range(200))
+    at = cache.place([prompt])
+    model.run(model.embed(prompt.tokens, at), cache, at, 0, model.shape.layers)
+    cache.keep(index, range(len(prompt)))
+    tree, spent = Tree([1] * rows, [-1, *((node - 1) // 2 for node in range(1, rows))]), []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        at = cache.place([tree])
+        model.logits(model.norm(model.run(model.embed(tree.tokens, at), cache, at, 0, model.shape.layers)))
+        spent.append(time.perf_counter() - begin)
+    return median(spent)
 
 
 def timed(decode: Callable[[tuple[int, ...]], None], tokens: tuple[int, ...]) -> float:
@@ -77,18 +104,19 @@ def matrices(layer: object) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def products(engine: TorchEngine, rounds: int = 30) -> tuple[float, float]:
-    """Median seconds of one token's matrix-vector products, and of the head's among them."""
+def products(engine: TorchEngine, rounds: int = 30, laid_out: bool = True) -> tuple[float, float]:
+    """Median seconds of one token's matrix-vector products, and of the head's among them; on packed weights or not."""
     model = engine.model
-    inputs = {w.shape[1]: torch.randn(1, w.shape[1]).to(model.device, model.dtype) for w in matrices(model.layers[0])}
+    weights = [weight if laid_out else plain(weight) for layer in model.layers for weight in matrices(layer)]
+    head = packed(model.lm_head) if laid_out else model.lm_head
+    inputs = {w.shape[1]: torch.randn(1, w.shape[1]).to(model.device, model.dtype) for w in weights}
     all_of_them, heads = [], []
     for _ in range(rounds):
         begin = time.perf_counter()
-        for layer in model.layers:
-            for weight in matrices(layer):
-                linear(inputs[weight.shape[1]], weight)
+        for weight in weights:
+            linear(inputs[weight.shape[1]], weight)
         middle = time.perf_counter()
-        model.logits(inputs[model.shape.hidden])
+        linear(inputs[model.shape.hidden], head)
         all_of_them.append(time.perf_counter() - begin)
         heads.append(time.perf_counter() - middle)
     return median(all_of_them), median(heads)
