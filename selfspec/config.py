@@ -20,12 +20,17 @@ HeadForm = Enum("HeadForm", "affine low_rank block")
 HeadInit = Enum("HeadInit", "tie copy random lsq")
 Device = Enum("Device", "auto cpu cuda mps")
 Dtype = Enum("Dtype", "auto bf16 fp16 fp32")
-EngineName = Enum("EngineName", "torch fake hf")
+EngineName = Enum("EngineName", "torch fake hf openai")
 Layers = Enum("Layers", "auto fast hf")
+Weights = Enum("Weights", "full int8")
 TrackerName = Enum("TrackerName", "none mlflow")
 Resume = Enum("Resume", "auto never require")
+Order = Enum("Order", "fcfs decode_first chunked_prefill cost")
+RouteName = Enum("RouteName", "fixed cost length difficulty")
+CacheMode = Enum("CacheMode", "none exact similar")
+SoakServer = Enum("SoakServer", "selfspec vllm")
 
-STAGES = ("fit", "bench")
+STAGES = ("fit", "bench", "quality", "soak")
 
 
 @dataclass
@@ -179,6 +184,12 @@ class Engine:
     """Requests decoded at once."""
     layers: Layers = Layers.auto
     """``torch``: our own layers, Hugging Face's, or ours where they know the architecture."""
+    weights: Weights = Weights.full
+    """``torch``, our own layers on a CPU: ``int8`` halves what a pass reads; another model, a little worse."""
+    url: str | None = None
+    """``openai``: the server that is measured, such as ``http://127.0.0.1:8000``."""
+    plain_url: str | None = None
+    """``openai``: a server of the same model that drafts nothing, to compare it with."""
 
 
 @dataclass
@@ -233,6 +244,37 @@ class Bench:
 
 
 @dataclass
+class TaskData:
+    """Where an lm-eval task's validation split lies, as one Arrow file; see ``assets.py``."""
+
+    source: str = MISSING
+    sha256: str | None = None
+
+
+@dataclass
+class Quality:
+    """What the quality stage looks at, and how much of it (``docs/quality.md`` has the definitions)."""
+
+    name: str = MISSING
+    prompts: int = MISSING
+    """Conversations that perplexity is measured on; 0: none."""
+    chunk: int = 4
+    """Conversations in a unit of work: what an interrupted stage loses at most."""
+    answer_tokens: int = 256
+    """The most tokens of a conversation's own answer that are scored."""
+    tasks: list[str] = field(default_factory=list)
+    """Of lm-eval, without examples; none: ``[]``."""
+    limit: int | None = None
+    """Documents of each task; ``None``: all."""
+    data: dict[str, TaskData] = field(default_factory=dict)
+    """Where tasks' documents are; of a task that is missing here, lm-eval asks the hub."""
+    gate_prompts: int = MISSING
+    """Of those conversations, how many the gates' signals are looked at on; 0: none."""
+    exits: list[int] | None = None
+    """The exit layers that are looked at; ``None``: some evenly spaced ones, and the draft's own."""
+
+
+@dataclass
 class Tracking:
     """Where runs are logged."""
 
@@ -248,6 +290,151 @@ class Checkpoint:
     name: str = MISSING
     dir: str = MISSING
     resume: Resume = Resume.auto
+
+
+@dataclass
+class BackendConfig:
+    """Another back end of the gateway: any OpenAI-compatible server, or our own engine with int8 weights."""
+
+    name: str = MISSING
+    """Callers may ask for it by this name."""
+    url: str | None = None
+    """Its base URL, such as ``http://127.0.0.1:8001/v1``; ``None``: our engine, in this process."""
+    model: str | None = None
+    """The model's name there; callers may ask for that, too."""
+    key_env: str | None = None
+    """The environment variable that holds its API key."""
+    input_price: float = 0.0
+    """US dollars for a million prompt tokens."""
+    output_price: float = 0.0
+    """US dollars for a million tokens of an answer."""
+    longest: int | None = None
+    """``policy=length``: the most tokens, prompt and answer, it is asked for; ``None``: any number."""
+    hardest: float | None = None
+    """``policy=difficulty``: the most difficult prompt it is asked, in nats; ``None``: any."""
+    connect_s: float = 2.0
+    first_s: float = 60.0
+    """How long its first token may take."""
+    read_s: float = 30.0
+    """How long any other may."""
+    retries: int = 2
+    """How often a call is tried again before its first token."""
+    failures: int = 5
+    """After so many in a row it is left alone for ``cool_s`` seconds, then tried with one call."""
+    cool_s: float = 30.0
+
+
+_LEAST_OF_A_BACKEND: dict[str, float] = {
+    **dict.fromkeys(("input_price", "output_price", "hardest", "retries"), 0),
+    **dict.fromkeys(("longest", "failures"), 1),
+    **dict.fromkeys(("connect_s", "first_s", "read_s", "cool_s"), 0.001),
+}
+
+
+@dataclass
+class RouterConfig:
+    """Which back end answers a call."""
+
+    policy: RouteName = RouteName.fixed
+    longest: int | None = None
+    """Of our own engine, as ``backends[].longest``."""
+    hardest: float | None = None
+    """Of our own engine, as ``backends[].hardest``."""
+    budget_s: float | None = None
+    """``policy=cost``: how long a whole answer may take."""
+    budget_usd: float | None = None
+    """``policy=cost``: what a call may cost at most, its answer as long as allowed."""
+
+
+@dataclass
+class CacheConfig:
+    """Answers given again."""
+
+    mode: CacheMode = CacheMode.none
+    """``similar``: also to a prompt that means the same (``docs/routing.md`` says how far that can be trusted)."""
+    threshold: float = 0.7
+    """``similar``: the least cosine of two prompts."""
+    ttl_s: float = 3600.0
+    entries: int = 1000
+    """The most answers kept; the one unused for longest goes first."""
+
+
+@dataclass
+class Serve:
+    """The gateway: where it listens, what it decodes at once, and what a request may ask for."""
+
+    name: str = MISSING
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes one that is free."""
+    api_key: str | None = None
+    """What callers must send; ``SELFSPEC_API_KEY`` in the environment wins. ``None``: everyone may call."""
+    model_name: str | None = None
+    """What callers name our model; ``None``: ``model.name``."""
+    scheduler: Order = Order.fcfs
+    """Who is admitted when, and in which pieces prompts are read (see ``engine/scheduler.py``)."""
+    chunk: int = 64
+    """``chunked_prefill``: the most tokens of a prompt read between two cycles."""
+    max_batch: int = 8
+    """Requests decoded at once."""
+    max_positions: int = 1024
+    """Prompt and answer together, in tokens; every row of the batch has room for so many."""
+    max_prompt_tokens: int = 896
+    """Of a request; less than ``max_positions``, or that limits it first."""
+    max_tokens: int = 512
+    """The longest answer a caller may ask for; and, in a chat, what one that does not ask may get."""
+    max_streams: int = 64
+    """Requests running and waiting; more are told to try again."""
+    max_body_bytes: int = 1_000_000
+    drain_s: float = 30.0
+    """How long a server that was told to stop waits for the answers it has begun, in seconds."""
+    patience_s: float = 30.0
+    """How long a client may take to send its request, or to read what it was sent, in seconds."""
+    backends: list[BackendConfig] = field(default_factory=list)
+    """Others than our own engine, in order of preference."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+@dataclass
+class Soak:
+    """How a server is put under load, for how long, and what it must keep to."""
+
+    name: str = MISSING
+    server: SoakServer = SoakServer.selfspec
+    """The gateway, as the job configures it, or ``vllm serve``."""
+    arguments: list[str] = field(default_factory=list)
+    """``vllm``: further arguments of ``vllm serve``."""
+    users: int = MISSING
+    """Callers, each of which asks for one answer after the other."""
+    seconds: float = MISSING
+    interval: float = MISSING
+    """Seconds of a unit of work: what a soak that is interrupted loses at most."""
+    warmup: float = MISSING
+    """Seconds of load that count for nothing, whenever the server has been started."""
+    prompts: int = MISSING
+    """How many there are to ask with; callers take them in turn."""
+    new_tokens: int = MISSING
+    """The longest answer."""
+    sentinels: int = MISSING
+    """Prompts that are answered alone before the load and after it, and must be answered alike."""
+    max_error_rate: float = 0.0
+    max_memory_slope: float = MISSING
+    """Of the server's memory, in MiB a minute."""
+    max_drift: float = MISSING
+    """Of the acceptance rate, from the first third to the last."""
+    max_ttft_p99_ms: float | None = None
+    max_inter_token_p99_ms: float | None = None
+    max_total_p99_ms: float | None = None
+    start_s: float = 300.0
+    """How long the server may take until it is ready."""
+    timeout_s: float = 120.0
+    """How long a caller waits for the next piece of an answer before it counts as an error."""
+
+    @property
+    def intervals(self) -> int:
+        """Units of work."""
+        return int(self.seconds / self.interval + 1e-9)
 
 
 @dataclass
@@ -275,8 +462,11 @@ class Config:
     workload: Workload = field(default_factory=Workload)
     scale: Scale = field(default_factory=Scale)
     bench: Bench = field(default_factory=Bench)
+    quality: Quality = field(default_factory=Quality)
     tracking: Tracking = field(default_factory=Tracking)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    serve: Serve = field(default_factory=Serve)
+    soak: Soak = field(default_factory=Soak)
 
     def __post_init__(self) -> None:
         """Refuses what one value alone gets wrong.
@@ -328,6 +518,48 @@ class Config:
         _within("scale.warmup", self.scale.warmup, 0)
         _within("scale.fit_prompts", self.scale.fit_prompts, 10)
         _within("scale.fit_new_tokens", self.scale.fit_new_tokens, 2)
+        _within("quality.prompts", self.quality.prompts, 0)
+        _within("quality.chunk", self.quality.chunk, 1)
+        _within("quality.answer_tokens", self.quality.answer_tokens, 1)
+        _within("quality.limit", self.quality.limit, 1)
+        _within("quality.gate_prompts", self.quality.gate_prompts, 0, self.quality.prompts)
+        _within("soak.users", self.soak.users, 1, 10_000)
+        _within("soak.interval", self.soak.interval, 0.1)
+        if not self.soak.intervals >= 3:  # drift wants three thirds
+            asked = f"soak.seconds={self.soak.seconds:g}"
+            raise ConfigError(f"{asked}: must be at least three times soak.interval={self.soak.interval:g}")
+        _within("soak.warmup", self.soak.warmup, 0)
+        _within("soak.prompts", self.soak.prompts, 1)
+        _within("soak.new_tokens", self.soak.new_tokens, 2)
+        _within("soak.sentinels", self.soak.sentinels, 0, self.soak.prompts)
+        _within("soak.max_error_rate", self.soak.max_error_rate, 0, 1)
+        _within("soak.max_memory_slope", self.soak.max_memory_slope, 0)
+        _within("soak.max_drift", self.soak.max_drift, 0, 1)
+        _within("soak.max_ttft_p99_ms", self.soak.max_ttft_p99_ms, 0)
+        _within("soak.max_inter_token_p99_ms", self.soak.max_inter_token_p99_ms, 0)
+        _within("soak.max_total_p99_ms", self.soak.max_total_p99_ms, 0)
+        _within("soak.start_s", self.soak.start_s, 0)
+        _within("soak.timeout_s", self.soak.timeout_s, 0.1)
+        _within("serve.port", self.serve.port, 0, 65535)
+        _within("serve.chunk", self.serve.chunk, 1)
+        _within("serve.max_batch", self.serve.max_batch, 1, 256)
+        _within("serve.max_positions", self.serve.max_positions, 2)
+        _within("serve.max_prompt_tokens", self.serve.max_prompt_tokens, 1)
+        _within("serve.max_tokens", self.serve.max_tokens, 1)
+        _within("serve.max_streams", self.serve.max_streams, 1)
+        _within("serve.max_body_bytes", self.serve.max_body_bytes, 1)
+        _within("serve.drain_s", self.serve.drain_s, 0)
+        _within("serve.patience_s", self.serve.patience_s, 0.01)
+        _within("serve.router.longest", self.serve.router.longest, 1)
+        _within("serve.router.hardest", self.serve.router.hardest, 0)
+        _within("serve.router.budget_s", self.serve.router.budget_s, 0)
+        _within("serve.router.budget_usd", self.serve.router.budget_usd, 0)
+        _within("serve.cache.threshold", self.serve.cache.threshold, 0, 1)
+        _within("serve.cache.ttl_s", self.serve.cache.ttl_s, 0.001)
+        _within("serve.cache.entries", self.serve.cache.entries, 1)
+        for at, backend in enumerate(self.serve.backends):
+            for key, least in _LEAST_OF_A_BACKEND.items():
+                _within(f"serve.backends[{at}].{key}", getattr(backend, key), least)
 
 
 def _within(key: str, value: float | None, low: float, high: float | None = None) -> None:
@@ -338,6 +570,7 @@ def _within(key: str, value: float | None, low: float, high: float | None = None
 
 
 _SCHEMAS: dict[str, Any] = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
+_NESTED = [(g, f.name, f.type) for g, kind in _SCHEMAS.items() for f in fields(kind) if is_dataclass(f.type)]
 GROUPS: tuple[str, ...] = tuple(_SCHEMAS)
 HANDLES: tuple[str, ...] = ("tau", "tau_v", "tau_h", "K", "exit_layer", "temperature", "seed", "stages")
 
@@ -348,7 +581,8 @@ def load(cfg: DictConfig) -> Config:
     Raises:
         ConfigError: a value that is missing or not allowed.
     """
-    for prefix, node, kind in [("", cfg, Config), *((f"{g}.", cfg[g], kind) for g, kind in _SCHEMAS.items())]:
+    nested = [(f"{g}.{name}.", cfg[g][name], kind) for g, name, kind in _NESTED]
+    for prefix, node, kind in [("", cfg, Config), *((f"{g}.", cfg[g], kind) for g, kind in _SCHEMAS.items()), *nested]:
         for key in set(node) - {f.name for f in fields(kind)}:  # `+key=value` gets past Hydra's own check
             raise ConfigError(f"{prefix}{key}: no such key")
     missing = sorted(OmegaConf.missing_keys(cfg))

@@ -5,19 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
-from selfspec import assets, checkpoint, metrics, provenance, report, results, tracking
+from selfspec import assets, checkpoint, provenance, report, results, stages, tracking
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import EngineName
 from selfspec.engine import factory
 from selfspec.errors import Interrupted, one_line
 from selfspec.interrupt import shield, trap
 from selfspec.plan import Plan
-from selfspec.stages import bench, fit
+from selfspec.stages import fit
 from selfspec.tracking import Tracker
 from selfspec.types import Measurements
-
-STAGES = {"fit": fit, "bench": bench}
 
 
 def check(plan: Plan) -> None:
@@ -31,6 +30,8 @@ def check(plan: Plan) -> None:
     new = not (journal_folder(plan) / checkpoint.FILE).exists()
     if plan.draft.fitted and (fit.head_path(plan).exists() or (new and not fit.may_fit(plan))):
         fit.check_head(plan)
+    for stage in plan.stages:
+        stages.ask(stage, "check", plan, otherwise=None)
 
 
 def fetch(plan: Plan) -> None:
@@ -44,6 +45,8 @@ def fetch(plan: Plan) -> None:
     assets.fetch(plan.workload.source, plan.workload.sha256)
     if plan.engine.name is not EngineName.fake:
         assets.fetch(plan.model.source, plan.model.sha256)
+    for stage in plan.stages:
+        stages.ask(stage, "fetch", plan, otherwise=None)
 
 
 def run(plan: Plan, folder: Path, sweep: str | None = None) -> results.Result:
@@ -53,7 +56,8 @@ def run(plan: Plan, folder: Path, sweep: str | None = None) -> results.Result:
         sweep: the tracker's run of the sweep this job belongs to.
 
     Returns:
-        The result, as written to ``result.json``; its status is ``failed`` where an exact policy changed tokens.
+        The result, as written to ``result.json``; its status is ``failed`` where a stage says so
+        (an exact policy changed tokens, a soak did not hold).
 
     Raises:
         UserError: something the user can put right.
@@ -67,17 +71,20 @@ def run(plan: Plan, folder: Path, sweep: str | None = None) -> results.Result:
         engine = cache(lambda: factory.make(plan))
         measured: Measurements = {}
         for stage in plan.stages:
-            found = STAGES[stage].run(engine, plan, journal)
+            found: Measurements = stages.load(stage).run(engine, plan, journal)
             measured |= {f"{stage}/{name}": value for name, value in found.items()}
 
         result = _result(plan, journal, measured)
         report.write(folder, [result])
-        bench.write_cycles(folder / "cycles.parquet", journal.records("bench"))
+        for stage in plan.stages:
+            stages.ask(stage, "write", folder, plan, journal, otherwise=None)
         provenance.write_atomic(folder / results.FILE, json.dumps(result, indent=1))
 
         ended = max((record.at for stage in plan.stages for record in journal.records(stage)), default=0)
         tracker.log(measured, 0, ended)
-        tracker.set_tags({"selfspec.lossless": result["lossless"] or "not checked"})
+        tracker.set_tags(
+            {"selfspec.lossless": result["lossless"] or "not checked", "selfspec.error": result["error"] or ""}
+        )
         head = [fit.head_path(plan)] if plan.draft.fitted and fit.head_path(plan).exists() else []
         tracker.artifacts([folder, *head])
         tracker.finish("FAILED" if result["status"] == "failed" else "FINISHED", ended or None)
@@ -94,9 +101,10 @@ def _tracked(plan: Plan, journal: Journal, sweep: str | None) -> Iterator[Tracke
             run_id = tracker.start(plan.label, _tags(plan), plan.settings(), known, sweep)
             if run_id not in (None, known):
                 journal.note("run_id", run_id)
-        for step, record in enumerate(journal.records("bench")):  # again: what is stored already stays as it is
-            tracker.log(metrics.per_unit(record.data), step, record.at)
-        journal.on_append.append(lambda record: _log_unit(tracker, journal, record))
+        for stage in plan.stages:
+            for step, record in enumerate(journal.records(stage)):  # again: what is stored already stays as it is
+                _log_unit(tracker, record, step)
+        journal.on_append.append(lambda record: _log_unit(tracker, record, len(journal.records(record.stage)) - 1))
         yield tracker
     except Interrupted:
         tracker.finish("KILLED")
@@ -118,9 +126,10 @@ def journal_folder(plan: Plan) -> Path:
     return Path(plan.checkpoint.dir) / "plans" / plan.id
 
 
-def _log_unit(tracker: Tracker, journal: Journal, record: Record) -> None:
-    if record.stage == "bench":
-        tracker.log(metrics.per_unit(record.data), len(journal.records("bench")) - 1, record.at)
+def _log_unit(tracker: Tracker, record: Record, step: int) -> None:
+    shown: Measurements = stages.ask(record.stage, "per_unit", record.data, otherwise={})
+    if shown:
+        tracker.log(shown, step, record.at)
 
 
 def _tags(plan: Plan) -> dict[str, str]:
@@ -129,18 +138,15 @@ def _tags(plan: Plan) -> dict[str, str]:
 
 
 def _result(plan: Plan, journal: Journal, measured: Measurements) -> results.Result:
-    records = journal.records("bench")
-    result = _nothing(plan)
-    result["measurements"] = measured
-    if records:
-        if bench.verdict(records, plan) == "no":
-            differing = sum(v["verdict"] == "differs" for record in records for v in record.data["verdicts"])
-            result["status"] = "failed"
-            result["error"] = f"not lossless: {differing} prompts differ from plain decoding"
-        result["acceptance_by_position"] = metrics.acceptance_by_position([r.data for r in bench.poolable(records)])
-        result["lossless"] = bench.verdict(records, plan)
-        result["notes"] = bench.notes(records)
-        result["provenance"] = bench.poolable(records)[0].data["provenance"]
+    facts: dict[str, Any] = {}
+    notes, failures = list[str](), list[str]()
+    for stage in plan.stages:
+        facts = stages.ask(stage, "facts", plan, journal, otherwise=facts) | facts  # the first to say something stands
+        notes += stages.ask(stage, "notes", plan, journal, otherwise=[])
+        failures += stages.ask(stage, "failures", plan, journal, otherwise=[])
+    result = cast(results.Result, {**_nothing(plan), **facts, "measurements": measured, "notes": notes})
+    if failures:
+        result["status"], result["error"] = "failed", "; ".join(failures)
     return result
 
 

@@ -37,9 +37,10 @@ def pack(completion: Completion) -> dict[str, Any]:
 
 
 def decode_rate(completions: Sequence[Packed]) -> float | None:
-    """New tokens after the first / seconds after the (last) first; ``None`` where there is none."""
+    """New tokens after the first / seconds after the (last) first; ``None``: there is none, or all came at once."""
     after = sum(len(c["tokens"]) - 1 for c in completions)
-    return after / (_last(completions, "total_s") - _last(completions, "ttft_s")) if after else None
+    seconds = _last(completions, "total_s") - _last(completions, "ttft_s")
+    return after / seconds if after and seconds else None
 
 
 def per_unit(unit: Unit) -> Measurements:

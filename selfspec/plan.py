@@ -7,6 +7,7 @@ so that two jobs of a sweep which come to the same work have one identity and ru
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -20,7 +21,7 @@ from selfspec import assets
 from selfspec import config as schema
 from selfspec.errors import ConfigError
 
-STAGE_VERSIONS = {"fit": 2, "bench": 3}
+STAGE_VERSIONS = {"fit": 2, "bench": 3, "quality": 1, "soak": 1}
 """Raise a stage's number when the same plan would give other results: old journals are then not taken."""
 
 _DRAFTS = Path(__file__).parent / "engine" / "draft"
@@ -39,6 +40,7 @@ _HEAD = {"form", "rank", "previous", "ridge", "sgd_epochs", "head"}
 _READOUT = {"vocab", "head", "width", "budget", "sample"}
 _MEANS: dict[str, set[str]] = {
     "none": set(),
+    "served": set(),
     "layerskip": {"exit_layer"} | _READOUT,
     "lsq": {"exit_layer"} | _HEAD | _READOUT,
     "adapter": {"exit_layer", "form", "ridge", "sgd_epochs"} | _READOUT,
@@ -93,13 +95,16 @@ class Plan:
     workload: schema.Workload
     scale: schema.Scale
     bench: schema.Bench
+    quality: schema.Quality
     tracking: schema.Tracking
     checkpoint: schema.Checkpoint
+    serve: schema.Serve
+    soak: schema.Soak
 
     @property
     def speculative(self) -> bool:
-        """Whether tokens are drafted and verified; else every step is one plain pass."""
-        return self.draft.name != "none" and self.policy.verify
+        """Whether we draft and verify tokens; else every step is one plain pass, or a server's own affair."""
+        return self.draft.name not in ("none", "served") and self.policy.verify
 
     @property
     def exact(self) -> bool:
@@ -131,6 +136,10 @@ class Plan:
             parts.append(f"T={self.policy.temperature:g}")
         if self.engine.name is schema.EngineName.hf:
             parts.append("by hf")
+        if self.engine.name is schema.EngineName.openai:
+            parts.append("over HTTP")
+        if self.engine.weights is not schema.Weights.full:
+            parts.append(self.engine.weights.name)
         if self.engine.max_batch > 1:
             parts.append(f"batch={self.engine.max_batch}")
         return " ".join(parts)
@@ -157,6 +166,7 @@ class Plan:
             engine=self.engine.name,
             dtype=self.hardware.dtype,
             version=STAGE_VERSIONS["fit"],
+            **({} if self.engine.weights is schema.Weights.full else {"weights": self.engine.weights}),
         )
 
     @cached_property
@@ -164,6 +174,20 @@ class Plan:
         """Identity of the fitted head: one head serves every job of a sweep that asks for the same."""
         asked = replace(self.draft, **{key: getattr(schema.Draft, key) for key in _ASKED_OF_A_FITTED_DRAFT})
         return _digest(answers=self.answers_id, draft=asdict(asked))
+
+    @property
+    def _assessed(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """What changes the quality stage's results."""
+        documents = {task: assets.identity(data.source, data.sha256) for task, data in self.quality.data.items()}
+        return asdict(replace(self.quality, name="", data={})), documents
+
+    @property
+    def _soaked(self) -> dict[str, Any]:
+        """What changes a soak's results: not where the server listens, nor what its measurements are held to."""
+        served, soak = asdict(self.serve), asdict(self.soak)
+        for key in ("name", "host", "port", "api_key", "model_name"):
+            del served[key]
+        return {"serve": served, **{key: soak[key] for key in soak if key != "name" and not key.startswith("max_")}}
 
     @cached_property
     def id(self) -> str:
@@ -183,11 +207,14 @@ class Plan:
             seed=self.seed,
             stages={stage: STAGE_VERSIONS[stage] for stage in self.stages},
             fit=STAGE_VERSIONS["fit"] if self.draft.fitted else None,
+            quality=self._assessed if "quality" in self.stages else None,
+            soak=self._soaked if "soak" in self.stages else None,
         )
 
     def settings(self) -> dict[str, Any]:
-        """The plan as plain nested values, for the journal, the tracker and the report."""
+        """The plan as plain nested values, for the journal, the tracker and the report; without secrets."""
         groups = {group: _plain(asdict(getattr(self, group))) for group in schema.GROUPS}
+        groups["serve"].pop("api_key")
         return {"name": self.name, "seed": self.seed, "stages": list(self.stages), **groups}
 
 
@@ -200,11 +227,13 @@ def make(cfg: DictConfig) -> Plan:
     config = schema.load(cfg)
     draft, gate, policy = config.draft, config.gate, config.policy
     _check_draft(config)
+    _check_engine(config)
+    _check_backends(config.serve)
     _check_policy(config)
     _check_bench(config)
     _check_controller(config)
-    if not (draft.name != "none" and policy.verify):
-        gate = schema.Gate()  # nothing is drafted, or nothing verified: there is nothing to stop
+    if draft.name in ("none", "served") or not policy.verify:
+        gate = schema.Gate()  # nothing is drafted here, or nothing verified: there is nothing to stop
     if draft.name == "none":
         policy = replace(policy, verify=True)
     _check_gate(gate)
@@ -224,8 +253,11 @@ def make(cfg: DictConfig) -> Plan:
         workload=config.workload,
         scale=config.scale,
         bench=config.bench,
+        quality=config.quality,
         tracking=config.tracking,
         checkpoint=config.checkpoint,
+        serve=config.serve,
+        soak=config.soak,
     )
 
 
@@ -273,6 +305,45 @@ def _check_draft(config: schema.Config) -> None:
         raise ConfigError("draft.previous=true: reads the verified final state, which policy.verify=false never has")
     for key in sorted(_given(draft) - _MEANS.get(draft.learned or draft.name, set()) - _MEANS[draft.name]):
         raise ConfigError(f"draft.{key}={_plain(getattr(draft, key))}: means nothing to draft={draft.name}")
+
+
+def _check_backends(serve: schema.Serve) -> None:
+    taken = {"local", "auto", "cache"}  # our engine's, the router's and the cache's
+    for at, backend in enumerate(serve.backends):
+        key = f"serve.backends[{at}]"
+        if backend.name in taken:
+            raise ConfigError(f"{key}.name={backend.name}: is taken; must be another than {', '.join(sorted(taken))}")
+        taken.add(backend.name)
+        if backend.url is None and (backend.model or backend.key_env):
+            raise ConfigError(
+                f"{key}.url=null: must be a server's http(s)://HOST/v1; our engine has no model, no key_env"
+            )
+        if backend.url is not None and not re.fullmatch(r"https?://[^@/\s]+(/[^@\s]*)?", backend.url):
+            shown = re.sub(r"//[^/\s]*@", "//", backend.url)
+            raise ConfigError(f"{key}.url={shown}: must be http(s)://HOST/..., without credentials (see key_env)")
+        if backend.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", backend.key_env):
+            raise ConfigError(f"{key}.key_env: must be the name of an environment variable, not a key")
+    for policy, limit in ((schema.RouteName.length, "longest"), (schema.RouteName.difficulty, "hardest")):
+        if serve.router.policy is policy and getattr(serve.router, limit) is None:
+            raise ConfigError(f"serve.router.{limit}=null: policy={policy.name} needs to know when to leave our engine")
+
+
+def _check_engine(config: schema.Config) -> None:
+    engine, served = config.engine, config.engine.name is schema.EngineName.openai
+    if engine.weights is not schema.Weights.full and engine.name is not schema.EngineName.torch:
+        raise ConfigError(f"engine.weights={engine.weights.name}: means nothing to engine={engine.name.name}")
+    if served and engine.url is None:
+        raise ConfigError("engine.url=null: engine=openai needs one, such as http://127.0.0.1:8000")
+    if served and (config.draft.name == "served") != (engine.plain_url is not None):
+        raise ConfigError(
+            f"engine.plain_url={engine.plain_url}: draft=served is compared with a server that drafts nothing, at "
+            f"engine.plain_url; draft=none with none; draft={config.draft.name}"
+        )
+    for key in ("url", "plain_url"):
+        value = getattr(engine, key)
+        if value is not None and not (served and re.fullmatch(r"https?://[^@/\s]+(/[^@\s]*)?", value)):
+            shown = re.sub(r"//[^/\s]*@", "//", value)
+            raise ConfigError(f"engine.{key}={shown}: must be http(s)://HOST, no credentials, with engine=openai only")
 
 
 def _check_eagle(draft: schema.Draft) -> None:

@@ -24,6 +24,7 @@ from rich.text import Text
 from selfspec import plots
 from selfspec.errors import UserError
 from selfspec.provenance import write_atomic
+from selfspec.quality import tables
 from selfspec.results import (
     Result,
     distinct,
@@ -59,14 +60,7 @@ _STYLES = {"FAILED": "bold red", "NO": "bold red", "LOSSY": "bold yellow", "yes"
 def table(results: Iterable[Result], explain: bool = True) -> Table:
     """One row a plan, as given; ``explain``: a caption says what was measured where, and what the columns mean."""
     rows = distinct(results)
-    made = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        caption=Text(_caption(rows)) if explain else None,
-        caption_justify="left",
-    )
+    made = _empty(_caption(rows) if explain else None)
     for header in _COLUMNS:
         left = header in (_COLUMNS[0], _COLUMNS[-1])
         made.add_column(header, justify="left" if left else "right", overflow="fold")
@@ -87,24 +81,41 @@ def table(results: Iterable[Result], explain: bool = True) -> Table:
     return made
 
 
+def further(results: Iterable[Result], explain: bool = True) -> list[Table]:
+    """The tables of what the quality stage measured, where there is something."""
+    made = []
+    for section in tables.sections(distinct(results)):
+        one = _empty(section.caption if explain else None)
+        for header in section.columns:
+            one.add_column(header, overflow="fold")
+        for cells in section.cells:
+            one.add_row(*map(Text, cells))
+        made.append(one)
+    return made
+
+
 def text(results: Iterable[Result], explain: bool = True) -> str:
-    """The table as plain text (and Markdown), as wide as it needs to be: no cell is cut off or wrapped."""
-    made = table(results, explain)
-    made.box, made.show_edge, made.pad_edge, made.padding = box.MARKDOWN, True, True, (0, 1)
-    buffer = io.StringIO()
-    Console(file=buffer, width=10_000, color_system=None, force_terminal=False).print(made)
+    """The tables as plain text (and Markdown), as wide as they need to be: no cell is cut off or wrapped."""
+    rows, buffer = distinct(results), io.StringIO()
+    console = Console(file=buffer, width=10_000, color_system=None, force_terminal=False)
+    for made in [table(rows, explain), *further(rows, explain)]:
+        made.box, made.show_edge, made.pad_edge, made.padding = box.MARKDOWN, True, True, (0, 1)
+        console.print(made)
     return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines()) + "\n"
 
 
 def show(results: Iterable[Result], explain: bool = True) -> None:
-    """Prints the table on stdout: fitted to a terminal, in full anywhere else."""
-    console = Console()
+    """Prints the tables on stdout: fitted to a terminal, in full anywhere else."""
+    console, results = Console(), distinct(results)
     if console.is_terminal:
         made = table(results, explain)
         if console.measure(made, options=console.options.update(width=10_000)).maximum > console.width:
             for column in made.columns[1:]:  # as narrow as their longest word, which is enough for 80 columns
                 column.width = max(map(len, [*str(column.header).split(), "[115.4,"]))
         console.print(made, crop=False)
+        for one in further(results, explain):
+            console.print()
+            console.print(one, crop=False)
     else:
         encoding = sys.stdout.encoding or "utf-8"
         sys.stdout.write(text(results, explain).encode(encoding, "replace").decode(encoding))
@@ -148,6 +159,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _empty(caption: str | None) -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=None if caption is None else Text(caption),
+        caption_justify="left",
+    )
 
 
 def _caption(rows: Sequence[Result]) -> str:

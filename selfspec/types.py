@@ -1,7 +1,7 @@
 """The nouns that everything shares. This module imports nothing of ours."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -9,11 +9,13 @@ class Prompt:
     """One prompt of a prompt set.
 
     ``id`` is stable over seeds and scales (the conversation's id in its source), ``tokens`` are the
-    ids the model is given, chat template included where the workload asks for it.
+    ids the model is given, chat template included where the workload asks for it; ``answer`` is what the
+    source's conversation goes on with, as text, blank where it ends.
     """
 
     id: str
     tokens: tuple[int, ...]
+    answer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,23 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to decode: a prompt, when to stop, and how tokens are chosen."""
+    """What to decode: a prompt, when to stop, and how tokens are chosen.
+
+    ``logprobs``: how many alternatives to give beside each token's log-probability; ``None``: neither.
+    """
 
     tokens: tuple[int, ...]
     max_new_tokens: int
     ignore_eos: bool = False
     sampling: Sampling = GREEDY
+    logprobs: int | None = None
+
+
+class Logprob(NamedTuple):
+    """A token's natural log-probability, as the model gives it, and ``(id, log-probability)`` of the likeliest."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +98,7 @@ class Completion:
         ttft_s: seconds from arrival to the first token (prefill).
         total_s: seconds from arrival to the last token.
         finish: ``stop`` (end-of-sequence token) or ``length``.
+        queue_s: seconds from arrival to when its prompt began to be read.
     """
 
     tokens: tuple[int, ...]
@@ -92,6 +106,39 @@ class Completion:
     ttft_s: float
     total_s: float
     finish: Literal["stop", "length"]
+    queue_s: float = 0.0
+
+
+class Score(NamedTuple):
+    """How likely a continuation is.
+
+    Attributes:
+        logprobs: of each of its tokens after those before it, natural logarithms.
+        greedy: whether each is the likeliest there.
+    """
+
+    logprobs: tuple[float, ...]
+    greedy: bool
+
+
+class Signals(NamedTuple):
+    """What the gates would see at every position where one exit drafts, and whether its likeliest token stands.
+
+    Attributes:
+        layer: the exit layer.
+        head: what reads it: ``raw``, or the draft mode whose head was fitted.
+        max_prob: in [0, 1];
+        entropy: in nats;
+        var_entropy: in nats squared, all three of the draft's distribution.
+        accepted: whether its likeliest token is the one that was emitted.
+    """
+
+    layer: int
+    head: str
+    max_prob: tuple[float, ...]
+    entropy: tuple[float, ...]
+    var_entropy: tuple[float, ...]
+    accepted: tuple[bool, ...]
 
 
 Measurements = dict[str, float]

@@ -2,8 +2,9 @@
 
 The rule, all of it:
 
-1. *The prompt* of a conversation is its first human turn that is not blank, stripped. Of conversations with
-   one id, and of prompts with one text, only the first in the file stands.
+1. *The prompt* of a conversation is its first human turn that is not blank, stripped; *the answer* is the
+   assistant's next turn, stripped, where there is one. Of conversations with one id, and of prompts with one
+   text, only the first in the file stands.
 2. *The split* is fixed by a hash of the id's stem, whatever the seed: 60% fit, 20% bench, 20% quality. ShareGPT
    cuts long conversations into parts ``abc_0``, ``abc_47``, ...; the stem ``abc`` keeps them together. With
    rule 1, neither a conversation nor a text is in two splits.
@@ -27,7 +28,7 @@ from selfspec.types import Prompt
 
 Split = Literal["fit", "bench", "quality"]
 
-_VERSION = 1
+_VERSION = 2
 """Raise it when the same file would give other prompts: the old table is then not taken."""
 _TABLE = "prompts.jsonl"
 _BLOCK = 1 << 20
@@ -36,7 +37,12 @@ _LONGEST_TOKEN = 16
 
 
 def select(
-    workload: Workload, split: Split, count: int, seed: int, encode: Callable[[str], Sequence[int]]
+    workload: Workload,
+    split: Split,
+    count: int,
+    seed: int,
+    encode: Callable[[str], Sequence[int]],
+    answered: bool = False,
 ) -> list[Prompt]:
     """The first ``count`` prompts of a split that fit, by the rule at the head of this module.
 
@@ -46,16 +52,19 @@ def select(
         count: how many.
         seed: another seed is another order, and never moves a prompt to another split.
         encode: text -> token ids, chat template included where asked for; called only as often as needed.
+        answered: pass over prompts that the conversation has no answer to.
 
     Raises:
         AssetError: the source cannot be had, or holds no conversations.
         ConfigError: the split has fewer prompts that fit.
         StorageError: the cache cannot be written.
     """
-    chosen: dict[tuple[int, ...], str] = {}
-    for id, text in _ordered(table(workload), split, seed):
+    chosen: dict[tuple[int, ...], Prompt] = {}
+    for id, text, answer in _ordered(table(workload), split, seed):
         if len(chosen) == count:
             break
+        if answered and not answer:
+            continue
         tokens = tuple(encode(text))
         if workload.prompt_tokens is not None:
             if len(tokens) < workload.prompt_tokens:
@@ -63,19 +72,19 @@ def select(
             tokens = tokens[: workload.prompt_tokens]
         elif not 0 < len(tokens) <= workload.max_prompt_tokens:
             continue
-        chosen.setdefault(tokens, id)
+        chosen.setdefault(tokens, Prompt(id, tokens, answer))
     if len(chosen) < count:
-        key = "scale.fit_prompts" if split == "fit" else "scale.prompts"
+        key = {"fit": "scale.fit_prompts", "bench": "scale.prompts", "quality": "quality.prompts"}[split]
         limit = "max_prompt_tokens" if workload.prompt_tokens is None else "prompt_tokens"
         raise ConfigError(
             f"{key}={count}: must be at most {len(chosen)}, the {split} prompts that workload={workload.name} has "
             f"with workload.{limit}={getattr(workload, limit)}"
         )
-    return [Prompt(id, tokens) for tokens, id in chosen.items()]
+    return [*chosen.values()]
 
 
 def table(workload: Workload) -> Path:
-    """The workload's prompts as a JSONL of {"id", "prompt"}, made once from its source (rule 1 above).
+    """The workload's prompts as a JSONL of {"id", "prompt", "answer"}, made once from its source (rule 1 above).
 
     Raises:
         AssetError: the source cannot be had, or holds no conversations.
@@ -135,32 +144,37 @@ def _write_table(records: Iterator[dict[str, Any]], path: Path, source: str) -> 
     total = 0
     with path.open("w", encoding="utf-8") as file:
         for total, record in enumerate(records, 1):
-            id, text = str(record.get("id", total - 1)), _first_human_turn(record["conversations"])
+            id, (text, answer) = str(record.get("id", total - 1)), _first_exchange(record["conversations"])
             digest = hashlib.sha256(text.encode()).digest()
             if not text or id in ids or digest in texts:
                 continue
             ids.add(id)
             texts.add(digest)
-            file.write(json.dumps({"id": id, "prompt": text}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"id": id, "prompt": text, "answer": answer}, ensure_ascii=False) + "\n")
     if not ids:
         raise AssetError(f"{source}: holds {total} whole conversations, and no prompt of a human in them")
 
 
-def _first_human_turn(turns: list[Any]) -> str:
+def _first_exchange(turns: list[Any]) -> tuple[str, str]:
+    """The first human turn that is not blank, and what the assistant says next; blank where there is none."""
+    asked = ""
     for turn in turns:
-        if isinstance(turn, dict) and turn.get("from") in ("human", "user") and isinstance(turn.get("value"), str):
-            # half a surrogate pair is legal in a JSON escape, and in no tokenizer
-            text = str(turn["value"]).encode(errors="replace").decode().strip()
-            if text:
-                return text
-    return ""
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            continue
+        # half a surrogate pair is legal in a JSON escape, and in no tokenizer
+        text = str(turn["value"]).encode(errors="replace").decode().strip()
+        if not asked and turn.get("from") in ("human", "user"):
+            asked = text
+        elif asked:
+            return asked, text if turn.get("from") in ("gpt", "chatgpt", "assistant") else ""
+    return asked, ""
 
 
-def _ordered(path: Path, split: Split, seed: int) -> list[tuple[str, str]]:
-    """(id, prompt) of every prompt of a split, in the order of the seed."""
+def _ordered(path: Path, split: Split, seed: int) -> list[tuple[str, str, str]]:
+    """(id, prompt, answer) of every prompt of a split, in the order of the seed."""
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    mine = [(row["id"], row["prompt"]) for row in rows if _split_of(row["id"]) == split]
+    mine = [(row["id"], row["prompt"], row["answer"]) for row in rows if _split_of(row["id"]) == split]
     return sorted(mine, key=lambda row: _hash(f"order:{seed}:{row[0]}"))
 
 

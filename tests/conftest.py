@@ -85,8 +85,14 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("prompts") / "prompts.json"
     texts = (" ".join(rng.choices(WORDS, k=rng.randint(4, 16))) + f" w{i % 50}" for i in range(600))
+    turns = [[("human", text), ("gpt", " ".join(reversed(text.split())))] for text in texts]
     path.write_text(
-        json.dumps([{"id": f"c{i}_0", "conversations": [{"from": "human", "value": t}]} for i, t in enumerate(texts)])
+        json.dumps(
+            [
+                {"id": f"c{i}_0", "conversations": [{"from": who, "value": said} for who, said in both]}
+                for i, both in enumerate(turns)
+            ]
+        )
     )
     return path
 

@@ -21,6 +21,12 @@ OPTIONS = sorted(
 COMPANIONS = {
     ("engine", "fake"): ["draft=layerskip"],
     ("engine", "hf"): ["draft=none"],
+    ("engine", "openai"): ["draft=none", "engine.url=http://127.0.0.1:8000"],
+    ("draft", "served"): [
+        "engine=openai",
+        "engine.url=http://127.0.0.1:8000",
+        "engine.plain_url=http://127.0.0.1:8001",
+    ],
     ("controller", "autotune"): ["draft=layerskip"],
     ("model", "gpt2"): ["exit_layer=6"],
     ("model", "opt_125m"): ["exit_layer=6"],
@@ -119,7 +125,7 @@ def test_what_the_schema_allows_has_a_file(group: str, names: type[Enum]) -> Non
 def test_every_draft_has_a_file_and_every_file_a_draft() -> None:
     modules = {path.stem for path in (Path(plan.__file__).parent / "engine" / "draft").glob("*.py")}
     files = {path.stem: str(OmegaConf.select(OmegaConf.load(path), "name")) for path in (CONF / "draft").glob("*.yaml")}
-    assert set(files.values()) == modules - {"__init__", "base"} <= set(files)
+    assert set(files.values()) - {"served"} == modules - {"__init__", "base"} <= set(files), "served: by a server"
 
 
 def test_help_explains_every_group_and_handle() -> None:

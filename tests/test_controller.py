@@ -16,7 +16,7 @@ from selfspec.config import ControllerName, GateName
 from selfspec.engine import cost
 from selfspec.engine.controller import PATIENCE, Adaptive, Autotune, Controller, make
 from selfspec.engine.cost import Costs
-from selfspec.engine.fake import World
+from selfspec.engine.fake_session import World
 from selfspec.types import Cycle
 
 REQUESTS = stream(24, 96)

@@ -65,14 +65,14 @@ def run(
     cache = target.model.new_cache(len(request.tokens) + request.max_new_tokens - 1)
     scheduler = Scheduler(Speculation(target, draft, gate, controller, LongestPrefix()), cache)
     scheduler.submit(request)
-    done = list[tuple[int, Completion]]()
+    done = list[Completion]()
     while not done:
-        done = scheduler.step()
+        done = [told.completion for told in scheduler.step() if told.completion]
         cache.check_integrity(target.depth)
-        for _, row in scheduler.rows:
-            assert cache.lengths == [len(row.tokens) - 1]
+        for member in scheduler.members:
+            assert cache.lengths == [len(member.row.tokens) - 1]
     assert not scheduler.busy and cache.lengths == []
-    return done[0][1]
+    return done[0]
 
 
 def stream(model: Llama, tokens: Sequence[int], depth: int = LAYERS) -> Tensor:

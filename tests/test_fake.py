@@ -13,7 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from selfspec import config, plan
 from selfspec.config import ControllerName, GateName
 from selfspec.engine.base import Engine
-from selfspec.engine.fake import FakeEngine, World, growth
+from selfspec.engine.fake import FakeEngine
+from selfspec.engine.fake_session import World, growth
 from selfspec.plan import Plan
 from selfspec.run import CONF
 from selfspec.types import Completion, Cycle, Request

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -350,6 +351,43 @@ def test_a_failed_job_leaves_its_reason_and_what_it_measured(make: Make, tmp_pat
 def test_a_plan_without_a_bench(make: Make, tmp_path: Path) -> None:
     result = run(make("stages=[fit]"), tmp_path)
     assert (result["measurements"], result["lossless"], result["status"]) == ({}, None, "finished")
+
+
+def test_what_a_stage_may_say_for_itself(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soak = ModuleType("soak")
+    logged = list[tuple[dict[str, float], int]]()
+
+    def work(engine: object, plan: Plan, journal: Journal) -> dict[str, float]:
+        if journal.get("soak", "0") is None:
+            journal.append("soak", "0", {"errors": 2}, "here")
+        return {"errors": 2.0}
+
+    hooks: dict[str, Any] = {
+        "run": work,
+        "check": lambda plan: None,
+        "fetch": lambda plan: None,
+        "per_unit": lambda data: {"soak/unit/errors": float(data["errors"])},
+        "write": lambda folder, plan, journal: (folder / "soak.csv").write_text("errors\n2\n"),
+        "facts": lambda plan, journal: {"lossless": "no", "provenance": {"fingerprint": "soak"}},
+        "notes": lambda plan, journal: ["it rained"],
+        "failures": lambda plan, journal: ["2 errors", "it leaks"],
+    }
+    for name, hook in hooks.items():
+        setattr(soak, name, hook)
+    monkeypatch.setitem(sys.modules, "selfspec.stages.soak", soak)
+    monkeypatch.setattr(MLflowTracker, "start", lambda *args: "run")
+    for name in ("set_tags", "artifacts", "finish"):
+        monkeypatch.setattr(MLflowTracker, name, lambda *args: None)
+    monkeypatch.setattr(MLflowTracker, "log", lambda self, metrics, step, at: logged.append((metrics, step)))
+    made = make("stages=[soak,bench]", "tracking=mlflow")
+    job.check(made)
+    job.fetch(made)
+    result = run(made, tmp_path)
+    assert (result["status"], result["error"]) == ("failed", "2 errors; it leaks")
+    assert (result["measurements"]["soak/errors"], result["notes"]) == (2.0, ["it rained"])
+    assert result["lossless"] == "yes" and result["provenance"] == units(made)[0].data["provenance"]
+    assert (tmp_path / "soak.csv").exists() and (tmp_path / "cycles.parquet").exists()
+    assert ({"soak/unit/errors": 2.0}, 0) in logged
 
 
 def test_units_are_tracked_as_they_finish(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

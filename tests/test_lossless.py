@@ -21,7 +21,7 @@ from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
 from selfspec.config import Gate as GateConfig
-from selfspec.config import GateName, HeadForm, HeadInit
+from selfspec.config import GateName, HeadForm, HeadInit, Order
 from selfspec.engine import fit, gate
 from selfspec.engine.cache import KVCache, Place
 from selfspec.engine.controller import Fixed
@@ -39,6 +39,8 @@ from selfspec.types import Completion, Cycle, Request
 pytestmark = pytest.mark.usefixtures("inference")
 
 EXIT, NEW, POSITIONS, ROOMY = 3, 19, 64, 512
+CHUNK = 3
+"""Under ``chunked_prefill``: prompts of 3, 12, 1 and 45 tokens are read whole, in even pieces, and in uneven ones."""
 OPEN = Gate()
 _LSQ = DraftConfig("lsq", EXIT, HeadForm.affine, ridge=1e-3)
 _BLOCK = DraftConfig(form=HeadForm.block, ridge=1e-3, sgd_epochs=1)
@@ -112,6 +114,7 @@ class Bench:
         rows: int = 1,
         policy: Policy | None = None,
         kv: type[KVCache] = KVCache,
+        order: Order = Order.fcfs,
     ) -> list[Completion]:
         """All of them, by continuous batching; after each step every layer must hold every verified position."""
         s = self.shape
@@ -119,13 +122,15 @@ class Bench:
         size = (s.layers + draft.layers, rows, s.kv_heads, capacity if kv is KVCache else ROOMY, s.head_dim)
         cache = kv(*size, torch.float32, torch.device("cpu"), s.max_positions)
         target = Target(self.model, s.layers, self.model.norm)
-        scheduler = Scheduler(Speculation(target, draft, gate, Fixed(k), policy or LongestPrefix()), cache)
+        scheduler = Scheduler(
+            Speculation(target, draft, gate, Fixed(k), policy or LongestPrefix()), cache, order, CHUNK
+        )
         numbers = [scheduler.submit(request) for request in requests]
         done = dict[int, Completion]()
         while scheduler.busy:
-            done |= scheduler.step()
+            done |= {told.number: told.completion for told in scheduler.step() if told.completion}
             cache.check_integrity(s.layers)
-            assert kv is not KVCache or cache.lengths == [len(row.tokens) - 1 for _, row in scheduler.rows]
+            assert kv is not KVCache or cache.lengths == [len(member.row.tokens) - 1 for member in scheduler.members]
         return [done[number] for number in numbers]
 
     def plain(self, request: Request) -> Completion:
@@ -210,6 +215,15 @@ def test_tokens_are_those_of_plain_decoding(bench: Bench, name: str, gate_name: 
     assert any(c.signals for c in cycles) == reads
     if reads and gate_name is not GateName.bandit:  # which may come to prefer a threshold that never stops
         assert 0 < sum(c.depth < c.k_asked for c in cycles) < len(cycles)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("order", [order for order in Order if order is not Order.fcfs])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_no_order_of_admission_changes_tokens(bench: Bench, name: str, order: Order, rows: int) -> None:
+    runs = bench.decode(bench.requests, bench.draft(name), k=3, rows=rows, order=order)
+    for request, got in zip(bench.requests, runs, strict=True):
+        assert (got.tokens, got.finish) == (bench.plain(request).tokens, bench.plain(request).finish)
 
 
 def test_some_stop_early_and_some_do_not(bench: Bench) -> None:

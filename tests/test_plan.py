@@ -154,7 +154,7 @@ def test_idle_handles_of_the_smallest_model() -> None:
         *((o, f"{o}: must be") for o in ("tau=1.5", "tau_v=-1.0", "tau=nan", "K=0", "K=65", "seed=-1", "draft.rank=0")),
         *((f"{key}=0", f"{key}=0: must be >= ") for key in ("scale.prompts", "scale.repeats", "workload.new_tokens")),
         ("stages=[]", r"stages=\[\]: allowed are one or more of fit, bench"),
-        ("stages=[bench,soak]", "stages=.*soak.* allowed are"),
+        ("stages=[bench,dance]", "stages=.*dance.* allowed are"),
         ("scale.prompts=???", "scale.prompts: has no value"),
         ("+gate.tau=1", "gate.tau: no such key"),
     ],

@@ -10,6 +10,7 @@ import torch
 
 from selfspec.config import Gate as GateConfig
 from selfspec.engine import gate
+from selfspec.engine.base import Progress
 from selfspec.engine.cache import KVCache
 from selfspec.engine.controller import Controller, Fixed
 from selfspec.engine.decode import Speculation, Target
@@ -52,12 +53,12 @@ class Checked(Scheduler):
         self.seen: list[list[int]] = []
         """Who was being decoded, by number, after each step."""
 
-    def step(self) -> list[tuple[int, Completion]]:
-        done = super().step()
+    def step(self) -> list[Progress]:
+        told = super().step()
         self.cache.check_integrity(LAYERS)
-        assert self.cache.lengths == [len(row.tokens) - 1 for _, row in self.rows]
-        self.seen.append([number for number, _ in self.rows])
-        return done
+        assert self.cache.lengths == [len(member.row.tokens) - 1 for member in self.members]
+        self.seen.append([member.number for member in self.members])
+        return told
 
 
 def requests(*new: int) -> list[Request]:
@@ -76,8 +77,13 @@ class TestAdmission:
     def test_first_come_first_served(self, model: Llama) -> None:
         scheduler = Checked(speculation(model), 2)
         scheduler.run(requests(4, 2, 5, 3, 2))
-        # 1 has its two tokens in the first step; 2 takes its row; two steps later 3 takes that of 0.
-        assert [sorted(seen) for seen in scheduler.seen] == [[0], [0, 2], [2], [2, 3], [], []]
+        # 1 has its two tokens in the first cycle; 2 takes its row; two cycles later 3 takes that of 0.
+        readings = [[0, 1], [0, 2], [2, 3], [4]]
+        cycles = [[0], [0, 2], [2], [2, 3], [], []]
+        assert [sorted(seen) for seen in scheduler.seen] == [
+            *(readings[0], cycles[0], readings[1], cycles[1], cycles[2], readings[2], cycles[3], cycles[4]),
+            *(readings[3], cycles[5]),
+        ]
 
     def test_rows_are_never_more_than_the_cache_has(self, model: Llama) -> None:
         scheduler = Checked(speculation(model), 3)
@@ -89,13 +95,15 @@ class TestAdmission:
         scheduler, (first, second, third) = Checked(made, 2), requests(6, 3, 2)
         assert not scheduler.busy
         assert [scheduler.submit(first), scheduler.busy] == [0, True]
-        done = scheduler.step() + scheduler.step()
+        told = scheduler.step() + scheduler.step()
         assert [scheduler.submit(second), scheduler.submit(third)] == [1, 2]
         while scheduler.busy:
-            done += scheduler.step()
+            told += scheduler.step()
+        done = [(one.number, one.completion) for one in told if one.completion]
         assert done[0][0] == 1 and {number for number, _ in done} == {0, 1, 2}
         for number, completion in done:
             assert completion.tokens == alone(made, (first, second, third)[number]).tokens
+            assert completion.tokens == tuple(token for one in told if one.number == number for token in one.tokens)
         assert scheduler.step() == []
 
     def test_a_row_taken_over_by_another_request(self, model: Llama) -> None:
@@ -124,7 +132,7 @@ class TestResults:
         scheduler = Checked(speculation(model), 2)
         got = scheduler.run(requests(1, 1, 1))
         assert all(len(completion.tokens) == 1 and completion.cycles == () for completion in got)
-        assert scheduler.seen == [[], []]
+        assert scheduler.seen == [[], []]  # 0 and 1 are read at once
 
     @pytest.mark.parametrize("rows", [1, 3])
     def test_times(self, model: Llama, rows: int) -> None:

@@ -1,5 +1,6 @@
 """workload: which prompts, in which order, cut to which length."""
 
+import contextlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 from selfspec import assets, workload
 from selfspec.config import Model, Workload
 from selfspec.errors import AssetError, ConfigError
+from selfspec.types import Prompt
 from selfspec.workload import Split, conversations, select, table
 
 MODEL = Model(
@@ -58,6 +60,14 @@ def many(n: int = 400) -> list[dict[str, Any]]:
 
 def encode(text: str) -> list[int]:
     return list(text.encode())
+
+
+def found(content: Workload, split: Split, answered: bool) -> list[Prompt]:
+    """As many prompts of a split as there are."""
+    for count in range(20, -1, -1):
+        with contextlib.suppress(ConfigError):
+            return select(content, split, count, 0, encode, answered)
+    raise AssertionError
 
 
 def prompts(content: Workload) -> dict[str, str]:
@@ -142,6 +152,23 @@ class TestTable:
 
 
 class TestSelect:
+    def test_answers(self, make: Maker) -> None:
+        content = [
+            talk("a_0", "gpt:before", "human:one", "gpt: yes \n", "human:more", "gpt:later"),
+            talk("b_0", "human:two", "human:nobody answered"),
+            talk("c_0", "human:three", "gpt: \n"),
+            talk("d_0", "human:four"),
+        ]
+        content += [talk(f"e{i}_0", f"human:five {i}", f"assistant:{i}") for i in range(8)]
+        made = make(content)
+        every = {p.id: p.answer for split in SPLITS for p in found(made, split, answered=False)}
+        assert {id: every[id] for id in ("a_0", "b_0", "c_0", "d_0", "e3_0")} == {
+            **{"a_0": "yes", "b_0": "", "c_0": "", "d_0": ""},
+            "e3_0": "3",
+        }
+        answered = {p.id for split in SPLITS for p in found(made, split, answered=True)}
+        assert answered == {id for id, answer in every.items() if answer}
+
     def test_splits_are_disjoint_for_every_seed_and_keep_parts_together(self, make: Maker) -> None:
         content = make(many(900))
         stems: dict[Split, set[str]] = {split: set() for split in SPLITS}

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from selfspec.types import Completion, Request
+from selfspec.config import Order
+from selfspec.types import Completion, Logprob, Request, Score, Signals
 
 
 class Tie(NamedTuple):
@@ -24,11 +25,88 @@ class Tie(NamedTuple):
         return self.gap <= self.rounding
 
 
+class Progress(NamedTuple):
+    """What a step brought one request.
+
+    Attributes:
+        number: the request's, from :meth:`Session.submit`.
+        tokens: those that are new.
+        completion: everything, where this was the last of it.
+        logprobs: of those tokens, where the request asks for them.
+    """
+
+    number: int
+    tokens: tuple[int, ...]
+    completion: Completion | None = None
+    logprobs: tuple[Logprob, ...] = ()
+
+
+class Session(Protocol):
+    """Requests decoded together as they come: whoever holds it calls :meth:`step` while it is busy. One thread."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is waiting or being decoded."""
+        ...
+
+    @property
+    def load(self) -> "Load":
+        """How full it is."""
+        ...
+
+    def submit(self, request: Request) -> int:
+        """Puts a request in the queue: its number.
+
+        Raises:
+            ValueError: its prompt and new tokens are more than a row has positions.
+        """
+        ...
+
+    def cancel(self, number: int) -> Completion | None:
+        """Drops a request; its row is free before the next cycle. One that is done or unknown is let be.
+
+        Returns:
+            What it had come to, if it was being decoded.
+        """
+        ...
+
+    def step(self) -> list[Progress]:
+        """Admits what there is room for, runs one cycle: what is new, by request."""
+        ...
+
+
+class Limits(NamedTuple):
+    """Of a model.
+
+    Attributes:
+        positions: the most tokens of a text.
+        prefix: the token that stands before a text without a context: of a text's beginning, else of its end.
+        prefixed: whether its tokenizer puts that before every text.
+    """
+
+    positions: int
+    prefix: int
+    prefixed: bool
+
+
+class Load(NamedTuple):
+    """Of a session: requests waiting, rows in use, and the share of all key-value slots that hold tokens."""
+
+    waiting: int
+    rows: int
+    kv_used: float
+
+
 class Engine(Protocol):
     """Runs one plan's model."""
 
     def describe(self) -> Mapping[str, object]:
         """Device, dtype, threads, model sizes: what a timing depends on beyond the plan."""
+        ...
+
+    @property
+    def vocab(self) -> int:
+        """Token ids are below this."""
         ...
 
     def encode(self, text: str, chat: bool) -> list[int]:
@@ -52,6 +130,26 @@ class Engine(Protocol):
         """
         ...
 
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Messages of ``role`` and ``content`` -> token ids, by the model's chat template, ready for an answer.
+
+        Raises:
+            ValueError: the template refuses them.
+        """
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Token ids -> text, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+    def open(self, rows: int, positions: int, order: Order) -> Session:
+        """A session that decodes up to ``rows`` requests at once, each of up to ``positions`` tokens in all.
+
+        Raises:
+            ConfigError: the model has fewer positions.
+        """
+        ...
+
     def state(self) -> Mapping[str, Any]:
         """What gate and controller have learned so far, as JSON values; for the checkpoint."""
         ...
@@ -70,6 +168,39 @@ class Engine(Protocol):
 
     def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
         """How close two candidates for the token after ``context`` are."""
+        ...
+
+    def score(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]], *, plain: bool = False
+    ) -> list[Score]:
+        """How likely each continuation is after a context, both of at least one token.
+
+        By whatever decides in the configuration, in passes of as many tokens as its verification has; so an exact
+        one differs from plain by rounding only, and one that verifies nothing is scored by its exit.
+
+        Args:
+            plain: by the whole model, each in one pass.
+
+        Raises:
+            ConfigError: the model has fewer positions.
+        """
+        ...
+
+    def probe(self, prompt: Sequence[int], answer: Sequence[int], exits: Sequence[int] | None = None) -> list[Signals]:
+        """What each exit would draft after every token of an answer but its last, and what gates would say of it.
+
+        Args:
+            answer: of at least two tokens; what is drafted stands where it is the answer's next one.
+            exits: layers, read by the model's own head; ``None``: some evenly spaced ones, and the draft's own. An
+                early-exit draft's fitted head comes in addition, at its own layer.
+
+        Raises:
+            ConfigError: the model lacks such a layer, or positions.
+        """
+        ...
+
+    def limits(self) -> Limits:
+        """How long a text may be, and what stands before one without a context."""
         ...
 
     def peak_memory_mb(self) -> float:

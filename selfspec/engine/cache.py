@@ -94,6 +94,19 @@ class KVCache:
         self.lengths.append(0)
         return len(self.lengths) - 1
 
+    def adopt(self, other: "KVCache") -> int:
+        """A new row that holds what row 0 of another cache, of as many layers, holds: its index.
+
+        Raises:
+            ValueError: every row is taken.
+        """
+        row, length = self.admit(), other.lengths[0]
+        self._kv[:, :, row, :, :length] = other._kv[:, :, 0, :, :length]
+        self.lengths[row] = length
+        for mine, theirs in zip(self.written, other.written, strict=True):
+            mine[row] = theirs.get(0, 0)
+        return row
+
     def evict(self, row: int) -> None:
         """Frees a row; the last one takes its place, so that active rows stay together."""
         last = len(self.lengths) - 1
@@ -200,6 +213,11 @@ class KVCache:
             source = self._index([base + node for node in path])
             self._kv[:, :, row, :, base : base + count] = self._kv[:, :, row, :, source]
         self.lengths[row] = base + count
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forgets a row's verified tokens from ``length`` on."""
+        assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} tokens, not {length}"
+        self.lengths[row] = length
 
     def check_integrity(self, layers: int) -> None:
         """Checks that the first ``layers`` layers hold every verified token of every row, and finite values there.

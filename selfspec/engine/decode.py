@@ -18,7 +18,7 @@ from selfspec.engine.gate import Gate
 from selfspec.engine.model import Model
 from selfspec.engine.policy import Choice, Policy, Verdict
 from selfspec.engine.tree import Tree
-from selfspec.types import Cycle, Request
+from selfspec.types import Cycle, Logprob, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +49,35 @@ class Speculation:
 
     def begin(self, request: Request, cache: KVCache, arrival: float) -> Row:
         """Admits a request: its prompt in one pass, and its first token."""
-        model, index = self.target.model, cache.admit()
-        row = Row(request, list(request.tokens), torch.empty(0), arrival)
+        row, index = self.start(request, arrival), cache.admit()
+        self.settle(row, index, self.read(row, 0, len(request.tokens), cache, index), cache)
+        return row
+
+    def start(self, request: Request, arrival: float) -> Row:
+        """The row of a request of which nothing has been read."""
+        row = Row(request, list(request.tokens), torch.empty(0), arrival, time.perf_counter())
         row.exit_layer = self.controller.exit_layer(len(request.tokens))
-        prompt = Tree.chain(request.tokens)
-        at = cache.place([prompt], row=index)
-        hidden, depth = self.draft.prefill(request.tokens, cache, at, row)
+        return row
+
+    def read(self, row: Row, first: int, count: int, cache: KVCache, index: int) -> Tensor:
+        """Runs ``count`` tokens of a prompt from number ``first`` on, in a row of the cache: states ``[count, D]``."""
+        tokens = row.request.tokens[first : first + count]
+        at = cache.place([Tree.chain(tokens)], row=index)
+        hidden, depth = self.draft.prefill(tokens, cache, at, row)
         states = self.target.run(hidden, cache, at, depth)
-        cache.keep(index, range(len(prompt)))
+        cache.keep(index, range(count))
+        return states
+
+    def settle(self, row: Row, index: int, states: Tensor, cache: KVCache) -> None:
+        """Gives the first token of a row whose prompt has been read, given its states ``[P, D]``."""
         # The last token of the prompt is a tree of one node, and nothing is drafted yet.
-        (verdict,) = self.policy([Tree.chain(request.tokens[-1:])], model.logits(states[-1:]), [_choice(row)])
+        trees, logits = [Tree.chain(row.request.tokens[-1:])], self.target.model.logits(states[-1:])
+        (verdict,) = self.policy(trees, logits, [_choice(row)])
         row.tokens.append(verdict.token)
+        row.logprobs += _logprobs(row.request, logits, [verdict.token])
         row.state = states[-1:]
         self.draft.observe(row, index, row.tokens[1:], states, cache)
         row.first_token = time.perf_counter()
-        return row
 
     def step(self, rows: Sequence[Row], cache: KVCache) -> None:
         """One cycle for every row of the batch: row r has row r of the cache."""
@@ -77,11 +91,14 @@ class Speculation:
         if hidden is None:
             hidden = self.target.model.embed([token for tree in trees for token in tree.tokens], at)
         states = self.target.run(hidden, cache, at, depth)
-        verdicts = self.policy(trees, self.target.model.logits(states), [_choice(row) for row in rows])
-        accepted = []
+        logits = self.target.model.logits(states)
+        verdicts = self.policy(trees, logits, [_choice(row) for row in rows])
+        accepted, first = [], 0
         for index, (row, tree, verdict) in enumerate(zip(rows, trees, verdicts, strict=True)):
-            own, states = states[: len(tree)], states[len(tree) :]
-            accepted.append(self._accept(row, index, tree, verdict, own, cache))
+            own = slice(first, first := first + len(tree))
+            new = self._accept(row, index, tree, verdict, states[own], cache)
+            row.logprobs += _logprobs(row.request, logits[own][verdict.path[:new]], row.tokens[-new:])
+            accepted.append(new)
         verified = time.perf_counter()
 
         cycles = [
@@ -120,9 +137,16 @@ class Speculation:
         """The tokens that end a request's answer."""
         return frozenset() if request.ignore_eos else self.target.model.shape.eos
 
-    def finished(self, row: Row) -> bool:
-        """Whether a stop token came, or all tokens asked for."""
-        return row.remaining <= 0 or row.tokens[-1] in self.stop_tokens(row.request)
+
+def _logprobs(request: Request, logits: Tensor, tokens: Sequence[int]) -> list[Logprob]:
+    """Of each of n tokens, from the logits ``[n, vocab]`` that gave it; of none where the request asks for none."""
+    if request.logprobs is None:
+        return []
+    found = logits.float().log_softmax(-1)
+    best = found.topk(request.logprobs)
+    tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    own = found[torch.arange(len(tokens)), tokens].tolist()
+    return [Logprob(value, tuple(zip(*top, strict=True))) for value, top in zip(own, tops, strict=True)]
 
 
 def _choice(row: Row) -> Choice:

@@ -2,16 +2,19 @@
 
 import importlib
 from dataclasses import replace
+from pathlib import Path
 
 from selfspec import config as schema
 from selfspec.config import EngineName
 from selfspec.engine.base import Engine
+from selfspec.engine.served import Server
 from selfspec.plan import REFERENCES, Plan
 
 ENGINES = {
     EngineName.torch: "selfspec.engine.torch_engine:TorchEngine",
     EngineName.fake: "selfspec.engine.fake:FakeEngine",
     EngineName.hf: "selfspec.engine.hf_engine:HFEngine",
+    EngineName.openai: "selfspec.engine.openai_engine:OpenAIEngine",
 }
 
 
@@ -37,3 +40,15 @@ def reference(name: str, plan: Plan) -> Engine:
             policy=plan.policy if plan.exact else schema.Policy(),
         )
     )
+
+
+def served(url: str, secret: str | None, engine: Engine) -> Server:
+    """A server of the engine's model, as a caller with this API key sees it; the engine's tokenizer reads its text."""
+    return Server("url", url, secret, lambda text, stopped: engine.encode(text, chat=False))
+
+
+def weights(plan: Plan) -> Path:
+    """The folder of the plan's model on this disk, fetched and converted where that is still to do."""
+    from selfspec.engine import gguf
+
+    return gguf.model_folder(plan.model)

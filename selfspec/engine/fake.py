@@ -1,80 +1,34 @@
 """A deterministic engine without a model: set acceptance, virtual time. For tests of all around an engine.
 
-The "model" continues a context by a hash of its last tokens; a draft token is right with the chance that the
-:class:`World` says, by another hash. Gates and controllers are the real ones, and requests are batched as they
-really are, so that both can be studied over a hundred thousand cycles in seconds.
+The "model" continues a context by a hash of its last tokens; a draft token is right with the chance that the world
+(``fake_session.py``) says, by another hash. Gates and controllers are the real ones, and requests are batched as
+they really are, so that both can be studied over a hundred thousand cycles in seconds.
 """
 
 import math
-import zlib
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfspec.config import GateName
-from selfspec.engine import controller, gate
-from selfspec.engine.base import Tie
+from selfspec.config import Order
+from selfspec.engine import admission, controller, gate
+from selfspec.engine.admission import Admission
+from selfspec.engine.base import Limits, Tie
 from selfspec.engine.controller import Controller
+from selfspec.engine.fake_session import (
+    VOCAB,
+    Clock,
+    FakeSession,
+    Parts,
+    World,
+    chances,
+    entropy,
+    next_token,
+    var_entropy,
+)
 from selfspec.engine.gate import Gate
 from selfspec.plan import Plan
-from selfspec.types import Completion, Cycle, Request
-
-VOCAB = 256
-
-
-class World:
-    """What there is to be learned: how often a draft is right, and what time things take. Subclasses differ.
-
-    Args:
-        acceptance: the chance that a drafted token is right.
-        draft_ms: milliseconds of a draft step.
-    """
-
-    def __init__(self, acceptance: float, draft_ms: float = 3.0) -> None:
-        self._acceptance, self._draft_ms = acceptance, draft_ms
-
-    def acceptance(self, request: Request, position: int, exit_layer: int | None) -> float:
-        """The chance that a draft of a request's new token number ``position`` is right."""
-        return self._acceptance
-
-    def draft_ms(self, rows: int, exit_layer: int | None) -> float:
-        """Of one draft step for so many rows."""
-        return self._draft_ms * growth(rows)
-
-    def pass_ms(self, tokens: int) -> float:
-        """Of the target's pass over so many tokens."""
-        return 10.0 * growth(tokens)
-
-    def pace(self, now: float) -> float:
-        """By how much the machine is slower than usual, ``now`` milliseconds after the engine was made."""
-        return 1.0
-
-
-def growth(tokens: int) -> float:
-    """What a pass over so many tokens costs beside a pass over one: as measured, 1.01 at 4, 1.07 at 8, 1.28 at 16."""
-    more, few = tokens - 1, min(tokens - 1, 15)
-    return 1 + 0.00125 * few * (2 * more - few)  # a parabola that goes on as its tangent
-
-
-@dataclass(slots=True)
-class Row:
-    """A request being decoded: its whole answer is known, and how much of it is out."""
-
-    number: int
-    request: Request
-    answer: list[int]
-    exit_layer: int | None
-    first_token: float
-    done: int = 1
-    cycles: list[Cycle] = field(default_factory=list)
-
-    @property
-    def remaining(self) -> int:
-        """Tokens still to come."""
-        return len(self.answer) - self.done
+from selfspec.types import Completion, Request, Score, Signals
 
 
 class FakeEngine:
@@ -87,12 +41,16 @@ class FakeEngine:
         self.gate = gate.make(plan.gate, plan.seed)
         self.controller = controller.make(plan.controller, plan.seed)
         self._fixed_gates: dict[int, Gate] = {}
-        self._signal = _SIGNALS[plan.gate.name]
-        self._before = self._now = 0.0  # milliseconds of earlier calls, and into this one
+        self.clock = Clock()
 
     def describe(self) -> Mapping[str, object]:
         """Nothing that varies."""
         return {"engine": "fake", "device": "none", "dtype": "none", "threads": 1}
+
+    @property
+    def vocab(self) -> int:
+        """Bytes."""
+        return VOCAB
 
     def encode(self, text: str, chat: bool) -> list[int]:
         """UTF-8 bytes."""
@@ -113,66 +71,28 @@ class FakeEngine:
             stops = self._fixed_gates.setdefault(k, gate.make(self.plan.gate, self.plan.seed))
         if plain or not self.plan.speculative:
             control, stops = controller.Fixed(0), gate.Gate()
-        waiting, rows = deque(enumerate(requests)), list[Row]()
-        done: dict[int, Completion] = {}
-        self._before, self._now = self._before + self._now, 0.0
-        while waiting or rows:
-            while waiting and len(rows) < (max_batch or self.plan.engine.max_batch):
-                number, request = waiting.popleft()
-                exit_layer = control.exit_layer(len(request.tokens))
-                self._pass(self.world.pass_ms(1))
-                rows.append(Row(number, request, _answer(request), exit_layer, self._now))
-            going = [row for row in rows if row.remaining]
-            if going:
-                self._step(going, control, stops)
-            for row in rows:
-                if not row.remaining:
-                    tokens, cycles = tuple(row.answer), tuple(row.cycles)
-                    done[row.number] = Completion(tokens, cycles, row.first_token / 1e3, self._now / 1e3, "length")
-            rows = [row for row in rows if row.remaining]
-        return [done[number] for number in range(len(requests))]
+        rows = max_batch or self.plan.engine.max_batch
+        positions = max((len(r.tokens) + r.max_new_tokens for r in requests), default=0)
+        session = FakeSession(self._parts(control, stops), rows, positions, Admission())
+        return session.run(requests)
 
-    def _step(self, rows: Sequence[Row], control: Controller, stops: Gate) -> None:
-        stops.begin()
-        ks = [min(control.ask(row.cycles, len(rows)), row.remaining - 1) for row in rows]
-        drafts = [self._draft(row, k, stops) for row, k in zip(rows, ks, strict=True)]
-        steps = max(max(len(signals), proposed) for proposed, _, signals in drafts)
-        draft_ms = self._pass(steps * self.world.draft_ms(len(rows), rows[0].exit_layer))
-        verify_ms = self._pass(self.world.pass_ms(sum(proposed + 1 for proposed, _, _ in drafts)))
-        cycles = [
-            Cycle(k, proposed, proposed, accepted, accepted + 1, signals, draft_ms, verify_ms, len(rows))
-            for k, (proposed, accepted, signals) in zip(ks, drafts, strict=True)
-        ]
-        for row, cycle in zip(rows, cycles, strict=True):
-            row.cycles.append(cycle)
-            row.done += cycle.new_tokens
-        stops.observe(cycles)
-        control.observe(cycles)
+    def open(self, rows: int, positions: int, order: Order) -> FakeSession:
+        """As :meth:`Engine.open <selfspec.engine.base.Engine.open>`; there is no limit to positions."""
+        control, stops = self.controller, self.gate
+        if not self.plan.speculative:
+            control, stops = controller.Fixed(0), gate.Gate()
+        return FakeSession(self._parts(control, stops), rows, positions, admission.make(order, self.plan.serve.chunk))
 
-    def _draft(self, row: Row, k: int, stops: Gate) -> tuple[int, int, tuple[float, ...]]:
-        """Tokens proposed, tokens that stand, and the gate's signals.
+    def _parts(self, control: Controller, stops: Gate) -> Parts:
+        return Parts(self.world, self.clock, control, stops, self.plan.gate.name)
 
-        The draft is as sure of a token as the token is likely to be right: its probability is U^(1/a - 1),
-        the mean of which is the acceptance a.
-        """
-        accepted, right, signals = 0, True, list[float]()
-        for j in range(k):
-            acceptance = self.world.acceptance(row.request, row.done + j, row.exit_layer)
-            luck, sure = _chances(row.request, row.answer, row.done + j)
-            sure = sure ** (1 / acceptance - 1) if acceptance else 0.0
-            if stops.reads:
-                signals.append(self._signal(sure))
-                if stops.stops(signals[-1]):
-                    return j, accepted, tuple(signals)
-            right = right and luck < sure
-            accepted += right
-        return k, accepted, tuple(signals)
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Every message's role and content."""
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages), chat=False)
 
-    def _pass(self, ms: float) -> float:
-        """Lets time go by: how much, at the machine's pace."""
-        ms *= self.world.pace(self._before + self._now)
-        self._now += ms
-        return ms
+    def decode(self, tokens: Sequence[int]) -> str:
+        """As UTF-8 bytes."""
+        return bytes(tokens).decode(errors="replace")
 
     def state(self) -> Mapping[str, Any]:
         """What gate and controller have learned so far."""
@@ -195,6 +115,35 @@ class FakeEngine:
         """No rounding here: different tokens are different."""
         return Tie(1.0, 0.0)
 
+    def score(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]], *, plain: bool = False
+    ) -> list[Score]:
+        """The token that follows by hash has probability 1/2, all others share the rest; unverified, it has 2/5."""
+        sure = 0.5 if plain or self.plan.policy.verify else 0.4
+        scores = []
+        for tokens in continuations:
+            before = [list((*context, *tokens)[: len(context) + i]) for i in range(len(tokens))]
+            hits = [next_token(known) == token for known, token in zip(before, tokens, strict=True)]
+            p = [sure if hit else (1 - sure) / (VOCAB - 1) for hit in hits]
+            scores.append(Score(tuple(math.log(each) for each in p), all(hits)))
+        return scores
+
+    def probe(self, prompt: Sequence[int], answer: Sequence[int], exits: Sequence[int] | None = None) -> list[Signals]:
+        """As sure, and as often right, as drafts of this engine are."""
+        request, found = Request(tuple(prompt), len(answer)), list[Signals]()
+        for layer in exits or [self.plan.draft.exit_layer or 1]:
+            luck_of = [chances(request, answer, position) for position in range(1, len(answer))]
+            odds = [self.world.acceptance(request, position, layer) for position in range(1, len(answer))]
+            sure = [s ** (1 / a - 1) if a else 0.0 for (_, s), a in zip(luck_of, odds, strict=True)]
+            entropies, variances = tuple(map(entropy, sure)), tuple(map(var_entropy, sure))
+            accepted = tuple(luck < s for (luck, _), s in zip(luck_of, sure, strict=True))
+            found.append(Signals(layer, "raw", tuple(sure), entropies, variances, accepted))
+        return found
+
+    def limits(self) -> Limits:
+        """Any length; the byte 0 comes first."""
+        return Limits(1 << 30, 0, False)
+
     def peak_memory_mb(self) -> float:
         """None to speak of."""
         return 0.0
@@ -202,44 +151,3 @@ class FakeEngine:
     def device_utilisation(self) -> float | None:
         """No device."""
         return None
-
-
-def _answer(request: Request) -> list[int]:
-    """All tokens of the answer."""
-    tokens = list(request.tokens)
-    for _ in range(request.max_new_tokens):
-        tokens.append(zlib.crc32(bytes(t % VOCAB for t in tokens[-8:])) % VOCAB)
-    return tokens[len(request.tokens) :]
-
-
-def _chances(request: Request, answer: Sequence[int], position: int) -> tuple[float, float]:
-    """Two uniform numbers in [0, 1) for a token: the same ones, however decoding came to it."""
-    before = (*request.tokens[-8:], *answer[max(position - 8, 0) : position])[-8:]
-    digest = blake2b(bytes(t % VOCAB for t in before), digest_size=16, salt=position.to_bytes(8, "big")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:], "big") / 2**64
-
-
-def _entropy(p: float) -> float:
-    """In nats, where one token has probability p and the others share the rest."""
-    best, other = _surprisals(p)
-    return p * best + (1 - p) * other
-
-
-def _var_entropy(p: float) -> float:
-    """The variance of surprisal there, in nats squared: small where p is, too, as then nearly all tokens are alike."""
-    best, other = _surprisals(p)
-    return p * (1 - p) * (best - other) ** 2
-
-
-def _surprisals(p: float) -> tuple[float, float]:
-    p = min(max(p, 1e-9), 1 - 1e-9)
-    return -math.log(p), -math.log((1 - p) / (VOCAB - 1))
-
-
-_SIGNALS: Mapping[GateName, Callable[[float], float]] = {
-    GateName.none: float,
-    GateName.maxp: float,
-    GateName.bandit: float,
-    GateName.entropy: _entropy,
-    GateName.varH: _var_entropy,
-}

@@ -3,37 +3,74 @@
 In bf16 on a CPU, ``F.linear`` on a plain weight cannot use that layout: one token's products with all of SmolLM2-135M's
 weights take 18.5 ms that way and 13.2 ms packed (``tests/benchmarks/plain.py``). Packing is oneDNN's, through the
 operators that ``torch.compile`` emits.
+
+Weights can be rounded to int8, too, with a scale for each output; activations then are, with a scale for each token,
+so that what a token comes to does not depend on its neighbours in a pass, and sums are exact. ``docs/routing.md`` says
+what it brings.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def packed(weight: Tensor) -> Tensor:
+class Int8(NamedTuple):
+    """A weight in 8 bits: ``values`` is ``[in, out]``, ``scale`` ``[out]`` in float32."""
+
+    values: Tensor
+    scale: Tensor
+
+
+Weight = Tensor | Int8
+
+
+def rounded(weight: Weight) -> Int8:
+    """A weight ``[out, in]`` in 8 bits, each output by the largest of its own."""
+    exact = plain(weight).float()
+    scale = exact.abs().amax(1).clamp(min=1e-9) / 127
+    return Int8((exact / scale[:, None]).round().to(torch.int8).t(), scale)
+
+
+def packed(weight: Weight) -> Tensor:
     """A weight ``[out, in]`` in the kernel's own layout; where there is none (other dtypes and devices), as it is."""
+    weight = plain(weight)
     if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return weight
     laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
     return laid_out
 
 
-def plain(weight: Tensor) -> Tensor:
+def plain(weight: Weight) -> Tensor:
     """A weight as ``[out, in]`` again."""
+    if isinstance(weight, Int8):
+        return (weight.values * weight.scale).t()
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + b: ``[N, in]`` -> ``[N, out]``, the weight packed or not."""
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x W' + b: ``[N, in]`` -> ``[N, out]``, the weight packed, in 8 bits, or as it is."""
+    if isinstance(weight, Int8):
+        found = _int8(x, weight)
+        return found if bias is None else found + bias
     if weight.is_mkldnn:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
     return F.linear(x, weight, bias)
 
 
-def add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def add_linear(residual: Tensor, x: Tensor, weight: Weight) -> Tensor:
     """r + x W', rounded once: ``[N, out]``."""
+    if isinstance(weight, Int8):
+        return residual + _int8(x, weight)
     if weight.is_mkldnn:
         total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, None, "add")
         return total
     return torch.addmm(residual, x, weight.t())
+
+
+def _int8(x: Tensor, weight: Int8) -> Tensor:
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-9) / 127
+    sums = torch._int_mm((x / scale).round_().to(torch.int8), weight.values)
+    return (sums * (scale * weight.scale)).to(x.dtype)

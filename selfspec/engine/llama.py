@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selfspec.engine.cache import KVCache, Place
-from selfspec.engine.linear import add_linear, linear, packed, plain
+from selfspec.engine.linear import Int8, Weight, add_linear, linear, packed, plain, rounded
 from selfspec.engine.model import Shape
 from selfspec.errors import AssetError, ConfigError
 
@@ -35,14 +35,14 @@ class Layer:
     """One decoder layer's weights, fused: ``[out, in]`` as stored, biases ``[out]`` where the model has them."""
 
     attention_norm: Tensor
-    qkv: Tensor
+    qkv: Weight
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Tensor
+    out: Weight
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
 
 
 class Llama:
@@ -58,7 +58,7 @@ class Llama:
         self.final_norm = weights["model.norm.weight"]
         self.layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        self._head: Tensor | None = None  # the packed one: the embedding, which may be the same, stays as it is
+        self._head: Weight | None = None  # the packed one: the embedding, which may be the same, stays as it is
         self._rotary = _rotary(config, self.shape)
         self._cos, self._sin = (table.to(self.device, self.dtype) for table in self._rotary)
 
@@ -98,6 +98,13 @@ class Llama:
         head = packed(self.lm_head)
         self._head = head if head is not self.lm_head else None
 
+    def quantise(self) -> None:
+        """Rounds the weights of all layers, and of the head, to int8."""
+        for layer in self.layers:
+            layer.qkv, layer.out = rounded(layer.qkv), rounded(layer.out)
+            layer.gate_up, layer.down = rounded(layer.gate_up), rounded(layer.down)
+        self._head = rounded(self.lm_head)
+
     def to(self, dtype: torch.dtype) -> "Llama":
         """The same model in another dtype (a copy; used to look at a tie in float32)."""
         other = object.__new__(Llama)
@@ -109,7 +116,7 @@ class Llama:
             Layer(*(None if w is None else plain(w).to(dtype) for w in (getattr(layer, f) for f in Layer.__slots__)))  # type: ignore[arg-type]
             for layer in self.layers
         ]
-        other._head, other._rotary = None, self._rotary
+        other._head, other._rotary = plain(self._head).to(dtype) if isinstance(self._head, Int8) else None, self._rotary
         other._cos, other._sin = (table.to(self.device, dtype) for table in self._rotary)
         return other
 

@@ -186,6 +186,24 @@ def typical(logits: Tensor, epsilon: float, delta: float) -> Tensor:
     return p > min(epsilon, delta * math.exp(-entropy))
 
 
+class Mixed:
+    """Requests that sample by :class:`Rejection`, the others by another policy, in one batch."""
+
+    def __init__(self, greedy: Policy) -> None:
+        self.greedy, self.sampled = greedy, Rejection()
+
+    def __call__(self, trees: Sequence[Tree], logits: Tensor, choices: Sequence[Choice]) -> list[Verdict]:
+        """A batch that does not sample is judged at once, as without this class."""
+        if not any(choice.sampling.temperature for choice in choices):
+            return self.greedy(trees, logits, choices)
+        verdicts = []
+        for tree, choice in zip(trees, choices, strict=True):
+            own, logits = logits[: len(tree)], logits[len(tree) :]
+            judge = self.sampled if choice.sampling.temperature else self.greedy
+            verdicts += judge([tree], own, [choice])
+        return verdicts
+
+
 def make(policy: PolicyConfig) -> Policy:
     """The policy a config asks for; its plan has checked that the numbers it needs are there."""
     match policy:

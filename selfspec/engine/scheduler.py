@@ -1,73 +1,93 @@
-"""Continuous batching: requests join as rows become free, advance by what each accepts, and leave when done."""
+"""Continuous batching of the torch engine, over the rows of one key-value cache."""
 
 import time
-from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
+import torch
+from torch import Tensor
+
+from selfspec.config import Order
+from selfspec.engine import admission
+from selfspec.engine.base import Progress
+from selfspec.engine.batching import Batching
 from selfspec.engine.cache import KVCache
 from selfspec.engine.decode import Speculation
 from selfspec.engine.draft.base import Row
 from selfspec.types import Completion, Request
 
 
-class Scheduler:
-    """First come, first served, over the rows of one cache."""
+class Scheduler(Batching[Row]):
+    """As many requests at once as the cache has rows; row r of the batch is row r of the cache.
 
-    def __init__(self, speculation: Speculation, cache: KVCache) -> None:
-        """``cache``: empty; as many requests are decoded at once as it has rows."""
+    A prompt that is read in pieces lies in a cache of its own until it is whole: the batch's rows stand together.
+    """
+
+    def __init__(
+        self,
+        speculation: Speculation,
+        cache: KVCache,
+        order: Order = Order.fcfs,
+        chunk: int = 64,
+        positions: int | None = None,
+    ) -> None:
+        """``cache``: empty. ``positions``: the most of a request; ``None``: all that the cache has slots for."""
+        most = cache.capacity + 1 if positions is None else positions  # the last token is never run
+        super().__init__(cache.rows, most, admission.make(order, chunk))
         self.speculation, self.cache = speculation, cache
-        self.waiting: deque[tuple[int, Request, float]] = deque()
-        self.rows: list[tuple[int, Row]] = []
-        self._submitted = 0
+        self._aside: KVCache | None = None
+        self._states: list[Tensor] = []
 
-    def submit(self, request: Request) -> int:
-        """Puts a request in the queue: its number."""
-        self.waiting.append((self._submitted, request, time.perf_counter()))
-        self._submitted += 1
-        return self._submitted - 1
+    @torch.inference_mode()
+    def step(self) -> list[Progress]:
+        """See :meth:`Batching.step <selfspec.engine.batching.Batching.step>`."""
+        return super().step()
 
-    @property
-    def busy(self) -> bool:
-        """Whether anything is waiting or being decoded."""
-        return bool(self.waiting or self.rows)
+    @torch.inference_mode()
+    def cancel(self, number: int) -> Completion | None:
+        """See :meth:`Batching.cancel <selfspec.engine.batching.Batching.cancel>`."""
+        return super().cancel(number)
 
-    def step(self) -> list[tuple[int, Completion]]:
-        """Admits what there is room for, runs one cycle; those that are done, by number."""
-        while self.waiting and len(self.rows) < self.cache.rows:
-            number, request, arrival = self.waiting.popleft()
-            self.rows.append((number, self.speculation.begin(request, self.cache, arrival)))
-        done = self._leave()
-        if self.rows:
-            self.speculation.step([row for _, row in self.rows], self.cache)
-            done += self._leave()
-        return done
+    def _now(self) -> float:
+        return time.perf_counter()
 
-    def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Decodes all of them, in the order given."""
-        numbers = [self.submit(request) for request in requests]
-        done: dict[int, Completion] = {}
-        while self.busy:
-            done |= self.step()
-        return [done[number] for number in numbers]
+    def _start(self, request: Request, arrival: float) -> Row:
+        return self.speculation.start(request, arrival)
 
-    def _leave(self) -> list[tuple[int, Completion]]:
-        """Evicts finished rows, last first: the last row takes the place of one that leaves, here and in the cache."""
-        done = []
-        for index in reversed(range(len(self.rows))):
-            number, row = self.rows[index]
-            if self.speculation.finished(row):
-                done.append((number, self._completion(row)))
-                self.cache.evict(index)
-                self.rows[index] = self.rows[-1]
-                self.rows.pop()
-        return done
+    def _read(self, row: Row, done: int, count: int) -> None:
+        if self._aside is None:
+            draft, model = self.speculation.draft, self.speculation.target.model
+            self._aside = model.new_cache(self.cache.capacity, 1, draft.layers)
+        if done == 0:
+            if self._aside.lengths:  # of one that was cancelled
+                self._aside.evict(0)
+            self._aside.admit()
+            self._states = []
+        self._states.append(self.speculation.read(row, done, count, self._aside, 0))
 
-    def _completion(self, row: Row) -> Completion:
-        stopped = row.tokens[-1] in self.speculation.stop_tokens(row.request)
-        return Completion(
-            tokens=tuple(row.new_tokens),
-            cycles=tuple(row.cycles),
-            ttft_s=row.first_token - row.arrival,
-            total_s=time.perf_counter() - row.arrival,
-            finish="stop" if stopped else "length",
-        )
+    def _join(self, row: Row, done: int) -> None:
+        left = len(row.request.tokens) - done
+        if done:
+            assert self._aside is not None, "the beginning lies there"
+            self._read(row, done, left)
+            index, states = self.cache.adopt(self._aside), torch.cat(self._states)
+            self._aside.evict(0)
+            self._states = []
+        else:
+            index = self.cache.admit()
+            states = self.speculation.read(row, 0, left, self.cache, index)
+        self.speculation.settle(row, index, states, self.cache)
+
+    def _cycle(self, rows: Sequence[Row]) -> None:
+        self.speculation.step(rows, self.cache)
+
+    def _evict(self, index: int) -> None:
+        self.cache.evict(index)
+
+    def _finish(self, row: Row) -> Literal["stop", "length"] | None:
+        if row.tokens[-1] in self.speculation.stop_tokens(row.request):
+            return "stop"
+        return "length" if row.remaining <= 0 else None
+
+    def _kv_used(self) -> float:
+        return sum(self.cache.lengths) / (self.cache.rows * self.cache.capacity)

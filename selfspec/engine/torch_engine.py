@@ -14,20 +14,21 @@ from torch import Tensor
 
 from selfspec import config as schema
 from selfspec import heads
-from selfspec.engine import controller, fit, gate, gguf, hf, policy
-from selfspec.engine.base import Tie
+from selfspec.engine import controller, fit, gate, gguf, hf, policy, scoring
+from selfspec.engine.base import Limits, Tie
 from selfspec.engine.decode import Speculation, Target
 from selfspec.engine.draft.base import Draft
 from selfspec.engine.draft.layerskip import EarlyExit
 from selfspec.engine.head import Head
+from selfspec.engine.llama import Llama
 from selfspec.engine.model import Model
 from selfspec.engine.scheduler import Scheduler
 from selfspec.engine.tree import Tree
-from selfspec.errors import AssetError, ConfigError
+from selfspec.errors import AssetError, ConfigError, one_line
 from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import write_atomic
-from selfspec.types import Completion, Request
+from selfspec.types import Completion, Request, Score, Signals
 
 _DTYPES = {schema.Dtype.bf16: torch.bfloat16, schema.Dtype.fp16: torch.float16, schema.Dtype.fp32: torch.float32}
 
@@ -66,7 +67,12 @@ class TorchEngine:
         return model
 
     def _load(self) -> Model:
-        return hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers)
+        model = hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers)
+        if self.plan.engine.weights is schema.Weights.int8:
+            if not isinstance(model, Llama) or self.device.type != "cpu":
+                raise ConfigError("engine.weights=int8: only our own layers have them (engine.layers=fast), on a CPU")
+            model.quantise()
+        return model
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -121,6 +127,11 @@ class TorchEngine:
             "torch": torch.__version__,
         }
 
+    @property
+    def vocab(self) -> int:
+        """Token ids are below this."""
+        return self.model.shape.vocab
+
     def encode(self, text: str, chat: bool) -> list[int]:
         """Text -> token ids; with ``chat``, as a user's turn in the model's chat template.
 
@@ -134,11 +145,26 @@ class TorchEngine:
             raise ConfigError(
                 f"workload.chat=true: {self.plan.model.name} has no chat template; use workload.chat=false"
             )
-        turn = [{"role": "user", "content": text}]
-        templated: list[int] = self._tokenizer.apply_chat_template(
-            turn, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return templated
+        return self.encode_chat([{"role": "user", "content": text}])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """See :meth:`Engine.encode_chat <selfspec.engine.base.Engine.encode_chat>`."""
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise ValueError(f"{self.plan.model.name} has no chat template")
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ValueError(one_line(error)) from error
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See :meth:`Engine.decode <selfspec.engine.base.Engine.decode>`."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     @torch.inference_mode()
     def generate(
@@ -162,6 +188,22 @@ class TorchEngine:
             extra_layers=speculation.draft.layers,
         )
         return Scheduler(speculation, cache).run(requests)
+
+    @torch.inference_mode()
+    def open(self, rows: int, positions: int, order: schema.Order) -> Scheduler:
+        """See :meth:`Engine.open <selfspec.engine.base.Engine.open>`; requests that sample do so by rejection.
+
+        Raises:
+            ConfigError: the model has fewer positions.
+        """
+        limit = self.model.shape.max_positions
+        if positions > limit:
+            raise ConfigError(f"serve.max_positions={positions}: {self.plan.model.name} has {limit}")
+        made = self._speculation
+        made = replace(made, policy=policy.Mixed(made.policy))
+        capacity = positions + made.draft.nodes(self.plan.controller.most)
+        cache = self.model.new_cache(capacity, rows, made.draft.layers)
+        return Scheduler(made, cache, order, self.plan.serve.chunk, positions)
 
     def state(self) -> Mapping[str, Any]:
         """What gate and controller have learned so far, as JSON values."""
@@ -219,6 +261,37 @@ class TorchEngine:
             return Tie(gap, 0.0)
         error = max(float((rounded - exact).abs().max()), torch.finfo(self.dtype).eps * float(exact.abs().max()))
         return Tie(gap, 2 * error)
+
+    @torch.inference_mode()
+    def score(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]], *, plain: bool = False
+    ) -> list[Score]:
+        """See :meth:`Engine.score <selfspec.engine.base.Engine.score>`."""
+        self._room(len(context) + max(map(len, continuations)) - 1)  # the last token is not read
+        decides = self._plain if plain or self.plan.policy.verify else self._speculation
+        step = self.plan.controller.most + 1 if self.plan.speculative and not plain else None
+        return scoring.score(decides.target, context, continuations, step)
+
+    @torch.inference_mode()
+    def probe(self, prompt: Sequence[int], answer: Sequence[int], exits: Sequence[int] | None = None) -> list[Signals]:
+        """See :meth:`Engine.probe <selfspec.engine.base.Engine.probe>`."""
+        self._room(len(prompt) + len(answer))
+        layers, draft = self.model.shape.layers, self.plan.draft
+        beyond = [layer for layer in exits or () if not 1 <= layer < layers]
+        if beyond:
+            raise ConfigError(f"quality.exits={beyond[0]}: the model has {layers} layers; must be 1 to {layers - 1}")
+        if exits is None:
+            exits = scoring.exits(layers, draft.exit_layer)
+        own = self._make_draft() if draft.fitted else None
+        own = getattr(own, "learned", own)  # of a hybrid
+        fitted = own if isinstance(own, EarlyExit) else None
+        return scoring.probe(self.model, prompt, answer, exits, fitted, draft.learned or draft.name)
+
+    def limits(self) -> Limits:
+        """See :meth:`Engine.limits <selfspec.engine.base.Engine.limits>`."""
+        tokens = self._tokenizer
+        prefix = tokens.bos_token_id if tokens.bos_token_id is not None else tokens.eos_token_id
+        return Limits(self.model.shape.max_positions, prefix, tokens("a")["input_ids"][:1] == [prefix])
 
     def peak_memory_mb(self) -> float:
         """The device's high-water mark on CUDA, else the process's resident one, in MiB."""

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from selfspec import metrics, workload
 from selfspec.checkpoint import Journal, Record
@@ -46,10 +46,45 @@ def poolable(records: list[Record]) -> list[Record]:
     return [record for record in records if record.on == most]
 
 
-def notes(records: list[Record]) -> list[str]:
+def notes(plan: Plan, journal: Journal) -> list[str]:
     """What the reader of the summary must know."""
+    records = journal.records("bench")
     left_out = len(records) - len(poolable(records))
     return [f"{left_out} of {len(records)} units ran on other hardware and are left out"] if left_out else []
+
+
+def failures(plan: Plan, journal: Journal) -> list[str]:
+    """An exact policy that changed tokens."""
+    records = journal.records("bench")
+    if verdict(records, plan) != "no":
+        return []
+    differing = sum(v["verdict"] == "differs" for record in records for v in record.data["verdicts"])
+    return [f"not lossless: {differing} prompts differ from plain decoding"]
+
+
+def facts(plan: Plan, journal: Journal) -> dict[str, Any]:
+    """The verdict, where it was measured, and acceptance by position."""
+    records = journal.records("bench")
+    pooled = poolable(records)
+    return {
+        "lossless": verdict(records, plan),
+        "acceptance_by_position": metrics.acceptance_by_position([record.data for record in pooled]),
+        "provenance": pooled[0].data["provenance"],
+    }
+
+
+def per_unit(data: dict[str, Any]) -> Measurements:
+    """What a tracker is shown of a unit."""
+    return metrics.per_unit(data)
+
+
+def write(folder: Path, plan: Plan, journal: Journal) -> None:
+    """Every cycle, as ``cycles.parquet``.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_cycles(folder / "cycles.parquet", journal.records("bench"))
 
 
 def verdict(records: list[Record], plan: Plan) -> Verdict:
@@ -130,7 +165,7 @@ def _unit(
     engine: Engine, plan: Plan, ways: Mapping[str, Way], prompts: Sequence[Prompt], turn: int
 ) -> dict[str, object]:
     """Some prompts, every way, another one first in each turn. The reference itself is decoded once."""
-    requests = [_request(plan, prompt) for prompt in prompts]
+    requests = [request(plan, prompt) for prompt in prompts]
     order = [*ways][turn % len(ways) :] + [*ways][: turn % len(ways)]
     wall, cpu = time.perf_counter(), time.process_time()
     done = {name: ways[name](requests) for name in order}
@@ -144,7 +179,7 @@ def _unit(
         "configured": [metrics.pack(completion) for completion in configured],
         "against": {name: [metrics.pack(completion) for completion in those] for name, those in done.items()},
         "verdicts": [
-            _compared(engine, plan, prompt, one, other)
+            compared(engine, plan, prompt, one.tokens, other.tokens)
             for prompt, one, other in zip(prompts, plain, configured, strict=True)
         ],
         "state": engine.state(),
@@ -154,7 +189,7 @@ def _unit(
     }
 
 
-def _request(plan: Plan, prompt: Prompt) -> Request:
+def request(plan: Plan, prompt: Prompt) -> Request:
     """A prompt with the plan's limits; where tokens are drawn, with randomness of its own."""
     policy, sampling = plan.policy, GREEDY
     if policy.samples:
@@ -163,19 +198,19 @@ def _request(plan: Plan, prompt: Prompt) -> Request:
     return Request(prompt.tokens, plan.workload.new_tokens, plan.workload.ignore_eos, sampling)
 
 
-def _compared(
-    engine: Engine, plan: Plan, prompt: Prompt, plain: Completion, configured: Completion
+def compared(
+    engine: Engine, plan: Plan, prompt: Prompt, plain: Sequence[int], configured: Sequence[int]
 ) -> dict[str, object]:
     """The verdict on a prompt: ``equal``, ``tie``, ``drawn`` or ``differs``, and where and how far apart."""
-    at = metrics.first_difference(plain.tokens, configured.tokens)
+    at = metrics.first_difference(plain, configured)
     if at is None:
         return {"verdict": "equal"}
     if plan.policy.samples and plan.exact:
         return {"verdict": "drawn", "differs_at": at}
-    stopped_early = at == min(len(plain.tokens), len(configured.tokens))
+    stopped_early = at == min(len(plain), len(configured))
     if stopped_early or not plan.exact:  # no second token to compare with, or nothing to excuse
         return {"verdict": "differs", "differs_at": at}
-    tie = engine.compare((*prompt.tokens, *plain.tokens[:at]), plain.tokens[at], configured.tokens[at])
+    tie = engine.compare((*prompt.tokens, *plain[:at]), plain[at], configured[at])
     verdict = "tie" if tie.explains else "differs"
     return {"verdict": verdict, "differs_at": at, "gap": tie.gap, "rounding": tie.rounding}
 

@@ -15,7 +15,7 @@ from selfspec.engine.cache import KVCache, Place
 from selfspec.engine.gate import Gate
 from selfspec.engine.model import Model
 from selfspec.engine.tree import Tree
-from selfspec.types import Cycle, Request
+from selfspec.types import Cycle, Logprob, Request
 
 
 @dataclass(slots=True)
@@ -25,6 +25,7 @@ class Row:
     Attributes:
         tokens: prompt and generated tokens; all but the last have been through the model.
         state: the target's normed final state ``[1, D]`` that gave the last token.
+        logprobs: of the new tokens, where the request asks for them.
         exit_layer: where an early-exit draft leaves, if its controller chose for this request.
         memory: whatever the draft keeps for this row.
     """
@@ -33,15 +34,21 @@ class Row:
     tokens: list[int]
     state: Tensor
     arrival: float
+    admitted: float = 0.0
     first_token: float = 0.0
     cycles: list[Cycle] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
     exit_layer: int | None = None
     memory: Any = None
 
     @property
     def new_tokens(self) -> list[int]:
         """What has been generated."""
-        return self.tokens[len(self.request.tokens) :]
+        return self.said(0)
+
+    def said(self, start: int) -> list[int]:
+        """What has been generated, from new token number ``start`` on."""
+        return self.tokens[len(self.request.tokens) + start :]
 
     @property
     def remaining(self) -> int:

@@ -1,0 +1,1 @@
+"""Is it still good? Perplexity, lm-eval and the gates' signals, measured through an engine (``docs/quality.md``)."""

@@ -1,0 +1,1 @@
+"""The gateway: an OpenAI-compatible server over our engine and others."""

@@ -1,0 +1,50 @@
+"""The other front door: ``python -m selfspec.serve [group=option] [handle=value]`` serves a plan over HTTP.
+
+The groups and handles are those of ``selfspec.run``; ``serve`` says where, and what callers may ask for.
+"""
+
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from selfspec.errors import ConfigError, SelfspecError
+from selfspec.refusal import BY_USER, leave
+from selfspec.run import CONF
+
+_NOTHING_WRITTEN = ("hydra.run.dir=.", "hydra.output_subdir=null", "~hydra.callbacks.selfspec")
+"""A server leaves no result, and has no job's folder."""
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def serve(cfg: DictConfig) -> None:
+    """Called by Hydra."""
+    from selfspec import plan
+    from selfspec.serve import server
+
+    try:
+        server.run(plan.make(cfg))
+    except (*BY_USER, SelfspecError) as error:
+        leave(error)  # from here: Hydra would print a line of its own first
+
+
+def main() -> None:
+    """Runs Hydra; an error the user can put right ends in one line and exit code 2."""
+    full_errors = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing in its own way
+    try:
+        if {"-m", "--multirun"} & set(sys.argv):
+            raise ConfigError("--multirun: a gateway serves one plan; start one for each")
+        overrides = [at for at, word in enumerate(sys.argv) if at and "=" in word and not word.startswith("-")]
+        end = overrides[-1] + 1 if overrides else len(sys.argv)  # argparse wants positional arguments side by side
+        sys.argv[end:end] = _NOTHING_WRITTEN
+        serve()
+    except Exception as error:
+        if full_errors:
+            raise
+        leave(error)
+
+
+if __name__ == "__main__":
+    main()

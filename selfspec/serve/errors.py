@@ -1,0 +1,86 @@
+"""What a caller is told when a request cannot be answered; each has a status and OpenAI's error shape.
+
+RequestError
+├── Invalid          400  a field of the request is wrong
+│   └── TooLong      400  prompt and answer are more than fits
+├── Unauthorized     401  no API key, or a wrong one
+├── UnknownModel     404
+├── TooLarge         413  the body
+├── Overloaded       429  as many requests as allowed are running or waiting; worth trying again
+├── Failed           500  a back end broke; nothing the caller did
+└── Unavailable      503  starting, draining, or no back end answers; worth trying again
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from selfspec.errors import SelfspecError
+
+
+class RequestError(SelfspecError):
+    """Base: ``status`` is HTTP's, ``kind`` and ``code`` are OpenAI's ``type`` and ``code``."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        """``param``: the field of the request that is wrong, if one is."""
+        super().__init__(message)
+        self.param = param
+
+    def body(self) -> Mapping[str, Any]:
+        """As OpenAI's clients read it."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class Invalid(RequestError):
+    """A field of the request is wrong."""
+
+    status, kind = 400, "invalid_request_error"
+
+
+class TooLong(Invalid):
+    """Prompt and answer are more than fits."""
+
+    code = "context_length_exceeded"
+
+
+class Unauthorized(RequestError):
+    """No API key, or a wrong one."""
+
+    status, kind, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class UnknownModel(RequestError):
+    """No back end serves a model of this name."""
+
+    status, kind, code = 404, "invalid_request_error", "model_not_found"
+
+
+class TooSlow(RequestError):
+    """The body took too long to come."""
+
+    status, kind, code = 408, "invalid_request_error", "request_timeout"
+
+
+class TooLarge(RequestError):
+    """The body is longer than allowed."""
+
+    status, kind, code = 413, "invalid_request_error", "request_too_large"
+
+
+class Overloaded(RequestError):
+    """As many requests as allowed are running or waiting; worth trying again."""
+
+    status, kind, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class Failed(RequestError):
+    """A back end broke; nothing the caller did."""
+
+
+class Unavailable(RequestError):
+    """Starting, draining, or no back end answers; worth trying again."""
+
+    status, code = 503, "unavailable"

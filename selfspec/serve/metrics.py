@@ -1,0 +1,59 @@
+"""What Prometheus is told. A registry of its own: two gateways in one process do not add up."""
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from selfspec.engine.base import Load
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+_TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+
+
+class Metrics:
+    """All of them, by the names that the dashboard reads."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        by, of = ("backend",), self.registry
+        self.request = Histogram("selfspec_request_seconds", "Arrival to last token", by, registry=of, buckets=_SECONDS)
+        self.ttft = Histogram("selfspec_ttft_seconds", "Arrival to first token", by, registry=of, buckets=_SECONDS)
+        self.inter_token = Histogram(
+            "selfspec_inter_token_seconds",
+            "From chunk to chunk, for each of its tokens",
+            by,
+            registry=of,
+            buckets=_TOKEN_SECONDS,
+        )
+        self.queue = Histogram("selfspec_queue_seconds", "Arrival to admission", registry=of, buckets=_SECONDS)
+        self.proposed = Counter("selfspec_proposed_tokens", "Tokens drafted", ("draft",), registry=of)
+        self.accepted = Counter("selfspec_accepted_tokens", "Drafted tokens that stood", ("draft",), registry=of)
+        self.generated = Counter("selfspec_generated_tokens", "Tokens answered", by, registry=of)
+        self.cache_lookups = Counter("selfspec_cache_lookups", "In the semantic cache", ("result",), registry=of)
+        self.routes = Counter("selfspec_routes", "Choices of a back end", ("policy", "backend", "reason"), registry=of)
+        self.errors = Counter("selfspec_errors", "Requests not answered", ("kind",), registry=of)
+        self._loads: list[Callable[[], Load]] = []
+        rows = Gauge("selfspec_batch_rows", "Requests being decoded", registry=of)
+        waiting = Gauge("selfspec_waiting_requests", "Requests not yet admitted", registry=of)
+        kv_used = Gauge("selfspec_kv_used_ratio", "Key-value slots that hold tokens", registry=of)
+        rows.set_function(lambda: sum(load().rows for load in self._loads))
+        waiting.set_function(lambda: sum(load().waiting for load in self._loads))
+        kv_used.set_function(lambda: max((load().kv_used for load in self._loads), default=0.0))
+
+    def watch(self, load: Callable[[], Load]) -> None:
+        """Reads the gauges from there whenever they are asked for; of several sessions, their sum or the fullest."""
+        self._loads.append(load)
+
+    def exposition(self) -> bytes:
+        """In Prometheus's text format."""
+        return generate_latest(self.registry)

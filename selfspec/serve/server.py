@@ -1,0 +1,102 @@
+"""Runs the gateway until it is told to stop; then takes no more calls, and ends those it has begun."""
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from selfspec.config import Serve
+from selfspec.errors import ConfigError
+from selfspec.plan import Plan
+from selfspec.serve import app, wiring
+from selfspec.serve.gateway import Gateway
+from selfspec.serve.local import Local
+from selfspec.serve.metrics import Metrics
+
+_LOOK_S = 0.02
+
+
+def run(plan: Plan) -> None:
+    """Serves a plan until SIGTERM or SIGINT; says so in one line on stdout when it is ready.
+
+    Raises:
+        UserError: something the user can put right.
+    """
+    wiring.check(plan)
+    with _listening(plan.serve) as listener:
+        metrics = Metrics()
+        local = wiring.local(plan, metrics)
+        gateway = wiring.gateway(plan, local, metrics)
+        port = listener.getsockname()[1]
+        asyncio.run(_run(plan, gateway, local, listener, f"serving {plan.label} on http://{_host(plan.serve)}:{port}"))
+
+
+async def _run(plan: Plan, gateway: Gateway, local: Local, listener: socket.socket, ready: str) -> None:
+    server = _Server(
+        uvicorn.Config(
+            app.make(gateway, wiring.api_key(plan)),
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,  # what is still running then has had its time
+        )
+    )
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    serving, told = asyncio.ensure_future(server.serve([listener])), asyncio.ensure_future(stop.wait())
+    loaded = asyncio.wrap_future(local.ready)
+    try:
+        await asyncio.wait((loaded, told, serving), return_when=asyncio.FIRST_COMPLETED)
+        if loaded.done():
+            loaded.result()
+            print(ready, flush=True)
+        await asyncio.wait((told, serving), return_when=asyncio.FIRST_COMPLETED)
+        await _drain(gateway, plan.serve.drain_s)
+        await gateway.close()  # what is still being answered ends with an error that says so
+    finally:
+        loaded.cancel()
+        told.cancel()
+        server.should_exit = True
+        await serving
+
+
+async def _drain(gateway: Gateway, most_s: float) -> None:
+    """Waits for the answers that have begun, so long at most; new calls are refused meanwhile."""
+    gateway.draining, until = True, time.monotonic() + most_s
+    while gateway.active and time.monotonic() < until:
+        await asyncio.sleep(_LOOK_S)
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals alone: they are ours."""
+        yield
+
+
+@contextmanager
+def _listening(settings: Serve) -> Iterator[socket.socket]:
+    """A socket that takes connections.
+
+    Raises:
+        ConfigError: the address is not to be had.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            raise ConfigError(
+                f"serve.host={settings.host} serve.port={settings.port}: cannot listen there ({error.strerror})"
+            ) from error
+        yield listener
+
+
+def _host(settings: Serve) -> str:
+    return f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -1,0 +1,111 @@
+"""Locust, in a process of its own, and what its callers saw."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from selfspec.config import SoakServer
+from selfspec.plan import Plan
+from selfspec.provenance import write_atomic
+from selfspec.soak.judge import rounded
+from selfspec.soak.server import environment, guarded, last_words
+from selfspec.types import Prompt
+
+TABLES = ("stats", "stats_history", "failures")
+"""The CSV files that Locust writes, as ``locust_<name>.csv``."""
+_FINISH_S = 20.0
+"""Locust begins a moment after it is started, and so ends a moment after we have what we wait for."""
+_LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+
+
+class Load:
+    """A running Locust.
+
+    Attributes:
+        process: its own, guarded.
+    """
+
+    def __init__(self, folder: Path, process: "subprocess.Popen[bytes]") -> None:
+        self._folder, self.process = folder, process
+        self._read = 0
+        self._samples: list[dict[str, Any]] = []
+
+    @property
+    def alive(self) -> bool:
+        """Whether callers are calling."""
+        return self.process.poll() is None
+
+    def why_it_died(self) -> str:
+        """In a line, from what it said last."""
+        return last_words(self.process, self._folder / "locust.log")
+
+    def take(self, until: float) -> dict[str, Any]:
+        """What was answered, or failed, up to ``until`` (seconds since the epoch) and was not taken before."""
+        with (self._folder / "samples.jsonl").open("rb") as file:
+            file.seek(self._read)
+            whole = file.read().rpartition(b"\n")[0]
+        self._samples += [json.loads(line) for line in whole.splitlines()]
+        self._read += len(whole) + (1 if whole else 0)
+        taken = [sample for sample in self._samples if sample["at"] <= until]
+        self._samples = [sample for sample in self._samples if sample["at"] > until]
+        answered = [sample for sample in taken if sample["error"] is None]
+        kept = ("ttft_ms", "total_ms", "tokens", "proposed", "accepted")
+        return {
+            "requests": [{key: sample[key] for key in kept} for sample in answered],
+            "gaps": Counter(rounded(gap) for sample in answered for gap in sample["gaps_ms"]),
+            "errors": Counter(sample["error"] for sample in taken if sample["error"] is not None),
+        }
+
+    def finish(self) -> dict[str, str]:
+        """Waits for the callers to be done, or ends them; Locust's own tables, by name."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_FINISH_S)
+        paths = {name: self._folder / f"locust_{name}.csv" for name in TABLES}
+        return {name: path.read_text() for name, path in paths.items() if path.exists()}
+
+
+@contextmanager
+def calling(plan: Plan, url: str, prompts: Sequence[Prompt], seconds: float, folder: Path) -> Iterator[Load]:
+    """Callers for so many seconds; they are stopped with the block, at the latest."""
+    soak, samples = plan.soak, folder / "samples.jsonl"
+    for old in folder.glob("locust_*.csv"):
+        old.unlink()
+    samples.write_bytes(b"")
+    description = {
+        "prompts": [prompt.tokens for prompt in prompts],
+        "body": body(plan),
+        "headers": {"X-Selfspec-Cache": "off"},  # what a cache remembers says nothing of the engine
+        "samples": str(samples),
+        "timeout_s": soak.timeout_s,
+    }
+    write_atomic(folder / "soak.json", json.dumps(description))
+    command = [
+        *(sys.executable, "-m", "locust", "-f", str(_LOCUSTFILE), "--headless", "--host", url),
+        *("--users", str(soak.users), "--spawn-rate", str(soak.users), "--run-time", f"{math.ceil(seconds)}s"),
+        *("--stop-timeout", "1", "--csv", str(folder / "locust"), "--csv-full-history", "--only-summary"),
+        *("--exit-code-on-error", "0", "--soak", str(folder / "soak.json")),
+    ]
+    with guarded(command, folder / "locust.log", environment(plan)) as process:
+        yield Load(folder, process)
+
+
+def body(plan: Plan) -> dict[str, Any]:
+    """What every request asks for, less its prompt."""
+    policy = plan.policy
+    asked: dict[str, Any] = {
+        "model": plan.serve.model_name or plan.model.name,
+        "max_tokens": plan.soak.new_tokens,
+        "temperature": policy.temperature if policy.samples else 0.0,
+        "seed": plan.seed,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": plan.workload.ignore_eos,
+    }
+    asked |= {key: value for key in ("top_k", "top_p") if (value := getattr(policy, key)) is not None}
+    return asked | ({"selfspec": {"stats": True}} if plan.soak.server is SoakServer.selfspec else {})

@@ -1,0 +1,183 @@
+"""Monitoring and container files: what they name is there, and a real Prometheus takes them, where there is one."""
+
+import asyncio
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from http_servers import gateway
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from selfspec import plan as plans
+from selfspec.plan import Plan
+from selfspec.run import CONF
+from selfspec.serve.backend import Call
+from selfspec.serve.metrics import Metrics
+
+INFRA = Path(__file__).parents[1] / "infra"
+PROMETHEUS = INFRA / "prometheus"
+DASHBOARD = json.loads((INFRA / "grafana" / "dashboard.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
+METRIC = re.compile(r"\b(?:selfspec|process)_\w+")
+installed = pytest.mark.skipif(
+    not (shutil.which("promtool") and shutil.which("prometheus")), reason="Prometheus is not installed (.ci/run does)"
+)
+
+
+def exposed() -> set[str]:
+    """Every name that can be queried of the app's metrics, whether or not it has been counted yet."""
+    names = set()
+    for family in Metrics().registry.collect():
+        ends = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",)}.get(family.type, ("",))
+        names |= {family.name + end for end in ends}
+    return names
+
+
+def promtool(*arguments: str) -> str:
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, cwd=PROMETHEUS, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def metrics_of_the_contract() -> list[str]:
+    return [
+        *(f"selfspec_{name}_seconds_bucket" for name in ("request", "ttft", "inter_token", "queue")),
+        *(f"selfspec_{name}_tokens_total" for name in ("proposed", "accepted", "generated")),
+        *(f"selfspec_{name}_total" for name in ("cache_lookups", "routes", "errors")),
+        *(
+            "selfspec_batch_rows",
+            "selfspec_waiting_requests",
+            "selfspec_kv_used_ratio",
+            "process_resident_memory_bytes",
+        ),
+    ]
+
+
+def test_every_metric_that_is_shown_or_watched_exists_and_every_one_is_shown() -> None:
+    shown = {name for query in QUERIES for name in METRIC.findall(query)}
+    watched = set(METRIC.findall((PROMETHEUS / "alerts.yml").read_text()))
+    assert shown - exposed() == set() and watched - exposed() == set()
+    assert set(metrics_of_the_contract()) - shown == set()
+
+
+def test_the_dashboard_is_one_that_grafana_imports() -> None:
+    """Its model as documented for Grafana's JSON dashboards; there is no Grafana here to load it."""
+    assert DASHBOARD["schemaVersion"] >= 39 and DASHBOARD["uid"] and DASHBOARD["title"]
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(ids)) == len(ids)
+    variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD["panels"])))
+    assert used <= variables | {"__rate_interval"}
+    for panel in PANELS:
+        assert panel["type"] == "timeseries" and panel["datasource"]["uid"] == "${datasource}"
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+        assert all(target["expr"] and target["legendFormat"] for target in panel["targets"])
+
+
+def test_panels_do_not_overlap() -> None:
+    places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+    for a, b in combinations(places, 2):
+        apart = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+        assert apart or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"], (a, b)
+
+
+@installed
+def test_prometheus_takes_configuration_and_alerts_which_fire() -> None:
+    assert "is valid prometheus config" in promtool("check", "config", "prometheus.yml")
+    assert "rules found" in promtool("check", "rules", "alerts.yml")
+    promtool("test", "rules", "alerts_test.yml")
+
+
+@installed
+def test_prometheus_parses_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    queries = [query.replace("$__rate_interval", "1m").replace("$instance", ".*") for query in QUERIES]
+    rules = [{"record": f"panel:query:{at}", "expr": query} for at, query in enumerate(queries)]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))  # JSON is YAML
+    assert f"{len(queries)} rules found" in promtool("check", "rules", str(tmp_path / "rules.yml"))
+
+
+@pytest.fixture
+def served(fake: list[str]) -> Plan:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plans.make(compose("config", fake))
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path) -> Iterator[Any]:
+    """Starts a real one with our configuration, less where the gateway is and how often it is asked."""
+    started = list[subprocess.Popen[bytes]]()
+
+    def start(target: str) -> str:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        text = (PROMETHEUS / "prometheus.yml").read_text().replace("127.0.0.1:8000", target)
+        assert target in text
+        (tmp_path / "prometheus.yml").write_text(text.replace("interval: 5s", "interval: 200ms"))
+        shutil.copy(PROMETHEUS / "alerts.yml", tmp_path)
+        command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+        command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
+        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(30)
+
+
+def ask(url: str, query: str) -> list[dict[str, Any]]:
+    """The current value of a query; none before Prometheus is up."""
+    address = f"{url}/api/v1/query?query={urllib.parse.quote(query)}"
+    try:
+        with urllib.request.urlopen(address, timeout=10) as response:
+            found: list[dict[str, Any]] = json.load(response)["data"]["result"]
+            return found
+    except OSError:
+        return []
+
+
+@installed
+def test_a_real_prometheus_scrapes_a_real_gateway(served: Plan, prometheus: Any) -> None:
+    async def run() -> None:
+        async with gateway(served) as (url, ours):
+            watching = prometheus(url.removeprefix("http://"))
+            call = Call("c1", "tiny", prompt="hello", max_tokens=8, temperature=0.0)
+            assert [chunk async for chunk in ours.answer(call)]
+            until = time.monotonic() + 60
+            while not await asyncio.to_thread(ask, watching, "selfspec_request_seconds_count > 0"):
+                assert time.monotonic() < until, "nothing scraped"
+                await asyncio.sleep(0.1)
+            up = await asyncio.to_thread(ask, watching, 'up{job="selfspec"}')
+            assert [each["value"][1] for each in up] == ["1"]
+            for name in ("selfspec_batch_rows", "selfspec_queue_seconds_bucket", "process_resident_memory_bytes"):
+                assert await asyncio.to_thread(ask, watching, name), name
+
+    asyncio.run(run())
+
+
+def test_the_container_starts_what_there_is(served: Plan) -> None:
+    """Docker is not at hand: what its file copies is there, and what it starts takes these overrides."""
+    lines = (INFRA / "Dockerfile").read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY"):
+            *sources, _ = line.split()[1:]
+            assert all((INFRA.parent / source).exists() for source in sources), line
+    (start,) = [json.loads(line.removeprefix("ENTRYPOINT")) for line in lines if line.startswith("ENTRYPOINT")]
+    command = [sys.executable, *start[1:], "--cfg", "job"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "host: 0.0.0.0" in done.stdout, done.stderr

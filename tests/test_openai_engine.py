@@ -1,0 +1,116 @@
+"""The openai engine against the real gateway: the same definitions over HTTP give the same tokens and cycles."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from serving import Scripted, listening, says, serving
+
+from selfspec import job, plan
+from selfspec.checkpoint import Journal
+from selfspec.config import Resume, Serve
+from selfspec.engine import served
+from selfspec.errors import ConfigError, StageError
+from selfspec.plan import Plan
+from selfspec.results import Result
+from selfspec.run import CONF
+from selfspec.serve.backend import Chunk, NoCache
+from selfspec.serve.errors import Failed
+from selfspec.serve.gateway import Gateway
+from selfspec.serve.metrics import Metrics
+from selfspec.serve.wiring import Fixed
+from selfspec.types import Request
+
+Make = Callable[..., Plan]
+SMALL = ("hardware.threads=1", "stages=[bench]", "serve.max_positions=512", "serve.max_prompt_tokens=256")
+
+
+@pytest.fixture
+def make(overrides: list[str], prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
+
+    def made(*more: str) -> Plan:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return plan.make(compose("config", [*overrides, *SMALL, *more]))
+
+    return made
+
+
+def run(made: Plan, folder: Path) -> Result:
+    folder.mkdir()
+    return job.run(made, folder)
+
+
+def tokens(made: Plan) -> list[list[list[int]]]:
+    with Journal.open(job.journal_folder(made), made.id, {}, Resume.require) as journal:
+        return [[one["tokens"] for one in record.data["configured"]] for record in journal.records("bench")]
+
+
+def test_a_served_bench_is_the_local_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = make("draft=layerskip")
+    local = run(ours, tmp_path / "local")
+    with serving(ours) as drafting, serving(make("draft=none")) as plain:
+        over = ("engine=openai", "draft=served", f"engine.url={drafting.url}", f"engine.plain_url={plain.url}/v1")
+        theirs = make(*over)
+        result = run(theirs, tmp_path / "served")
+        assert (result["lossless"], result["status"], result["label"]) == ("yes", "finished", "served over HTTP")
+        assert tokens(theirs) == tokens(ours)
+        assert result["acceptance_by_position"] == local["acceptance_by_position"] != []
+        for name in ("acceptance", "tokens_per_cycle", "new_tokens", "prompts", "k_mean"):
+            assert result["measurements"][f"bench/{name}"] == local["measurements"][f"bench/{name}"], name
+        assert {"bench/speedup", "bench/tok_s", "bench/plain_tok_s", "bench/ttft_ms"} <= set(result["measurements"])
+        assert result["provenance"]["extra"] == {"engine": "openai", "model": "tiny"}
+
+        monkeypatch.setattr(served, "_MORE", {})  # as a server that is not ours: text, and nothing of drafts
+        foreign = run(make(*over, "seed=1"), tmp_path / "foreign")
+        assert foreign["lossless"] == "yes" and "bench/acceptance" not in foreign["measurements"]
+        batched = run(make(*over, "engine.max_batch=3"), tmp_path / "batched")
+        assert batched["lossless"] == "yes" and batched["label"] == "served over HTTP batch=3"
+
+        lossy = ("draft=layerskip", "exit_layer=1", "policy.verify=false")
+        with serving(make(*lossy)) as broken:
+            result = run(make(*over, f"engine.url={broken.url}"), tmp_path / "broken")
+        assert result["status"] == "failed" and "not lossless" in str(result["error"])
+
+        alone = run(make("engine=openai", "draft=none", f"engine.url={plain.url}"), tmp_path / "alone")
+        assert (alone["lossless"], alone["label"]) == ("reference", "none over HTTP")
+
+
+def test_an_answer_that_breaks_off_fails_the_stage() -> None:
+    script = says("w1 ", "w2 ")
+    for end in (Failed("the engine broke"), ValueError("unforeseen")):
+        backend = Scripted([script[0], Chunk("", 1), end])
+        gateway = Gateway(Serve("test"), Fixed(["tiny"], backend), NoCache(), Metrics())
+        with listening(gateway) as url:
+            server = served.Server("engine.url", url, None, lambda text, stopped: list(text.encode()))
+            with pytest.raises(StageError, match=f"engine.url={url}: "):
+                server.answer(Request((1, 2), 4))
+            with pytest.raises(StageError, match="max_tokens"):
+                server.answer(Request((1, 2), 100_000))
+
+
+def test_no_server_is_said_in_a_line(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine.url=http://127.0.0.1:9: no OpenAI-compatible server answers: Conn"):
+        run(make("engine=openai", "draft=none", "engine.url=http://127.0.0.1:9"), tmp_path / "job")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["engine=openai"], "draft=lsq: engine=openai cannot run it; it runs served, none"),
+        (["draft=served"], "draft=served: engine=torch cannot run it"),
+        (["engine=openai", "draft=none"], "engine.url=null: engine=openai needs one"),
+        (["engine=openai", "draft=served", "engine.url=http://x"], "engine.plain_url=None: draft=served is compared"),
+        (["engine=openai", "draft=none", "engine.url=http://x", "engine.plain_url=http://y"], "draft=none with none"),
+        (["engine=openai", "draft=none", "engine.url=http://me:secret@x"], "engine.url=http://x: must be .* no cred"),
+        (["engine=openai", "draft=none", "engine.url=x"], "engine.url=x: must be http"),
+        (["engine.url=http://x"], "engine.url=http://x: must be .* with engine=openai only"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(make: Make, more: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as refused:
+        make(*more)
+    assert "secret" not in str(refused.value)

@@ -1,0 +1,335 @@
+"""The router: whose turn it is by each policy, who follows where one is down, and what is told of it."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from http_servers import Rogue, gateway
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfspec import plan as plans
+from selfspec.config import RouteName, RouterConfig
+from selfspec.errors import ConfigError
+from selfspec.plan import Plan
+from selfspec.run import CONF
+from selfspec.serve import wiring
+from selfspec.serve.backend import Call, Chunk, Price, Usage
+from selfspec.serve.difficulty import difficulty
+from selfspec.serve.errors import Unavailable
+from selfspec.serve.estimates import Latency, Timed, dollars
+from selfspec.serve.router import AUTO, Option, PolicyRouter
+
+CALL = Call("c1", AUTO, prompt=(5, 6, 7), max_tokens=100, temperature=0.0)
+
+
+class Stub:
+    """A back end that says three tokens, a second apart, by a clock of its own."""
+
+    def __init__(self, name: str, price: Price | None = None, well: bool = True) -> None:
+        self.name, self.price, self.well = name, price or Price(), well
+        self.now, self.asked = 0.0, 0
+
+    def clock(self) -> float:
+        return self.now
+
+    async def stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
+        for text in "abc":
+            self.now += 1.0
+            yield Chunk(text, 1)
+        yield Chunk("", 0, None, "stop", Usage(3, 3))
+
+    async def healthy(self) -> bool:
+        self.asked += 1
+        return self.well
+
+    async def close(self) -> None: ...
+
+
+def option(stub: Stub, first_s: float = 0.0, token_s: float = 0.0, **limits: Any) -> Option:
+    timed = Timed(stub, stub.clock)
+    if first_s or token_s:
+        timed.latency = Latency(first_s, token_s, 0.0)
+    return Option(timed, (stub.name, f"model-of-{stub.name}"), **limits)
+
+
+def router(options: Sequence[Option], **settings: Any) -> PolicyRouter:
+    async def read(call: Call) -> Sequence[int]:
+        assert isinstance(call.prompt, tuple)
+        return call.prompt
+
+    return PolicyRouter(RouterConfig(**settings), options, read, 512)
+
+
+def chosen(options: Sequence[Option], call: Call = CALL, **settings: Any) -> list[tuple[str, str]]:
+    routes = asyncio.run(_routes(router(options, **settings), call))
+    assert all(route.policy == settings.get("policy", RouteName.fixed).name for route in routes)
+    return [(route.backend.name, route.reason) for route in routes]
+
+
+async def _routes(made: PolicyRouter, call: Call) -> Any:
+    return await made.routes(call)
+
+
+def test_fixed_keeps_the_order() -> None:
+    options = [option(Stub("a")), option(Stub("b"))]
+    assert chosen(options) == [("a", "default"), ("b", "fallback")]
+    assert router(options).models == ["a", "model-of-a", "b", "model-of-b", AUTO]
+
+
+@pytest.mark.parametrize("policy", RouteName)
+def test_who_names_a_back_end_gets_no_other(policy: RouteName) -> None:
+    options = [option(Stub("a"), longest=1, hardest=0.0), option(Stub("b"))]
+    for name in ("b", "model-of-b"):
+        assert chosen(options, replace(CALL, model=name), policy=policy) == [("b", "named")]
+    with pytest.raises(Unavailable, match="no back end serves c"):
+        chosen(options, replace(CALL, model="c"), policy=policy)
+
+
+def test_two_that_serve_a_model_stand_in_for_each_other() -> None:
+    options = [option(Stub("a", well=False)), option(Stub("b"))]
+    shared = [each._replace(models=("m",)) for each in options]
+    assert chosen(shared, replace(CALL, model="m")) == [("b", "fallback"), ("a", "named")]
+
+
+def test_length() -> None:
+    options = [option(Stub("a"), longest=104), option(Stub("b"), longest=200), option(Stub("c"), longest=300)]
+    for answer, name, reason in ((101, "a", "length"), (102, "b", "length"), (298, "c", "beyond_all")):
+        found = chosen(options, replace(CALL, max_tokens=answer), policy=RouteName.length)
+        assert found[0] == (name, reason)
+    assert chosen(options, replace(CALL, max_tokens=None), policy=RouteName.length)[0] == ("c", "beyond_all")
+
+
+def test_difficulty_is_the_mean_log_rank() -> None:
+    assert difficulty(()) == 0
+    assert difficulty((0, 0)) == 0
+    assert difficulty((9, 99)) == pytest.approx((2.302585 + 4.605170) / 2)
+    options = [option(Stub("a"), hardest=5.0), option(Stub("b"))]
+    assert chosen(options, policy=RouteName.difficulty)[0] == ("a", "difficulty")
+    assert chosen(options, replace(CALL, prompt=(4000, 30000)), policy=RouteName.difficulty)[0][0] == "b"
+
+
+def test_cost_keeps_the_budgets() -> None:
+    dear, cheap = Price(10.0, 30.0), Price(1.0, 3.0)
+    slow = option(Stub("local"), 1.0, 0.1)  # 100 tokens: 10.9 s
+    quick = option(Stub("api", dear), 0.2, 0.01)  # 1.19 s, 0.00303 USD
+    middle = option(Stub("other", cheap), 0.5, 0.02)  # 2.48 s, 0.000303 USD
+    options = [slow, quick, middle]
+    asked = {
+        (): ("local", "cheapest"),
+        (("budget_s", 5.0),): ("other", "cheapest"),
+        (("budget_s", 2.0),): ("api", "cheapest"),
+        (("budget_s", 2.0), ("budget_usd", 0.001)): ("other", "too_slow"),
+        (("budget_s", 1.0),): ("api", "too_slow"),
+    }
+    for budget, expected in asked.items():
+        assert chosen(options, policy=RouteName.cost, **dict(budget))[0] == expected
+    assert chosen([quick, middle], policy=RouteName.cost, budget_usd=1e-6)[0] == ("other", "too_dear")
+
+
+def test_what_nobody_knows_is_tried() -> None:
+    """An unknown latency counts as none, so that a new back end is asked once; so is one unheard of for a minute."""
+    stub = Stub("old")
+    options = [option(stub, 9.0, 9.0), option(Stub("new"))]
+    assert chosen(options, policy=RouteName.cost, budget_s=1.0)[0] == ("new", "cheapest")
+    stub.now = 61.0
+    assert options[0].backend.expected(10) == 0
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 50), st.floats(0.01, 5), st.booleans()), min_size=1, max_size=5),
+    st.floats(0.01, 600) | st.none(),
+    st.floats(0, 0.01) | st.none(),
+    st.integers(1, 500),
+)
+def test_cost_is_the_best_there_is(
+    backs: list[tuple[float, float, bool]], most_s: float | None, most_usd: float | None, answer: int
+) -> None:
+    """Against the definition, spelt out: within both budgets, none is cheaper; and the healthy ones come first."""
+    options = [
+        option(Stub(str(at), Price(price, price), well), token_s, token_s)
+        for at, (price, token_s, well) in enumerate(backs)
+    ]
+    routes = chosen(
+        options, replace(CALL, max_tokens=answer), policy=RouteName.cost, budget_s=most_s, budget_usd=most_usd
+    )
+    assert sorted(name for name, _ in routes) == [str(at) for at in range(len(backs))]
+    health = [backs[int(name)][2] for name, _ in routes]
+    assert health == sorted(health, reverse=True)
+    name, reason = next(route for route in routes if route[1] != "fallback")
+    facts = [(dollars(o.backend.price, 3, answer), o.backend.expected(answer)) for o in options]
+    within = [f for f in facts if (most_usd is None or f[0] <= most_usd) and (most_s is None or f[1] <= most_s)]
+    if len(backs) > 1:
+        assert (reason == "cheapest") == bool(within)
+        if within:
+            assert facts[int(name)] == min(within)
+
+
+def test_latency_is_learned_from_answers() -> None:
+    async def run() -> Timed:
+        timed = Timed(stub, stub.clock)
+        async for _ in timed.stream(CALL):
+            pass
+        return timed
+
+    stub = Stub("a")
+    timed = asyncio.run(run())
+    assert (timed.latency.first_s, timed.latency.token_s) == (1.0, 1.0) and timed.expected(10) == 10.0
+    timed.latency.observe(stub.now, 2.0, None)
+    assert timed.latency.first_s == pytest.approx(1.2) and timed.latency.token_s == 1.0
+
+
+def test_an_answer_that_is_left_teaches_nothing() -> None:
+    async def run() -> Timed:
+        timed = Timed(stub, stub.clock)
+        chunks = timed.stream(CALL)
+        await anext(chunks)
+        await chunks.aclose()
+        return timed
+
+    stub = Stub("a")
+    assert not asyncio.run(run()).latency.known(stub.now)
+
+
+def test_health_is_asked_beside_the_calls() -> None:
+    """Once before the first call, then not again for some seconds; who is not well comes last."""
+
+    async def run() -> None:
+        made = router([option(sick), option(well)])
+        for _ in range(3):
+            assert [route.backend.name for route in await made.routes(CALL)] == ["well", "sick"]
+        assert sick.asked == well.asked == 1
+        made._asked, sick.well = -1e9, True
+        await made.routes(CALL)
+        await asyncio.gather(made._asking or asyncio.sleep(0))
+        assert sick.asked == 2
+        assert [route.backend.name for route in await made.routes(CALL)] == ["sick", "well"]
+
+    sick, well = Stub("sick", well=False), Stub("well")
+    asyncio.run(run())
+
+
+def test_decisions_are_logged_without_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "selfspec.serve.router")
+    chosen([option(Stub("a")), option(Stub("b"))], replace(CALL, prompt=(424242,)))
+    told = json.loads(caplog.messages[0].removeprefix("route "))
+    assert told == {"call": "c1", "policy": "fixed", "backend": "a", "reason": "default"}
+    assert "424242" not in caplog.text
+
+
+@pytest.fixture
+def served(fake: list[str]) -> Any:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield lambda *more: plans.make(compose("config", [*fake, *more]))
+
+
+def test_through_the_gateway_a_dead_back_end_is_stood_in_for(served: Any) -> None:
+    """The API is named first by the policy and refuses: our engine answers, and both choices are counted."""
+
+    async def run() -> None:
+        async with rogue.serving() as url:
+            back_ends = f"serve.backends=[{{name: api, url: '{url}', retries: 0}}]"
+            plan: Plan = served(back_ends, "serve.router.policy=length", "serve.router.longest=1")
+            async with gateway(plan) as (_, ours):
+                call = replace(CALL, prompt="hello", max_tokens=5, stats=True)
+                chunks = [chunk async for chunk in ours.answer(call)]
+                assert chunks[-1].stats is not None and chunks[-1].stats["backend"] == "local"
+                text = ours.metrics.exposition().decode()
+                assert 'selfspec_routes_total{backend="api",policy="length",reason="length"} 1.0' in text
+                assert 'selfspec_routes_total{backend="local",policy="length",reason="fallback"} 1.0' in text
+                rogue.behaviours = ["ok"]
+                chunks = [chunk async for chunk in ours.answer(call)]
+                assert "".join(chunk.text for chunk in chunks) == "ab"
+
+    rogue = Rogue(500)
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("serve.backends=[{name: local, url: 'http://h/v1'}]", r"serve.backends\[0\].name=local: is taken; must be"),
+        ("serve.backends=[{name: a, url: 'http://h/v1'},{name: a}]", r"serve.backends\[1\].name=a: is taken"),
+        ("serve.backends=[{name: a, url: 'ftp://h'}]", r"serve.backends\[0\].url=ftp://h: must be http"),
+        ("serve.backends=[{name: a, url: 'http://me:pw@h/v1'}]", r"url=http://h/v1: .* without credentials"),
+        ("serve.backends=[{name: a, model: m}]", r"serve.backends\[0\].url=null: must be"),
+        ("serve.backends=[{name: a, url: 'http://h/v1', key_env: 'sk-1 2'}]", "must be the name of an environment"),
+        ("serve.backends=[{url: 'http://h/v1'}]", r"serve.backends\[0\].name: has no value"),
+        ("serve.backends=[{name: a, url: 'http://h/v1', first_s: 0}]", r"serve.backends\[0\].first_s=0.0: must be >="),
+        ("serve.backends=[{name: a, url: 'http://h/v1', input_price: -1}]", r"input_price=-1.0: must be >= 0"),
+        ("serve.router.policy=length", "serve.router.longest=null: policy=length needs to know"),
+        ("serve.router.policy=difficulty", "serve.router.hardest=null: policy=difficulty"),
+        ("serve.router.budget_s=-1", "serve.router.budget_s=-1.0: must be >= 0"),
+        ("serve.cache.threshold=1.5", "serve.cache.threshold=1.5: must be from 0 to 1"),
+        ("serve.cache.entries=0", "serve.cache.entries=0: must be >= 1"),
+    ],
+)
+def test_what_is_wrong_is_refused(served: Any, override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        served(override)
+    assert "pw" not in str(caught.value) and "sk-1" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("+serve.backends=[{name: a, nonsense: 1}]", "nonsense"),
+        ("serve.router.nonsense=1", "serve.router.nonsense"),
+        ("+serve.router.nonsense=1", "nonsense"),
+        ("serve.router.policy=best", "serve.router.policy"),
+    ],
+)
+def test_wrong_keys_are_refused_in_one_line(run: Any, fake: list[str], override: str, says: str) -> None:
+    code, _, told = run(*fake, override)
+    assert code == 2 and says in told and told.count("\n") == 1, told
+
+
+def test_what_cannot_be_served_is_refused_before_it_is_loaded(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"serve.cache.mode=similar: engine=fake has no embeddings"):
+        wiring.check(served("serve.cache.mode=similar"))
+    with pytest.raises(ConfigError, match="a: key_env=NO_KEY: the environment has none"):
+        wiring.check(served("serve.backends=[{name: a, url: 'http://h/v1', key_env: NO_KEY}]"))
+
+
+@pytest.mark.real
+def test_local_full_local_quantised_and_the_cache_on_the_real_model() -> None:
+    """``serve=routed``: both engines answer by name, and nobody is asked twice."""
+    GlobalHydra.instance().clear()
+    limits = ("serve.max_positions=256", "serve.max_prompt_tokens=128", "serve.max_tokens=64", "serve.max_batch=2")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plan = plans.make(compose("config", ["draft=ngram", "serve=routed", *limits]))
+
+    def asking(model: str, text: str) -> Call:
+        said = ({"role": "user", "content": text},)
+        return Call("c1", model, messages=said, max_tokens=24, temperature=0.0, stats=True)
+
+    async def answer(ours: Any, call: Call) -> tuple[str, Any]:
+        chunks = [chunk async for chunk in ours.answer(call)]
+        return "".join(chunk.text for chunk in chunks), chunks[-1].stats
+
+    async def run() -> None:
+        async with gateway(plan) as (_, ours):
+            int8 = ours.router.backends[1]
+            async with asyncio.timeout(120):
+                while not await int8.healthy():
+                    await asyncio.sleep(0.1)
+            for model in ("local", "int8"):
+                text, stats = await answer(ours, asking(model, "What is the capital of France?"))
+                assert text and stats["backend"] == model
+            text, stats = await answer(ours, asking(AUTO, "Name the capital of Italy."))
+            assert stats["backend"] in ("local", "int8") and stats["cache"] == "miss"
+            again, stats = await answer(ours, asking(AUTO, "Please name the capital of Italy!"))
+            assert (again, stats["backend"], stats["cache"]) == (text, "cache", "hit")
+            _, stats = await answer(ours, asking(AUTO, "Name the capital of Spain."))
+            assert stats["cache"] == "miss"
+
+    asyncio.run(run())
