@@ -22,6 +22,7 @@ Device = Enum("Device", "auto cpu cuda mps")
 Dtype = Enum("Dtype", "auto bf16 fp16 fp32")
 EngineName = Enum("EngineName", "torch fake hf")
 Layers = Enum("Layers", "auto fast hf")
+Kernels = Enum("Kernels", "auto native torch")
 TrackerName = Enum("TrackerName", "none mlflow")
 Resume = Enum("Resume", "auto never require")
 
@@ -179,6 +180,8 @@ class Engine:
     """Requests decoded at once."""
     layers: Layers = Layers.auto
     """``torch``: our own layers, Hugging Face's, or ours where they know the architecture."""
+    kernels: Kernels = Kernels.auto
+    """``torch``: on a CPU, our own C++ kernels, torch's operators, or ours where a compiler can build them."""
 
 
 @dataclass
