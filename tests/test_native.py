@@ -144,3 +144,12 @@ def test_a_failing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert native.problem.__wrapped__() == f"{broken} failed: no such flag"
     with pytest.raises(subprocess.CalledProcessError):
         native._library(str(broken))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_equals_is_the_likeliest(dtype: torch.dtype) -> None:
+    logits = torch.randn(40, 160, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[7, 3] = logits[7, 90] = logits[8, 159] = logits[9, 0] = 9
+    logits[10] = -float("inf")
+    assert native.takes_rows(logits)
+    assert torch.ops.selfspec.argmax(logits).tolist() == logits.float().numpy().argmax(-1).tolist()

@@ -1,8 +1,8 @@
 """Matrix products with weights laid out once as the CPU's kernel wants them.
 
 In bf16 on a CPU, ``F.linear`` on a plain weight cannot use such a layout. One token's products with all of
-SmolLM2-135M's weights take TODO that way, TODO laid out for oneDNN (through the operators that ``torch.compile``
-emits), and TODO by our own kernel (``tests/benchmarks/plain.py``).
+SmolLM2-135M's weights take 20 ms that way, 17 ms laid out for oneDNN (through the operators that ``torch.compile``
+emits), and 10 ms by our own kernel, which is what reading them takes (``tests/benchmarks/plain.py``).
 """
 
 import torch

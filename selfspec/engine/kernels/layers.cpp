@@ -79,68 +79,67 @@ struct Head {
   typename Format::T* out;
 };
 
-// Q tokens at once, from `t` on: a key or value is widened once for all of them.
+// Q tokens at once: a key or value is read and widened once for all of them.
 template <class Format, int D, int Q>
-void attend(const Head<Format>& head, int64_t t, float* scores) {
+void attend(const Head<Format>& head, float* scores) {
   constexpr int PARTS = D / LANES;
   const float scale = 1 / std::sqrt(static_cast<float>(D));
-  floats query[Q][PARTS];
-  for (int i = 0; i < Q; i++) {
-    for (int p = 0; p < PARTS; p++) query[i][p] = Format::load(head.queries + (t + i) * head.query_step + p * LANES) * scale;
-  }
+  const int64_t padded = up_to_lanes(head.stop);
+  Vector<Format, D> query[Q];
+  for (int i = 0; i < Q; i++) query[i].load(head.queries + i * head.query_step);
   for (int64_t s = 0; s < head.stop; s++) {
-    floats dot[Q] = {};
-    for (int p = 0; p < PARTS; p++) {
-      const floats key = Format::load(head.keys + s * D + p * LANES);
-      for (int i = 0; i < Q; i++) dot[i] += query[i][p] * key;
-    }
-    for (int i = 0; i < Q; i++) scores[i * head.width + s] = sum(dot[i]);
+    Vector<Format, D> key;
+    key.load(head.keys + s * D);
+    floats dots[4] = {};
+    for (int i = 0; i < Q; i++) dots[i] = dot(query[i], key);
+    const floats totals = sums(dots[0], dots[1], dots[2], dots[3]);
+    for (int i = 0; i < Q; i++) scores[i * padded + s] = totals[i];
   }
   for (int i = 0; i < Q; i++) {  // softmax
-    float* score = scores + i * head.width;
-    const float* bias = head.bias + (t + i) * head.width;
+    float* score = scores + i * padded;
+    const float* bias = head.bias + i * head.width;
+    for (int64_t s = head.stop; s < padded; s++) score[s] = 0;
     floats most = floats{} - INFINITY, total{};
-    for (int64_t s = 0; s < head.width; s += LANES) {
-      const floats here = F32::load(score + s) + F32::load(bias + s);
+    for (int64_t s = 0; s < padded; s += LANES) {
+      const floats here = F32::load(score + s) * scale + F32::load(bias + s);
       F32::store(score + s, here);
       most = here > most ? here : most;
     }
     const float top = highest(most);
-    for (int64_t s = 0; s < head.width; s += LANES) {
+    for (int64_t s = 0; s < padded; s += LANES) {
       const floats weight = exp(F32::load(score + s) - top);
       F32::store(score + s, weight);
       total += weight;
     }
     const float share = 1 / sum(total);
-    for (int64_t s = 0; s < head.width; s += LANES) F32::store(score + s, F32::load(score + s) * share);
+    for (int64_t s = 0; s < padded; s += LANES) F32::store(score + s, F32::load(score + s) * share);
   }
   floats mixed[Q][PARTS] = {};
   for (int64_t s = 0; s < head.stop; s++) {
     for (int p = 0; p < PARTS; p++) {
       const floats value = Format::load(head.values + s * D + p * LANES);
-      for (int i = 0; i < Q; i++) mixed[i][p] += scores[i * head.width + s] * value;
+      for (int i = 0; i < Q; i++) mixed[i][p] += scores[i * padded + s] * value;
     }
   }
   for (int i = 0; i < Q; i++) {
-    for (int p = 0; p < PARTS; p++) Format::store(head.out + (t + i) * head.out_step + p * LANES, mixed[i][p]);
+    for (int p = 0; p < PARTS; p++) Format::store(head.out + i * head.out_step + p * LANES, mixed[i][p]);
   }
 }
 
-// What new tokens of one row need of each other: they stand together, from `begin` on.
+// New tokens of one row: they stand together, from `begin` on, and look at slots below `stop`.
 struct Row {
-  int64_t row, begin, end;
+  int64_t row, begin, end, stop;
 };
 
-std::vector<Row> rows_of(const int64_t* row, int64_t count) {
+std::vector<Row> rows_of(const int64_t* row, const int64_t* slot, int64_t count) {
   std::vector<Row> rows;
   for (int64_t n = 0; n < count; n++) {
-    if (rows.empty() || rows.back().row != row[n]) rows.push_back({row[n], n, n});
+    if (rows.empty() || rows.back().row != row[n]) rows.push_back({row[n], n, n, 0});
     rows.back().end = n + 1;
+    rows.back().stop = std::max(rows.back().stop, slot[n] + 1);
   }
   return rows;
 }
-
-int64_t up_to_lanes(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // What keeps every token from looking where it may not: [N, width], 0 or -inf. mask: bool [R, 1, T, stop], or none:
 // a token looks up to its own slot.
@@ -178,21 +177,24 @@ void mix(Tensor& qkv, Tensor& kv, const Tensor& cos, const Tensor& sin, const st
       }
     }
   }
-  const int64_t units = static_cast<int64_t>(rows.size()) * heads, padded = up_to_lanes(stop);
-  const int64_t few = count * stop * D < 4096 ? units : 1;
-  at::parallel_for(0, units, few, [&](int64_t from, int64_t to) {
+  std::vector<std::pair<const Row*, int64_t>> blocks;  // of up to four tokens
+  for (const Row& r : rows) {
+    for (int64_t n = r.begin; n < r.end; n += 4) blocks.push_back({&r, n});
+  }
+  const int64_t padded = up_to_lanes(stop), units = static_cast<int64_t>(blocks.size()) * heads;
+  at::parallel_for(0, units, count * stop * D < 4096 ? units : 1, [&](int64_t from, int64_t to) {
     std::vector<float> scores(4 * padded);
     for (int64_t unit = from; unit < to; unit++) {
-      const Row& r = rows[unit / heads];
-      const int64_t h = unit % heads, g = h / (heads / groups);
-      const int64_t begins = r.row * row_step + g * capacity * D;
-      const Head<Format> head{all + r.begin * width + h * D, keys + begins, values + begins,
-                              bias.data() + r.begin * padded, stop, padded, width, heads * D,
-                              out + (r.begin * heads + h) * D};
-      int64_t t = 0;
-      for (; t + 4 <= r.end - r.begin; t += 4) attend<Format, D, 4>(head, t, scores.data());
-      for (; t + 2 <= r.end - r.begin; t += 2) attend<Format, D, 2>(head, t, scores.data());
-      if (t < r.end - r.begin) attend<Format, D, 1>(head, t, scores.data());
+      const auto [r, n] = blocks[unit / heads];
+      const int64_t h = unit % heads, g = h / (heads / groups), begins = r->row * row_step + g * capacity * D;
+      const Head<Format> head{all + n * width + h * D, keys + begins, values + begins, bias.data() + n * padded,
+                              r->stop, padded, width, heads * D, out + (n * heads + h) * D};
+      switch (r->end - n) {
+        case 1: attend<Format, D, 1>(head, scores.data()); break;
+        case 2: attend<Format, D, 2>(head, scores.data()); break;
+        case 3: attend<Format, D, 3>(head, scores.data()); break;
+        default: attend<Format, D, 4>(head, scores.data());
+      }
     }
   });
 }
@@ -203,8 +205,8 @@ Tensor run(Tensor hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, c
            at::TensorList attention_norm, at::TensorList qkv_weight, const c10::List<optional<Tensor>>& qkv_bias,
            at::TensorList out, at::TensorList mlp_norm, at::TensorList gate_up, at::TensorList down) {
   const int64_t d = cache.size(5);
-  const auto rows = rows_of(row.const_data_ptr<int64_t>(), row.numel());
   const int64_t* slots = slot.const_data_ptr<int64_t>();
+  const auto rows = rows_of(row.const_data_ptr<int64_t>(), slots, row.numel());
   const auto bias = biases(rows, slots, mask, first_row, stop);
   for (size_t i = 0; i < qkv_weight.size(); i++) {
     Tensor qkv = product(rms_norm<Format>(hidden, attention_norm[i], eps), qkv_weight[i], qkv_bias.get(i), {});
@@ -239,11 +241,44 @@ Tensor layers(const Tensor& hidden, Tensor& cache, const Tensor& cos, const Tens
                 qkv_bias, out, mlp_norm, gate_up, down);
 }
 
+template <class Format>
+void likeliest(const Tensor& logits, int64_t* best) {
+  const int64_t width = logits.size(1);
+  const auto* all = static_cast<const typename Format::T*>(logits.const_data_ptr());
+  at::parallel_for(0, logits.size(0), 1, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; n++) {
+      const auto* row = all + n * width;
+      floats tops = floats{} - INFINITY;
+      for (int64_t i = 0; i < width; i += LANES) {
+        const floats here = Format::load(row + i);
+        tops = here > tops ? here : tops;
+      }
+      const float top = highest(tops);
+      int64_t i = 0;
+      for (; i < width - LANES && highest(Format::load(row + i)) < top; i += LANES) {
+      }
+      while (i < width - 1 && Format::load_one(row + i) < top) i++;
+      best[n] = i;
+    }
+  });
+}
+
+Tensor argmax(const Tensor& logits) {
+  TORCH_CHECK(logits.dim() == 2 && logits.size(1) % LANES == 0 && logits.is_contiguous(), "argmax: whole lanes only");
+  TORCH_CHECK(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16, "float32 or bfloat16 only");
+  Tensor best = at::empty({logits.size(0)}, at::kLong);
+  const auto chosen = logits.scalar_type() == at::kFloat ? likeliest<F32> : likeliest<BF16>;
+  chosen(logits, best.data_ptr<int64_t>());
+  return best;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(selfspec, library) {
   library.def("product(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor");
   library.impl("product", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(product)));
+  library.def("argmax(Tensor logits) -> Tensor");
+  library.impl("argmax", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(argmax)));
   library.def(
       "layers(Tensor hidden, Tensor(a!) cache, Tensor cos, Tensor sin, Tensor row, Tensor slot, Tensor? mask, "
       "int first_row, int stop, int heads, float eps, int first, Tensor[] attention_norm, Tensor[] qkv, "

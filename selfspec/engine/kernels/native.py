@@ -1,8 +1,8 @@
 """C++ kernels for the CPU, built on the machine that runs them, for that machine, once.
 
 ``selfspec::product``: x W' of few rows at the speed at which memory gives the weights. ``selfspec::layers``: a
-range of a Llama's layers over new tokens in one call. Both do what ``linear.py`` and ``llama.py`` do with torch's
-operators, which run wherever there is no C++ compiler.
+range of a Llama's layers over new tokens in one call. ``selfspec::argmax``: of every row. They do what ``linear.py``,
+``llama.py`` and ``sampling.py`` do with torch's operators wherever there is no C++ compiler.
 """
 
 import hashlib
@@ -30,6 +30,8 @@ SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp")
 _HEADS = (32, 64, 128)
 _LANES = 16
+_DTYPES = (torch.float32, torch.bfloat16)
+_loaded = False
 
 
 @cache
@@ -40,12 +42,14 @@ def problem() -> str | None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return "there is no C++ compiler"
+    global _loaded
     try:
         torch.ops.load_library(str(_library(compiler)))  # type: ignore[no-untyped-call]
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {error.stderr.strip().splitlines()[-1] if error.stderr.strip() else error}"
     except OSError as error:
         return one_line(error)
+    _loaded = True
     return None
 
 
@@ -93,6 +97,11 @@ def untiled(weight: Tensor) -> Tensor:
     return weight.transpose(1, 2).reshape(tiles * _LANES, pairs * 2)
 
 
+def takes_rows(logits: Tensor) -> bool:
+    """Whether ``selfspec::argmax`` finds the largest of every row, twice as fast as NumPy and more in bf16."""
+    return _loaded and logits.is_contiguous() and logits.shape[-1] % _LANES == 0 and logits.dtype in _DTYPES
+
+
 class Stack:
     """A Llama's layers, handed to the kernel in ranges."""
 
@@ -107,7 +116,7 @@ class Stack:
         plain = all(layer.q_norm is None for layer in layers)
         widths = [hidden, *(layer.mlp_norm.shape[0] for layer in layers)]
         whole = head_dim in _HEADS and all(width % _LANES == 0 for width in widths)
-        return plain and whole and dtype in (torch.float32, torch.bfloat16)
+        return plain and whole and dtype in _DTYPES
 
     def run(self, hidden: Tensor, cache: KVCache, at: Place, cos: Tensor, sin: Tensor, first: int, last: int) -> Tensor:
         """Layers ``first`` to ``last - 1`` on ``[N, D]``; ``cos``, ``sin``: ``[N, d]``, of the positions."""
