@@ -34,8 +34,8 @@ SHARED_TOKENS = 1 << 15
 KEPT = 16
 """Followers of a context of the fit data: a common token has hundreds, and a tree has no use for them."""
 WORTH = 0.06
-"""A token less likely than this, times the requests that share a pass, costs more to verify than it brings. Of a pass of
-SmolLM2-135M (11 ms), which brings about two tokens, one more token is a 36th; of eight requests' pass, a 15th."""
+"""A token less likely than this, times the requests that share a pass, costs more to verify than it brings. One more
+token is a 36th of a pass of SmolLM2-135M (11 ms), which brings two or so; a 15th of a pass of eight requests."""
 
 
 class Suffix(Draft):
