@@ -23,6 +23,7 @@ Dtype = Enum("Dtype", "auto bf16 fp16 fp32")
 EngineName = Enum("EngineName", "torch fake hf openai")
 Layers = Enum("Layers", "auto fast hf")
 Weights = Enum("Weights", "full int8")
+Kernels = Enum("Kernels", "auto native torch")
 TrackerName = Enum("TrackerName", "none mlflow")
 Resume = Enum("Resume", "auto never require")
 Order = Enum("Order", "fcfs decode_first chunked_prefill cost")
@@ -190,6 +191,8 @@ class Engine:
     """``openai``: the server that is measured, such as ``http://127.0.0.1:8000``."""
     plain_url: str | None = None
     """``openai``: a server of the same model that drafts nothing, to compare it with."""
+    kernels: Kernels = Kernels.auto
+    """``torch``: on a CPU, our own C++ kernels, torch's operators, or ours where a compiler can build them."""
 
 
 @dataclass

@@ -93,9 +93,10 @@ class GatedSession(FakeSession):
 
     def step(self) -> list[Progress]:
         """Waits for its turn first."""
-        self.engine.waits.set()
-        self.engine.turns.acquire()
-        self.engine.waits.clear()
+        if not self.engine.turns.acquire(blocking=False):
+            self.engine.waits.set()
+            self.engine.turns.acquire()
+            self.engine.waits.clear()
         self.engine.rows.append([member.row.request.tokens for member in self.members])
         if self.engine.breaks:
             self.engine.breaks = False

@@ -154,18 +154,22 @@ def test_who_leaves_frees_the_row_before_the_next_cycle(made: Plan) -> None:
 
 def test_who_leaves_the_queue_is_never_decoded(made: Plan) -> None:
     async def work() -> None:
-        engine = Gated(made)
-        async with loaded(made, lambda: engine) as local:
-            first = [asyncio.ensure_future(whole(local, replace(GREEDY, prompt=p))) for p in ("a", "b")]
+        engine, single = Gated(made), replace(made, serve=replace(made.serve, max_batch=1))
+        async with loaded(single, lambda: engine) as local:
+            first = asyncio.ensure_future(whole(local, GREEDY))
+            await asyncio.sleep(0)
+            await asyncio.to_thread(engine.waits.wait)  # its first step has begun
             waiting = asyncio.ensure_future(whole(local, replace(GREEDY, prompt="never")))
-            engine.go_on(2)
+            while local._asked.empty():
+                await asyncio.sleep(0.001)
+            engine.go_on()
             while local._load.waiting != 1:
                 await asyncio.sleep(0.001)
             waiting.cancel()
+            await asyncio.wait([waiting])
             engine.go_on(999)
-            await asyncio.gather(*first)
-            assert waiting.cancelled() or await asyncio.gather(waiting, return_exceptions=True)
-            assert all(tuple(b"never") not in rows for rows in engine.rows)
+            assert (await first)[-1].usage == (5, 12)
+            assert waiting.cancelled() and all(tuple(b"never") not in rows for rows in engine.rows)
 
     run(work)
 

@@ -56,6 +56,12 @@ class Place:
         """R, the rows it covers."""
         return self.rows.stop - self.rows.start  # type: ignore[no-any-return]
 
+    def each(self) -> tuple[Tensor, Tensor]:
+        """Every token's row and slot, int64 ``[N]`` each, also where ``rows`` is one row."""
+        if self.row is not None and self.slot is not None:
+            return self.row, self.slot
+        return torch.full((self.width,), self.rows.start), torch.arange(self.start, self.stop)
+
 
 class KVCache:
     """Preallocated keys and values ``[layers, 2, R, G, S, d]``.
@@ -205,6 +211,12 @@ class KVCache:
             written.update(enumerate(at.stops))
         k, v = self._read[layer]
         return k[at.rows, :, : at.stop], v[at.rows, :, : at.stop]
+
+    def lend(self, layers: range, at: Place) -> Tensor:
+        """All keys and values ``[layers, 2, R, G, S, d]``, for a kernel that writes those of ``layers`` at ``at``."""
+        for layer in layers:
+            self.written[layer].update(zip(range(at.rows.start, at.rows.stop), at.stops, strict=True))
+        return self._kv
 
     def keep(self, row: int, path: Sequence[int]) -> None:
         """Declares a path through the row's tree verified: its nodes, root first, move up to follow each other."""

@@ -32,8 +32,11 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def load(folder: Path, device: torch.device, dtype: torch.dtype, layers: Layers) -> Model:
+def load(folder: Path, device: torch.device, dtype: torch.dtype, layers: Layers, native: bool = False) -> Model:
     """A model folder by our own layers (``fast``), by Hugging Face's (``hf``), or by ours where they can (``auto``).
+
+    Args:
+        native: our own layers run on our own kernels.
 
     Raises:
         AssetError: a file is missing or corrupt.
@@ -41,7 +44,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, layers: Layers)
     """
     if layers is not Layers.hf:
         try:
-            return Llama.load(folder, device, dtype)
+            return Llama.load(folder, device, dtype, native)
         except ConfigError:
             if layers is Layers.fast:
                 raise
@@ -52,6 +55,7 @@ class HFModel:
     """A frozen ``transformers`` model whose layers run in ranges; see :class:`~selfspec.engine.model.Model`."""
 
     folder: Path | None = None
+    native = False
 
     def __init__(self, lm: Any) -> None:
         """``lm``: a ``PreTrainedModel`` with a language-model head, its weights loaded.

@@ -1,8 +1,8 @@
 """Matrix products with weights laid out once as the CPU's kernel wants them.
 
-In bf16 on a CPU, ``F.linear`` on a plain weight cannot use that layout: one token's products with all of SmolLM2-135M's
-weights take 18.5 ms that way and 13.2 ms packed (``tests/benchmarks/plain.py``). Packing is oneDNN's, through the
-operators that ``torch.compile`` emits.
+In bf16 on a CPU, ``F.linear`` on a plain weight cannot use such a layout. One token's products with all of
+SmolLM2-135M's weights take 20 ms that way, 17 ms laid out for oneDNN (through the operators that ``torch.compile``
+emits), and 10 ms by our own kernel, which is what reading them takes (``tests/benchmarks/plain.py``).
 
 Weights can be rounded to int8, too, with a scale for each output; activations then are, with a scale for each token,
 so that what a token comes to does not depend on its neighbours in a pass, and sums are exact. ``docs/routing.md`` says
@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from selfspec.engine.kernels import native
 
 
 class Int8(NamedTuple):
@@ -33,11 +35,18 @@ def rounded(weight: Weight) -> Int8:
     return Int8((exact / scale[:, None]).round().to(torch.int8).t(), scale)
 
 
-def packed(weight: Weight) -> Tensor:
-    """A weight ``[out, in]`` in the kernel's own layout; where there is none (other dtypes and devices), as it is."""
+def packed(weight: Weight, own: bool) -> Tensor:
+    """A weight ``[out, in]`` in a kernel's layout; where there is none (other dtypes and devices), as it is.
+
+    Args:
+        own: our own kernel's, where the weight's sizes suit it, before oneDNN's.
+    """
     weight = plain(weight)
-    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or not torch._C._has_mkldnn:
+    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu":
         return weight
+    tiles = native.tiled(weight) if own else None
+    if tiles is not None or not torch._C._has_mkldnn:
+        return weight if tiles is None else tiles
     laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
     return laid_out
 
@@ -46,6 +55,8 @@ def plain(weight: Weight) -> Tensor:
     """A weight as ``[out, in]`` again."""
     if isinstance(weight, Int8):
         return (weight.values * weight.scale).t()
+    if weight.dim() == 4:
+        return native.untiled(weight)
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
@@ -54,8 +65,11 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, Int8):
         found = _int8(x, weight)
         return found if bias is None else found + bias
+    if weight.dim() == 4:
+        product: Tensor = torch.ops.selfspec.product(x, weight, bias, None)
+        return product
     if weight.is_mkldnn:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
     return F.linear(x, weight, bias)
 
@@ -64,8 +78,11 @@ def add_linear(residual: Tensor, x: Tensor, weight: Weight) -> Tensor:
     """r + x W', rounded once: ``[N, out]``."""
     if isinstance(weight, Int8):
         return residual + _int8(x, weight)
+    if weight.dim() == 4:
+        total: Tensor = torch.ops.selfspec.product(x, weight, None, residual)
+        return total
     if weight.is_mkldnn:
-        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, None, "add")
+        total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, None, "add")
         return total
     return torch.addmm(residual, x, weight.t())
 

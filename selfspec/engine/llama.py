@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selfspec.engine.cache import KVCache, Place
+from selfspec.engine.kernels.native import Stack
 from selfspec.engine.linear import Int8, Weight, add_linear, linear, packed, plain, rounded
 from selfspec.engine.model import Shape
 from selfspec.errors import AssetError, ConfigError
@@ -49,6 +50,8 @@ class Llama:
     """A frozen decoder whose layers run in ranges."""
 
     folder: Path | None = None
+    native = False
+    _stack: Stack | None = None
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Fuses ``weights`` (Hugging Face names) as described by ``config`` (a parsed ``config.json``)."""
@@ -63,8 +66,11 @@ class Llama:
         self._cos, self._sin = (table.to(self.device, self.dtype) for table in self._rotary)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> "Llama":
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, native: bool = False) -> "Llama":
         """Reads a model folder in the Hugging Face layout (safetensors only).
+
+        Args:
+            native: run on our own kernels; they are loaded.
 
         Raises:
             AssetError: a file is missing or corrupt.
@@ -83,23 +89,27 @@ class Llama:
                 weights.update(load_file(file, device=str(device)))
             model = cls(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
             model.folder = folder
-            model.pack()
+            model.pack(native)
             return model
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise AssetError(f"{folder}: cannot be read as a model: {error}") from error
         except KeyError as error:
             raise AssetError(f"{folder}: lacks the tensor or setting {error}") from error
 
-    def pack(self) -> None:
-        """Lays all weights out for the CPU's kernels, where those have a layout of their own."""
+    def pack(self, native: bool) -> None:
+        """Lays all weights out for the CPU's kernels, our own or torch's, where those have a layout of their own."""
+        self.native = native
         for layer in self.layers:
-            layer.qkv, layer.out = packed(layer.qkv), packed(layer.out)
-            layer.gate_up, layer.down = packed(layer.gate_up), packed(layer.down)
-        head = packed(self.lm_head)
+            for name in ("qkv", "out", "gate_up", "down"):
+                setattr(layer, name, packed(getattr(layer, name), native))
+        head = packed(self.lm_head, native)
         self._head = head if head is not self.lm_head else None
+        if native and Stack.takes(self.layers, self.shape.hidden, self.shape.head_dim, self.dtype):
+            self._stack = Stack(self.layers, self.shape.heads, self.shape.norm_eps)
 
     def quantise(self) -> None:
-        """Rounds the weights of all layers, and of the head, to int8."""
+        """Rounds the weights of all layers, and of the head, to int8; torch's operators then run them."""
+        self._stack = None
         for layer in self.layers:
             layer.qkv, layer.out = rounded(layer.qkv), rounded(layer.out)
             layer.gate_up, layer.down = rounded(layer.gate_up), rounded(layer.down)
@@ -132,6 +142,9 @@ class Llama:
 
     def run(self, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
         """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
+        if self._stack is not None and not at.causal:  # a long prompt is better off with torch's attention
+            cos, sin = self._cos[at.positions], self._sin[at.positions]
+            return self._stack.run(hidden, cache, at, cos, sin, first, last)
         rotation = self.rotation(at)
         for index in range(first, last):
             hidden = self.block(self.layers[index], hidden, cache, index, at, rotation)

@@ -34,6 +34,8 @@ class Model(Protocol):
     """Where it was read from: its tokenizer lies there too. ``None`` where it was made from tensors."""
     dtype: torch.dtype
     device: torch.device
+    native: bool
+    """Whether it runs on our own CPU kernels."""
     embedding: Tensor
     """``[vocab, D]``, the token embedding."""
     lm_head: Tensor

@@ -23,7 +23,7 @@ class Readout:
     def __init__(self, model: Model, ids: Tensor | None = None) -> None:
         self.ids, self.vocab = ids, model.shape.vocab
         self.weight = model.lm_head if ids is None else model.lm_head[ids]
-        frequent = None if ids is None else packed(self.weight)
+        frequent = None if ids is None else packed(self.weight, model.native)
         self._read = model.logits if frequent is None else lambda state: linear(state, frequent)
 
     def __call__(self, state: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from selfspec.engine.decode import Speculation, Target
 from selfspec.engine.draft.base import Draft
 from selfspec.engine.draft.layerskip import EarlyExit
 from selfspec.engine.head import Head
+from selfspec.engine.kernels import native
 from selfspec.engine.llama import Llama
 from selfspec.engine.model import Model
 from selfspec.engine.scheduler import Scheduler
@@ -67,12 +68,27 @@ class TorchEngine:
         return model
 
     def _load(self) -> Model:
-        model = hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers)
+        model = hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers, self._native)
         if self.plan.engine.weights is schema.Weights.int8:
             if not isinstance(model, Llama) or self.device.type != "cpu":
                 raise ConfigError("engine.weights=int8: only our own layers have them (engine.layers=fast), on a CPU")
             model.quantise()
         return model
+
+    @cached_property
+    def _native(self) -> bool:
+        """Whether our own kernels run.
+
+        Raises:
+            ConfigError: they were asked for, and cannot.
+        """
+        asked = self.plan.engine.kernels
+        if asked is schema.Kernels.torch:
+            return False
+        problem = native.problem() if self.device.type == "cpu" else f"they are for the CPU, not for {self.device.type}"
+        if problem and asked is schema.Kernels.native:
+            raise ConfigError(f"engine.kernels=native: {problem}; allowed here are auto, torch")
+        return problem is None
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -125,6 +141,7 @@ class TorchEngine:
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "kernels": "native" if self._native else "torch",
         }
 
     @property

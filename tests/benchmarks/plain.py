@@ -61,17 +61,21 @@ def main() -> None:
     print(f"ours: {median(rates):.1f} tok/s, {1e3 * step:.2f} ms a token")
     print(f"  matrix products alone, nothing between them: {1e3 * weights:.2f} ms ({weights / step:.0%} of a token)")
     print(f"  of which the language-model head: {1e3 * head:.2f} ms")
-    rearranged = products(engine, laid_out=False)[0]
-    print(f"  the same on weights that are not packed: {1e3 * rearranged:.2f} ms")
+    others = {name: products(engine, lay_out)[0] for name, lay_out in LAYOUTS.items()}
+    print("  the same by layout of the weights, ms:", {name: round(1e3 * each, 2) for name, each in others.items()})
     print(
         "  a pass at 200 tokens of context, ms by rows:", {rows: round(1e3 * a_pass(engine, rows), 2) for rows in ROWS}
     )
-    size = sum(w.numel() * engine.dtype.itemsize for layer in engine.model.layers for w in matrices(layer))
+    size = sum(plain(w).numel() * engine.dtype.itemsize for layer in engine.model.layers for w in matrices(layer))
     size += engine.model.lm_head.numel() * engine.model.lm_head.element_size()
     print(f"  weights read: {size / 1e6:.0f} MB a token, {size / weights / 1e9:.1f} GB/s while they are")
 
 
 ROWS = (1, 4, 8, 12, 16)
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as stored": plain,
+    "oneDNN's": lambda weight: packed(plain(weight), own=False),
+}
 
 
 @torch.inference_mode()
@@ -104,17 +108,20 @@ def matrices(layer: object) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def products(engine: TorchEngine, rounds: int = 30, laid_out: bool = True) -> tuple[float, float]:
-    """Median seconds of one token's matrix-vector products, and of the head's among them; on packed weights or not."""
+def products(
+    engine: TorchEngine, lay_out: Callable[[torch.Tensor], torch.Tensor] | None = None, rounds: int = 30
+) -> tuple[float, float]:
+    """Median seconds of one token's matrix-vector products, and of the head's among them, as the engine has them."""
     model = engine.model
-    weights = [weight if laid_out else plain(weight) for layer in model.layers for weight in matrices(layer)]
-    head = packed(model.lm_head) if laid_out else model.lm_head
-    inputs = {w.shape[1]: torch.randn(1, w.shape[1]).to(model.device, model.dtype) for w in weights}
+    sizes = [plain(weight).shape[1] for layer in model.layers for weight in matrices(layer)]
+    weights = [weight if lay_out is None else lay_out(weight) for layer in model.layers for weight in matrices(layer)]
+    head = packed(model.lm_head, model.native) if lay_out is None else lay_out(model.lm_head)
+    inputs = {size: torch.randn(1, size).to(model.device, model.dtype) for size in sizes}
     all_of_them, heads = [], []
     for _ in range(rounds):
         begin = time.perf_counter()
-        for weight in weights:
-            linear(inputs[weight.shape[1]], weight)
+        for size, weight in zip(sizes, weights, strict=True):
+            linear(inputs[size], weight)
         middle = time.perf_counter()
         linear(inputs[model.shape.hidden], head)
         all_of_them.append(time.perf_counter() - begin)

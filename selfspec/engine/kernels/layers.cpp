@@ -1,0 +1,289 @@
+// The layers of a Llama over a few new tokens, in one call.
+//
+// Between the matrix products, which stay oneDNN's, a decoding step is hundreds of tiny operations. Here each is a
+// loop over memory that is in the cache already, so that what is left is reading the weights. Attention reads every
+// key and value once a head and serves all new tokens of a row with it, whichever of them it may see.
+//
+// N new tokens, H query heads, G key-value heads, d head size, R rows, S slots. Sums are float32 and rounded once.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "product.h"
+#include "vectors.h"
+
+namespace selfspec {
+namespace {
+
+template <class Format>
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  using T = typename Format::T;
+  Tensor normed = at::empty_like(x);
+  const int64_t rows = x.size(0), width = x.size(1);
+  const T *in = static_cast<const T*>(x.const_data_ptr()), *w = static_cast<const T*>(weight.const_data_ptr());
+  T* out = static_cast<T*>(normed.data_ptr());
+  for (int64_t n = 0; n < rows; n++, in += width, out += width) {
+    floats squares{};
+    for (int64_t i = 0; i < width; i += LANES) {
+      const floats v = Format::load(in + i);
+      squares += v * v;
+    }
+    const float scale = 1 / std::sqrt(sum(squares) / width + static_cast<float>(eps));
+    for (int64_t i = 0; i < width; i += LANES) Format::store(out + i, Format::load(in + i) * scale * Format::load(w + i));
+  }
+  return normed;
+}
+
+// silu(gate) * up of [N, 2 M] -> [N, M]
+template <class Format>
+Tensor swiglu(const Tensor& gate_up) {
+  using T = typename Format::T;
+  const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+  Tensor mixed = at::empty({rows, width}, gate_up.options());
+  const T* in = static_cast<const T*>(gate_up.const_data_ptr());
+  T* out = static_cast<T*>(mixed.data_ptr());
+  at::parallel_for(0, rows, 4, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; n++) {
+      const T *gates = in + n * 2 * width, *ups = gates + width;
+      for (int64_t i = 0; i < width; i += LANES) {
+        const floats gate = Format::load(gates + i);
+        Format::store(out + n * width + i, gate / (1.0f + exp(at_most(-gate, 87.0f))) * Format::load(ups + i));
+      }
+    }
+  });
+  return mixed;
+}
+
+// x cos + roll(x) sin over one head, in place; the sine carries the sign of the half that moves.
+template <class Format>
+void rotate(typename Format::T* x, const typename Format::T* cos, const typename Format::T* sin, int64_t d) {
+  const int64_t half = d / 2;
+  for (int64_t i = 0; i < half; i += LANES) {
+    const floats low = Format::load(x + i), high = Format::load(x + half + i);
+    Format::store(x + i, low * Format::load(cos + i) + high * Format::load(sin + i));
+    Format::store(x + half + i, high * Format::load(cos + half + i) + low * Format::load(sin + half + i));
+  }
+}
+
+// Where one head's new tokens of one row look, and how their vectors lie: `step` values from token to token.
+template <class Format>
+struct Head {
+  const typename Format::T *queries, *keys, *values;  // keys and values: [stop, D]
+  const float* bias;                                  // [tokens, width]: 0, or -inf where a token may not look
+  int64_t stop, width, query_step, out_step;
+  typename Format::T* out;
+};
+
+// Q tokens at once: a key or value is read and widened once for all of them.
+template <class Format, int D, int Q>
+void attend(const Head<Format>& head, float* scores) {
+  constexpr int PARTS = D / LANES;
+  const float scale = 1 / std::sqrt(static_cast<float>(D));
+  const int64_t padded = up_to_lanes(head.stop);
+  Vector<Format, D> query[Q];
+  for (int i = 0; i < Q; i++) query[i].load(head.queries + i * head.query_step);
+  for (int64_t s = 0; s < head.stop; s++) {
+    Vector<Format, D> key;
+    key.load(head.keys + s * D);
+    floats dots[4] = {};
+    for (int i = 0; i < Q; i++) dots[i] = dot(query[i], key);
+    const floats totals = sums(dots[0], dots[1], dots[2], dots[3]);
+    for (int i = 0; i < Q; i++) scores[i * padded + s] = totals[i];
+  }
+  for (int i = 0; i < Q; i++) {  // softmax
+    float* score = scores + i * padded;
+    const float* bias = head.bias + i * head.width;
+    for (int64_t s = head.stop; s < padded; s++) score[s] = 0;
+    floats most = floats{} - INFINITY, total{};
+    for (int64_t s = 0; s < padded; s += LANES) {
+      const floats here = F32::load(score + s) * scale + F32::load(bias + s);
+      F32::store(score + s, here);
+      most = here > most ? here : most;
+    }
+    const float top = highest(most);
+    for (int64_t s = 0; s < padded; s += LANES) {
+      const floats weight = exp(F32::load(score + s) - top);
+      F32::store(score + s, weight);
+      total += weight;
+    }
+    const float share = 1 / sum(total);
+    for (int64_t s = 0; s < padded; s += LANES) F32::store(score + s, F32::load(score + s) * share);
+  }
+  floats mixed[Q][PARTS] = {};
+  for (int64_t s = 0; s < head.stop; s++) {
+    for (int p = 0; p < PARTS; p++) {
+      const floats value = Format::load(head.values + s * D + p * LANES);
+      for (int i = 0; i < Q; i++) mixed[i][p] += scores[i * padded + s] * value;
+    }
+  }
+  for (int i = 0; i < Q; i++) {
+    for (int p = 0; p < PARTS; p++) Format::store(head.out + i * head.out_step + p * LANES, mixed[i][p]);
+  }
+}
+
+// New tokens of one row: they stand together, from `begin` on, and look at slots below `stop`.
+struct Row {
+  int64_t row, begin, end, stop;
+};
+
+std::vector<Row> rows_of(const int64_t* row, const int64_t* slot, int64_t count) {
+  std::vector<Row> rows;
+  for (int64_t n = 0; n < count; n++) {
+    if (rows.empty() || rows.back().row != row[n]) rows.push_back({row[n], n, n, 0});
+    rows.back().end = n + 1;
+    rows.back().stop = std::max(rows.back().stop, slot[n] + 1);
+  }
+  return rows;
+}
+
+// What keeps every token from looking where it may not: [N, width], 0 or -inf. mask: bool [R, 1, T, stop], or none:
+// a token looks up to its own slot.
+std::vector<float> biases(const std::vector<Row>& rows, const int64_t* slot, const optional<Tensor>& mask,
+                          int64_t first_row, int64_t stop) {
+  const int64_t width = up_to_lanes(stop);
+  std::vector<float> bias(rows.back().end * width, -INFINITY);
+  for (const Row& r : rows) {
+    for (int64_t n = r.begin; n < r.end; n++) {
+      const bool* seen = mask ? mask->const_data_ptr<bool>() + ((r.row - first_row) * mask->size(2) + n - r.begin) * stop
+                              : nullptr;
+      for (int64_t s = 0; s <= slot[n]; s++) bias[n * width + s] = !seen || seen[s] ? 0 : -INFINITY;
+    }
+  }
+  return bias;
+}
+
+template <class Format, int D>
+void mix(Tensor& qkv, Tensor& kv, const Tensor& cos, const Tensor& sin, const std::vector<Row>& rows,
+         const int64_t* slot, const std::vector<float>& bias, int64_t heads, int64_t stop, Tensor& mixed) {
+  using T = typename Format::T;
+  const int64_t groups = kv.size(2), capacity = kv.size(3), count = qkv.size(0), width = qkv.size(1);
+  T *all = static_cast<T*>(qkv.data_ptr()), *out = static_cast<T*>(mixed.data_ptr());
+  const T *c = static_cast<const T*>(cos.const_data_ptr()), *s = static_cast<const T*>(sin.const_data_ptr());
+  T *keys = static_cast<T*>(kv.data_ptr()), *values = keys + kv.stride(0);
+  const int64_t row_step = kv.stride(1);
+  for (const Row& r : rows) {
+    for (int64_t n = r.begin; n < r.end; n++) {
+      T* token = all + n * width;
+      for (int64_t h = 0; h < heads + groups; h++) rotate<Format>(token + h * D, c + n * D, s + n * D, D);
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t to = r.row * row_step + (g * capacity + slot[n]) * D;
+        std::copy_n(token + (heads + g) * D, D, keys + to);
+        std::copy_n(token + (heads + groups + g) * D, D, values + to);
+      }
+    }
+  }
+  std::vector<std::pair<const Row*, int64_t>> blocks;  // of up to four tokens
+  for (const Row& r : rows) {
+    for (int64_t n = r.begin; n < r.end; n += 4) blocks.push_back({&r, n});
+  }
+  const int64_t padded = up_to_lanes(stop), units = static_cast<int64_t>(blocks.size()) * heads;
+  at::parallel_for(0, units, count * stop * D < 4096 ? units : 1, [&](int64_t from, int64_t to) {
+    std::vector<float> scores(4 * padded);
+    for (int64_t unit = from; unit < to; unit++) {
+      const auto [r, n] = blocks[unit / heads];
+      const int64_t h = unit % heads, g = h / (heads / groups), begins = r->row * row_step + g * capacity * D;
+      const Head<Format> head{all + n * width + h * D, keys + begins, values + begins, bias.data() + n * padded,
+                              r->stop, padded, width, heads * D, out + (n * heads + h) * D};
+      switch (r->end - n) {
+        case 1: attend<Format, D, 1>(head, scores.data()); break;
+        case 2: attend<Format, D, 2>(head, scores.data()); break;
+        case 3: attend<Format, D, 3>(head, scores.data()); break;
+        default: attend<Format, D, 4>(head, scores.data());
+      }
+    }
+  });
+}
+
+template <class Format>
+Tensor run(Tensor hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, const Tensor& row, const Tensor& slot,
+           const optional<Tensor>& mask, int64_t first_row, int64_t stop, int64_t heads, double eps, int64_t first,
+           at::TensorList attention_norm, at::TensorList qkv_weight, const c10::List<optional<Tensor>>& qkv_bias,
+           at::TensorList out, at::TensorList mlp_norm, at::TensorList gate_up, at::TensorList down) {
+  const int64_t d = cache.size(5);
+  const int64_t* slots = slot.const_data_ptr<int64_t>();
+  const auto rows = rows_of(row.const_data_ptr<int64_t>(), slots, row.numel());
+  const auto bias = biases(rows, slots, mask, first_row, stop);
+  for (size_t i = 0; i < qkv_weight.size(); i++) {
+    Tensor qkv = product(rms_norm<Format>(hidden, attention_norm[i], eps), qkv_weight[i], qkv_bias.get(i), {});
+    Tensor mixed = at::empty({hidden.size(0), heads * d}, hidden.options());
+    Tensor kv = cache.select(0, first + static_cast<int64_t>(i));
+    const auto with = [&](auto size) {
+      mix<Format, size.value>(qkv, kv, cos, sin, rows, slots, bias, heads, stop, mixed);
+    };
+    switch (d) {
+      case 32: with(std::integral_constant<int, 32>()); break;
+      case 64: with(std::integral_constant<int, 64>()); break;
+      case 128: with(std::integral_constant<int, 128>()); break;
+      default: TORCH_CHECK(false, "a head of ", d, " is not one of 32, 64, 128");
+    }
+    hidden = product(mixed, out[i], {}, hidden);
+    Tensor x = product(rms_norm<Format>(hidden, mlp_norm[i], eps), gate_up[i], {}, {});
+    hidden = product(swiglu<Format>(x), down[i], {}, hidden);
+  }
+  return hidden;
+}
+
+Tensor layers(const Tensor& hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, const Tensor& row,
+              const Tensor& slot, const optional<Tensor>& mask, int64_t first_row, int64_t stop, int64_t heads,
+              double eps, int64_t first, at::TensorList attention_norm, at::TensorList qkv,
+              const c10::List<optional<Tensor>>& qkv_bias, at::TensorList out, at::TensorList mlp_norm,
+              at::TensorList gate_up, at::TensorList down) {
+  for (const Tensor& each : {hidden, cache, cos, sin, row, slot}) TORCH_CHECK(each.is_contiguous(), "not contiguous");
+  TORCH_CHECK(!mask || mask->is_contiguous(), "not contiguous");
+  const auto chosen = hidden.scalar_type() == at::kFloat ? run<F32> : run<BF16>;
+  TORCH_CHECK(hidden.scalar_type() == at::kFloat || hidden.scalar_type() == at::kBFloat16, "float32 or bfloat16 only");
+  return chosen(hidden, cache, cos, sin, row, slot, mask, first_row, stop, heads, eps, first, attention_norm, qkv,
+                qkv_bias, out, mlp_norm, gate_up, down);
+}
+
+template <class Format>
+void likeliest(const Tensor& logits, int64_t* best) {
+  const int64_t width = logits.size(1);
+  const auto* all = static_cast<const typename Format::T*>(logits.const_data_ptr());
+  at::parallel_for(0, logits.size(0), 1, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; n++) {
+      const auto* row = all + n * width;
+      floats tops = floats{} - INFINITY;
+      for (int64_t i = 0; i < width; i += LANES) {
+        const floats here = Format::load(row + i);
+        tops = here > tops ? here : tops;
+      }
+      const float top = highest(tops);
+      int64_t i = 0;
+      for (; i < width - LANES && highest(Format::load(row + i)) < top; i += LANES) {
+      }
+      while (i < width - 1 && Format::load_one(row + i) < top) i++;
+      best[n] = i;
+    }
+  });
+}
+
+Tensor argmax(const Tensor& logits) {
+  TORCH_CHECK(logits.dim() == 2 && logits.size(1) % LANES == 0 && logits.is_contiguous(), "argmax: whole lanes only");
+  TORCH_CHECK(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16, "float32 or bfloat16 only");
+  Tensor best = at::empty({logits.size(0)}, at::kLong);
+  const auto chosen = logits.scalar_type() == at::kFloat ? likeliest<F32> : likeliest<BF16>;
+  chosen(logits, best.data_ptr<int64_t>());
+  return best;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(selfspec, library) {
+  library.def("product(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor");
+  library.impl("product", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(product)));
+  library.def("argmax(Tensor logits) -> Tensor");
+  library.impl("argmax", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(argmax)));
+  library.def(
+      "layers(Tensor hidden, Tensor(a!) cache, Tensor cos, Tensor sin, Tensor row, Tensor slot, Tensor? mask, "
+      "int first_row, int stop, int heads, float eps, int first, Tensor[] attention_norm, Tensor[] qkv, "
+      "Tensor?[] qkv_bias, Tensor[] out, Tensor[] mlp_norm, Tensor[] gate_up, Tensor[] down) -> Tensor");
+  library.impl("layers", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(layers)));
+}
+
+}  // namespace selfspec

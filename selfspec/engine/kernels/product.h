@@ -1,0 +1,17 @@
+// x W' of few rows: reading the weights is what takes the time.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+namespace selfspec {
+
+using at::Tensor;
+using std::optional;
+
+// x W' + bias + residual, rounded once: [N, in] -> [N, out]. weight: [out, in]; or laid out for oneDNN; or, in bf16
+// where the CPU multiplies it, in tiles [out / 16, in / 2, 16, 2].
+Tensor product(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& residual);
+
+}  // namespace selfspec

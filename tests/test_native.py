@@ -1,0 +1,155 @@
+"""native: our own CPU kernels compute what torch's operators do, in float32 and in bf16."""
+
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.testing import assert_close
+
+from selfspec.engine.kernels import native
+from selfspec.engine.linear import add_linear, linear, packed, plain
+from selfspec.engine.llama import Llama
+from selfspec.engine.tree import Tree
+
+pytestmark = [
+    pytest.mark.usefixtures("inference"),
+    pytest.mark.skipif(native.problem() is not None, reason=f"no native kernels: {native.problem()}"),
+]
+BF16 = pytest.mark.skipif(not native.multiplies_bf16(), reason="this CPU does not multiply bf16")
+CPU, LAYERS, VOCAB = torch.device("cpu"), 3, 64
+PROMPT = [5, 9, 7, 3, 3, 60, 2, 8, 41, 12, 7]
+BUSHY = Tree([9, 7, 8, 7, 8, 7], [-1, 0, 0, 1, 1, 2])
+CHAIN = Tree.chain([9, 7, 8])
+
+
+@pytest.fixture(scope="module", params=[32, 64, 128])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": LAYERS, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": request.param, "attention_bias": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, max_position_embeddings=128))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.bias = None
+            layer.input_layernorm.weight.add_(torch.linspace(-0.5, 0.5, 96))
+            layer.self_attn.q_proj.bias.add_(0.3)
+            layer.self_attn.v_proj.bias.add_(-0.2)
+        for weight in model.parameters():
+            weight.mul_(4 if weight.dim() == 2 else 1)
+    path = tmp_path_factory.mktemp(f"heads-of-{request.param}")
+    transformers.logging.disable_progress_bar()
+    model.save_pretrained(path)
+    return path
+
+
+def states(model: Llama, rows: list[list[int]], trees: list[Tree], layers: tuple[int, ...] = (0, LAYERS)) -> Tensor:
+    """Final states of the trees' nodes, rows of different lengths before them; layers run in the ranges given."""
+    cache = model.new_cache(64, rows=len(rows))
+    for prompt in rows:
+        at = cache.place([Tree.chain(prompt)], row=(row := cache.admit()))
+        model.run(model.embed(prompt), cache, at, 0, LAYERS)
+        cache.keep(row, range(len(prompt)))
+    at = cache.place(trees)
+    hidden = model.embed([token for tree in trees for token in tree.tokens])
+    for first, last in pairwise(layers):
+        hidden = model.run(hidden, cache, at, first, last)
+    for row, tree in enumerate(trees):
+        cache.keep(row, range(len(tree)))
+    cache.check_integrity(LAYERS)
+    return model.norm(hidden)
+
+
+@pytest.mark.parametrize(
+    ("rows", "trees"),
+    [
+        ([PROMPT], [Tree.chain([4])]),
+        ([PROMPT], [CHAIN]),
+        ([PROMPT], [BUSHY]),
+        ([PROMPT, PROMPT[:4], PROMPT[2:9]], [BUSHY, Tree.chain([4]), CHAIN]),
+    ],
+    ids=["one token", "chain", "tree", "ragged batch"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layers_are_those_of_torch(
+    folder: Path, rows: list[list[int]], trees: list[Tree], dtype: torch.dtype
+) -> None:
+    ours, torchs = (states(Llama.load(folder, CPU, dtype, own), rows, trees) for own in (True, False))
+    exact = states(Llama.load(folder, CPU, torch.float32), rows, trees)
+    if dtype is torch.float32:
+        assert_close(ours, torchs, atol=2e-5, rtol=2e-5)
+    else:  # no further from the truth than torch's operators are
+        assert (ours - exact).norm() <= 1.3 * (torchs - exact).norm() + 1e-3
+
+
+def test_ranges_of_layers_come_to_all_of_them(folder: Path) -> None:
+    model = Llama.load(folder, CPU, torch.float32, native=True)
+    whole, parts = (states(model, [PROMPT], [BUSHY], layers) for layers in ((0, LAYERS), (0, 1, LAYERS)))
+    assert_close(whole, parts, atol=0, rtol=0)
+
+
+def test_a_planted_fault_is_seen(folder: Path) -> None:
+    """A node that sees its sibling."""
+    model, torchs = (Llama.load(folder, CPU, torch.float32, own) for own in (True, False))
+    seen, right = states(model, [PROMPT], [Tree.chain(BUSHY.tokens)]), states(torchs, [PROMPT], [BUSHY])
+    with pytest.raises(AssertionError):
+        assert_close(seen, right, atol=2e-5, rtol=2e-5)
+
+
+@BF16
+@pytest.mark.parametrize("rows", [1, 2, 3, 12, 13, 16, 17, 25, 60])
+@pytest.mark.parametrize(("out", "inputs"), [(32, 32), (96, 64), (64, 1536)])
+def test_products_are_rounded_once(rows: int, out: int, inputs: int) -> None:
+    random = torch.Generator().manual_seed(rows)
+    draw = lambda *size: torch.randn(size, generator=random).bfloat16()  # noqa: E731
+    x, weight, bias, residual = draw(rows, inputs), draw(out, inputs), draw(out), draw(rows, out)
+    tiles = packed(weight, own=True)
+    assert tiles.dim() == 4
+    exact = x.double() @ weight.double().T
+    for ours, right in (
+        (linear(x, tiles), exact),
+        (linear(x, tiles, bias), exact + bias),
+        (add_linear(residual, x, tiles), exact + residual),
+    ):
+        assert_close(ours, right.bfloat16(), atol=0.02, rtol=2**-7)
+
+
+@BF16
+def test_tiles_are_undone() -> None:
+    weight = torch.arange(64 * 6).view(64, 6).bfloat16()
+    assert torch.equal(plain(packed(weight, own=True)), weight)
+
+
+@BF16
+@pytest.mark.parametrize("size", [(48, 64), (64, 63)])
+def test_a_weight_that_makes_no_whole_tiles_is_left_to_onednn(size: tuple[int, int]) -> None:
+    assert packed(torch.zeros(size).bfloat16(), own=True).dim() == 2
+
+
+@BF16
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="do not fit"):
+        linear(torch.zeros(2, 32).bfloat16(), packed(torch.zeros(32, 64).bfloat16(), own=True))
+
+
+def test_a_failing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    assert native.problem.__wrapped__() == f"{broken} failed: no such flag"
+    with pytest.raises(subprocess.CalledProcessError):
+        native._library(str(broken))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_equals_is_the_likeliest(dtype: torch.dtype) -> None:
+    logits = torch.randn(40, 160, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[7, 3] = logits[7, 90] = logits[8, 159] = logits[9, 0] = 9
+    logits[10] = -float("inf")
+    assert native.takes_rows(logits)
+    assert torch.ops.selfspec.argmax(logits).tolist() == logits.float().numpy().argmax(-1).tolist()
