@@ -33,7 +33,7 @@ def test_a_product_is_near_and_no_row_depends_on_another(dtype: torch.dtype) -> 
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 64, generator=random).to(dtype)
     x, residual, bias = (torch.randn(*size, generator=random).to(dtype) for size in ((9, 64), (9, 48), (48,)))
-    small = rounded(packed(weight))
+    small = rounded(packed(weight, own=True))
     assert small.values.dtype is torch.int8 and small.values.shape == (64, 48)
     found, exact = linear(x, small), x.float() @ weight.float().t()
     assert found.dtype is dtype
@@ -55,7 +55,8 @@ def test_speculation_on_int8_weights_is_lossless(engine: Callable[..., TorchEngi
     made = engine("draft=layerskip", "engine.weights=int8", "engine.max_batch=4")
     spoken = [completion.tokens for completion in made.generate(REQUESTS)]
     assert spoken == [completion.tokens for completion in made.generate(REQUESTS, plain=True)]
-    assert isinstance(made.model.layers[0].qkv, Int8)  # type: ignore[attr-defined]
+    qkv = made.model.layers[0].qkv  # type: ignore[attr-defined]
+    assert isinstance(qkv, Int8) or qkv.dtype is torch.int8
 
 
 def test_it_is_another_model_and_says_so(engine: Callable[..., TorchEngine]) -> None:

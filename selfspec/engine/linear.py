@@ -35,6 +35,13 @@ def rounded(weight: Weight) -> Int8:
     return Int8((exact / scale[:, None]).round().to(torch.int8).t(), scale)
 
 
+def packed_int8(weight: Weight, own: bool) -> Weight:
+    """A weight in 8 bits, for our own kernel where that is asked for and the weight's sizes suit it."""
+    small = rounded(weight)
+    tiles = native.tiled_int8(small.values.t(), small.scale) if own else None
+    return small if tiles is None else tiles
+
+
 def packed(weight: Weight, own: bool) -> Tensor:
     """A weight ``[out, in]`` in a kernel's layout; where there is none (other dtypes and devices), as it is.
 
@@ -55,7 +62,7 @@ def plain(weight: Weight) -> Tensor:
     """A weight as ``[out, in]`` again."""
     if isinstance(weight, Int8):
         return (weight.values * weight.scale).t()
-    if weight.dim() == 4:
+    if weight.dim() > 2:
         return native.untiled(weight)
     return weight.to_dense() if weight.is_mkldnn else weight
 
@@ -65,7 +72,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, Int8):
         found = _int8(x, weight)
         return found if bias is None else found + bias
-    if weight.dim() == 4:
+    if weight.dim() > 2:
         product: Tensor = torch.ops.selfspec.product(x, weight, bias, None)
         return product
     if weight.is_mkldnn:
@@ -78,7 +85,7 @@ def add_linear(residual: Tensor, x: Tensor, weight: Weight) -> Tensor:
     """r + x W', rounded once: ``[N, out]``."""
     if isinstance(weight, Int8):
         return residual + _int8(x, weight)
-    if weight.dim() == 4:
+    if weight.dim() > 2:
         total: Tensor = torch.ops.selfspec.product(x, weight, None, residual)
         return total
     if weight.is_mkldnn:

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from selfspec.engine.cache import KVCache, Place
 from selfspec.engine.kernels.native import Stack
-from selfspec.engine.linear import Int8, Weight, add_linear, linear, packed, plain, rounded
+from selfspec.engine.linear import Weight, add_linear, linear, packed, packed_int8, plain
 from selfspec.engine.model import Shape
 from selfspec.errors import AssetError, ConfigError
 
+_MATRICES = ("qkv", "out", "gate_up", "down")
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -51,6 +52,7 @@ class Llama:
 
     folder: Path | None = None
     native = False
+    int8 = False
     _stack: Stack | None = None
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -100,20 +102,26 @@ class Llama:
         """Lays all weights out for the CPU's kernels, our own or torch's, where those have a layout of their own."""
         self.native = native
         for layer in self.layers:
-            for name in ("qkv", "out", "gate_up", "down"):
+            for name in _MATRICES:
                 setattr(layer, name, packed(getattr(layer, name), native))
         head = packed(self.lm_head, native)
         self._head = head if head is not self.lm_head else None
-        if native and Stack.takes(self.layers, self.shape.hidden, self.shape.head_dim, self.dtype):
-            self._stack = Stack(self.layers, self.shape.heads, self.shape.norm_eps)
+        self._stack = self._make_stack()
 
     def quantise(self) -> None:
-        """Rounds the weights of all layers, and of the head, to int8; torch's operators then run them."""
-        self._stack = None
+        """Rounds the weights of all layers, and of the head, to int8."""
+        self.int8 = True
         for layer in self.layers:
-            layer.qkv, layer.out = rounded(layer.qkv), rounded(layer.out)
-            layer.gate_up, layer.down = rounded(layer.gate_up), rounded(layer.down)
-        self._head = rounded(self.lm_head)
+            for name in _MATRICES:
+                setattr(layer, name, packed_int8(getattr(layer, name), self.native))
+        self._head = packed_int8(self.lm_head, self.native)
+        self._stack = self._make_stack()
+
+    def _make_stack(self) -> Stack | None:
+        whole = all(isinstance(getattr(layer, name), Tensor) for layer in self.layers for name in _MATRICES)
+        if not (self.native and whole and Stack.takes(self.layers, self.shape.hidden, self.shape.head_dim, self.dtype)):
+            return None
+        return Stack(self.layers, self.shape.heads, self.shape.norm_eps)
 
     def to(self, dtype: torch.dtype) -> "Llama":
         """The same model in another dtype (a copy; used to look at a tie in float32)."""
@@ -126,7 +134,8 @@ class Llama:
             Layer(*(None if w is None else plain(w).to(dtype) for w in (getattr(layer, f) for f in Layer.__slots__)))  # type: ignore[arg-type]
             for layer in self.layers
         ]
-        other._head, other._rotary = plain(self._head).to(dtype) if isinstance(self._head, Int8) else None, self._rotary
+        other._head = plain(self._head).to(dtype) if self.int8 and self._head is not None else None
+        other._rotary = self._rotary
         other._cos, other._sin = (table.to(self.device, dtype) for table in self._rotary)
         return other
 

@@ -79,7 +79,7 @@ def _command(compiler: str, target: Path) -> list[str]:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether this CPU multiplies bf16, so that weights are worth laying out in tiles."""
+    """Whether this CPU multiplies bf16, and int8 too, so that weights are worth laying out in tiles."""
     return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 
 
@@ -91,10 +91,28 @@ def tiled(weight: Tensor) -> Tensor | None:
     return weight.view(rows // _LANES, _LANES, columns // 2, 2).transpose(1, 2).contiguous()
 
 
+def tiled_int8(values: Tensor, scale: Tensor) -> Tensor | None:
+    """Int8 ``[out, in]`` and a scale ``[out]`` for each output in tiles ``[out / 16, in / 4 + 2, 64]`` of int8.
+
+    After a tile's weights lie its scales, and 128 times the sum of each output's weights: inputs are moved up by 128.
+    ``None`` where it does not divide so.
+    """
+    rows, columns = values.shape
+    if not multiplies_bf16() or rows % (2 * _LANES) or columns % _LANES:
+        return None
+    lines = values.view(rows // _LANES, _LANES, columns // 4, 4).transpose(1, 2).reshape(rows // _LANES, -1, 64)
+    sums = 128 * values.int().sum(1, dtype=torch.int32)
+    ends = [each.contiguous().view(torch.int8).view(rows // _LANES, 1, 64) for each in (scale.float(), sums)]
+    return torch.cat((lines, *ends), 1)
+
+
 def untiled(weight: Tensor) -> Tensor:
-    """The way back: ``[out, in]``."""
-    tiles, pairs = weight.shape[:2]
-    return weight.transpose(1, 2).reshape(tiles * _LANES, pairs * 2)
+    """The way back: ``[out, in]``, of int8 in float32."""
+    tiles = weight.shape[0]
+    if weight.dtype is not torch.int8:
+        return weight.transpose(1, 2).reshape(tiles * _LANES, weight.shape[1] * 2)
+    values = weight[:, :-2].reshape(tiles, -1, _LANES, 4).transpose(1, 2).reshape(tiles * _LANES, -1)
+    return values * weight[:, -2].reshape(-1).view(torch.float32)[:, None]
 
 
 def takes_rows(logits: Tensor) -> bool:

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <utility>
+#include <vector>
 
 #include "vectors.h"
 
@@ -27,102 +28,165 @@ Tensor by_onednn(const Tensor& x, const Tensor& weight, const optional<Tensor>& 
   return plain.call(x, weight, bias, "none", c10::List<optional<at::Scalar>>(), "");
 }
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512BF16__  // and with it VNNI
 
-// A tile of weights is a line of the cache: 16 outputs, two inputs of each. Every line is read once, in the order it
-// lies in, and multiplied with all rows while it is in a register.
+// Weights lie in tiles of 16 outputs. A line of the cache has 4 bytes of each, what 4 bytes of inputs are multiplied
+// with; every line is read once, in the order it lies in, and multiplied with all rows while it is in a register.
 
 struct Job {
-  const uint32_t* x;  // [in / 2, rows], two inputs together
-  const char* weight;
-  int64_t pairs, width;
-  const uint16_t *bias, *residual;  // or none
-  uint16_t* out;
+  const uint32_t* x;  // [lines, rows]
+  const char* tile;
+  int64_t lines, step, width;  // step: bytes from tile to tile; width: outputs
+  const float* scale;          // of every row, where inputs are rounded to int8
+  const void *bias, *residual;  // or none
+  void* out;
+};
+
+// Two inputs in bf16, and their weights.
+struct Pairs {
+  using Sums = __m512;
+  static Sums add(Sums sums, __m512i line, __m512i inputs) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)line, (__m512bh)inputs);
+  }
+  static floats finish(Sums sums, const Job&, const char*, int) { return (floats)sums; }
+};
+
+// Four inputs in 8 bits, moved up by 128, and their weights in 8 bits. After a tile's lines come two more: what every
+// output is scaled by, and what the 128 have added to it.
+struct Fours {
+  using Sums = __m512i;
+  static Sums add(Sums sums, __m512i line, __m512i inputs) { return _mm512_dpbusd_epi32(sums, inputs, line); }
+  static floats finish(Sums sums, const Job& job, const char* tile, int row) {
+    const char* end = tile + job.lines * 64;
+    const ints whole = (ints)sums - *reinterpret_cast<const ints*>(end + 64);
+    return __builtin_convertvector(whole, floats) * (*reinterpret_cast<const floats*>(end) * job.scale[row]);
+  }
 };
 
 constexpr int AHEAD = 8;  // lines fetched ahead; the hardware's own prefetch stops where a page ends
 
 // ROWS rows times TILES x 16 outputs.
-template <int ROWS, int TILES>
+template <class Kind, class Format, int ROWS, int TILES>
 void multiply(const Job& job) {
-  __m512 sums[TILES][ROWS];
+  using T = typename Format::T;
+  typename Kind::Sums sums[TILES][ROWS];
   for (int t = 0; t < TILES; t++) {
-    for (int r = 0; r < ROWS; r++) sums[t][r] = _mm512_setzero_ps();
+    for (int r = 0; r < ROWS; r++) sums[t][r] = typename Kind::Sums{};
   }
-  for (int64_t k = 0; k < job.pairs; k++) {
+  for (int64_t k = 0; k < job.lines; k++) {
     for (int t = 0; t < TILES; t++) {
-      const char* line = job.weight + (t * job.pairs + k) * 64;
-      _mm_prefetch(line + AHEAD * 64, _MM_HINT_T0);
-      const __m512bh weights = (__m512bh)_mm512_loadu_si512(line);
+      const char* at = job.tile + t * job.step + k * 64;
+      _mm_prefetch(at + AHEAD * 64, _MM_HINT_T0);
+      const __m512i line = _mm512_loadu_si512(at);
       for (int r = 0; r < ROWS; r++) {
-        const __m512bh inputs = (__m512bh)_mm512_set1_epi32(static_cast<int>(job.x[k * ROWS + r]));
-        sums[t][r] = _mm512_dpbf16_ps(sums[t][r], weights, inputs);
+        sums[t][r] = Kind::add(sums[t][r], line, _mm512_set1_epi32(static_cast<int>(job.x[k * ROWS + r])));
       }
     }
   }
   for (int t = 0; t < TILES; t++) {
     for (int r = 0; r < ROWS; r++) {
       const int64_t at = r * job.width + t * LANES;
-      floats total = (floats)sums[t][r];
-      if (job.bias) total += BF16::load(job.bias + t * LANES);
-      if (job.residual) total += BF16::load(job.residual + at);
-      BF16::store(job.out + at, total);
+      floats total = Kind::finish(sums[t][r], job, job.tile + t * job.step, r);
+      if (job.bias) total += Format::load(static_cast<const T*>(job.bias) + t * LANES);
+      if (job.residual) total += Format::load(static_cast<const T*>(job.residual) + at);
+      Format::store(static_cast<T*>(job.out) + at, total);
     }
   }
 }
 
 using Multiply = void (*)(const Job&);
 
-template <int TILES, int... N>
+template <class Kind, class Format, int TILES, int... N>
 constexpr std::array<Multiply, sizeof...(N)> up_to(std::integer_sequence<int, N...>) {
-  return {multiply<N + 1, TILES>...};
+  return {multiply<Kind, Format, N + 1, TILES>...};
 }
 
 constexpr int PAIRED = 12, SINGLE = 16;  // rows whose sums fit into 32 registers, by two tiles and by one
-constexpr auto BY_TWO = up_to<2>(std::make_integer_sequence<int, PAIRED>());
-constexpr auto BY_ONE = up_to<1>(std::make_integer_sequence<int, SINGLE>());
 
-Tensor tiled(const Tensor& given, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& residual) {
-  const Tensor x = given.contiguous();
-  const int64_t rows = x.size(0), pairs = weight.size(1), tiles = weight.size(0), width = tiles * LANES;
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.size(1) == 2 * pairs, "product: inputs do not fit the weight");
-  const int64_t parts = rows <= SINGLE ? 1 : (rows + PAIRED - 1) / PAIRED, most = (rows + parts - 1) / std::max<int64_t>(parts, 1);
-  Tensor out = at::empty({rows, width}, x.options()), turned = rows == 1 ? x : at::empty_like(x);
-  if (rows > 1) {  // a step's inputs of all rows side by side
-    const auto* from = static_cast<const uint32_t*>(x.const_data_ptr());
-    auto* to = static_cast<uint32_t*>(turned.data_ptr());
+// Inputs [rows, lines] of 4 bytes times tiles [tiles, lines (and more), ...].
+template <class Kind, class Format>
+Tensor tiled(const Tensor& x, const uint32_t* from, const float* scale, const Tensor& weight, int64_t lines,
+             const optional<Tensor>& bias, const optional<Tensor>& residual) {
+  using T = typename Format::T;
+  static constexpr auto by_two = up_to<Kind, Format, 2>(std::make_integer_sequence<int, PAIRED>());
+  static constexpr auto by_one = up_to<Kind, Format, 1>(std::make_integer_sequence<int, SINGLE>());
+  const int64_t rows = x.size(0), tiles = weight.size(0), width = tiles * LANES;
+  const int64_t step = weight.stride(0) * weight.element_size();
+  const int64_t parts = rows <= SINGLE ? 1 : (rows + PAIRED - 1) / PAIRED, most = (rows + parts - 1) / parts;
+  std::vector<uint32_t> turned(rows > 1 ? rows * lines : 0);  // a line's inputs of all rows side by side
+  if (rows > 1) {
     for (int64_t begin = 0; begin < rows; begin += most) {
       const int64_t take = std::min(most, rows - begin);
       for (int64_t r = 0; r < take; r++) {
-        for (int64_t k = 0; k < pairs; k++) to[begin * pairs + k * take + r] = from[(begin + r) * pairs + k];
+        for (int64_t k = 0; k < lines; k++) turned[begin * lines + k * take + r] = from[(begin + r) * lines + k];
       }
     }
+    from = turned.data();
   }
-  const auto* inputs = static_cast<const uint32_t*>(turned.const_data_ptr());
-  const auto* weights = static_cast<const char*>(weight.const_data_ptr());
-  const Tensor added = residual ? residual->contiguous() : Tensor();
-  const auto* add = residual ? static_cast<const uint16_t*>(added.const_data_ptr()) : nullptr;
-  const auto* base = bias ? static_cast<const uint16_t*>(bias->const_data_ptr()) : nullptr;
-  auto* results = static_cast<uint16_t*>(out.data_ptr());
-  at::parallel_for(0, tiles / 2, 1, [&](int64_t from, int64_t to) {
-    for (int64_t tile = 2 * from; tile < 2 * to; tile += 2) {
+  const Tensor out = at::empty({rows, width}, x.options()), added = residual ? residual->contiguous() : Tensor();
+  const auto* add = residual ? static_cast<const T*>(added.const_data_ptr()) : nullptr;
+  const auto* base = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
+  const auto* all = static_cast<const char*>(weight.const_data_ptr());
+  auto* results = static_cast<T*>(out.data_ptr());
+  at::parallel_for(0, tiles / 2, 1, [&](int64_t first, int64_t last) {
+    for (int64_t tile = 2 * first; tile < 2 * last; tile += 2) {
       for (int64_t begin = 0; begin < rows; begin += most) {
-        const int64_t take = std::min(most, rows - begin), at = begin * width + tile * LANES;
-        Job job{inputs + begin * pairs, weights + tile * pairs * 64, pairs, width, base ? base + tile * LANES : nullptr,
-                add ? add + at : nullptr, results + at};
+        const int64_t take = std::min(most, rows - begin);
+        const auto job = [&](int64_t which) {
+          const int64_t at = begin * width + which * LANES;
+          return Job{from + begin * lines, all + which * step, lines, step, width, scale ? scale + begin : nullptr,
+                     base ? base + which * LANES : nullptr, add ? add + at : nullptr, results + at};
+        };
         if (take <= PAIRED) {
-          BY_TWO[take - 1](job);
-          continue;
+          by_two[take - 1](job(tile));
+        } else {
+          by_one[take - 1](job(tile));
+          by_one[take - 1](job(tile + 1));
         }
-        BY_ONE[take - 1](job);
-        job.weight += pairs * 64, job.out += LANES;
-        if (base) job.bias += LANES;
-        if (add) job.residual += LANES;
-        BY_ONE[take - 1](job);
       }
     }
   });
   return out;
+}
+
+// Every row in 8 bits by the largest of its own, moved up by 128.
+template <class Format>
+void round_rows(const Tensor& x, std::vector<uint8_t>& bytes, std::vector<float>& scale) {
+  const int64_t rows = x.size(0), width = x.size(1);
+  const auto* from = static_cast<const typename Format::T*>(x.const_data_ptr());
+  for (int64_t r = 0; r < rows; r++, from += width) {
+    floats most{};
+    for (int64_t i = 0; i < width; i += LANES) {
+      const floats here = Format::load(from + i), size = here < 0 ? -here : here;
+      most = size > most ? size : most;
+    }
+    scale[r] = std::max(highest(most), 1e-9f) / 127;
+    for (int64_t i = 0; i < width; i += LANES) {
+      const floats shifter = floats{} + 12582912.0f, whole = (Format::load(from + i) / scale[r] + shifter) - shifter;
+      const auto moved = __builtin_convertvector(__builtin_convertvector(whole, ints) + 128, octets);
+      *reinterpret_cast<octets*>(bytes.data() + r * width + i) = moved;
+    }
+  }
+}
+
+template <class Format>
+Tensor by_fours(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& residual) {
+  std::vector<uint8_t> bytes(x.numel());
+  std::vector<float> scale(x.size(0));
+  round_rows<Format>(x, bytes, scale);
+  const auto* inputs = reinterpret_cast<const uint32_t*>(bytes.data());
+  return tiled<Fours, Format>(x, inputs, scale.data(), weight, x.size(1) / 4, bias, residual);
+}
+
+Tensor by_tiles(const Tensor& given, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& residual) {
+  const Tensor x = given.contiguous();
+  if (weight.scalar_type() == at::kChar) {  // [tiles, in / 4 + 2, 64]
+    TORCH_CHECK(x.size(1) == 4 * (weight.size(1) - 2), "product: inputs do not fit the weight");
+    return (x.scalar_type() == at::kFloat ? by_fours<F32> : by_fours<BF16>)(x, weight, bias, residual);
+  }
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.size(1) == 2 * weight.size(1), "product: inputs do not fit the weight");
+  const auto* inputs = static_cast<const uint32_t*>(x.const_data_ptr());
+  return tiled<Pairs, BF16>(x, inputs, nullptr, weight, weight.size(1), bias, residual);
 }
 
 #endif
@@ -131,7 +195,7 @@ Tensor tiled(const Tensor& given, const Tensor& weight, const optional<Tensor>& 
 
 Tensor product(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& residual) {
 #ifdef __AVX512BF16__
-  if (weight.dim() == 4) return tiled(x, weight, bias, residual);
+  if (weight.dim() > 2) return by_tiles(x, weight, bias, residual);
 #endif
   if (weight.is_mkldnn()) return by_onednn(x, weight, bias, residual);
   const Tensor total = at::linear(x, weight, bias);

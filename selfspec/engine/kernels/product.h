@@ -10,8 +10,8 @@ namespace selfspec {
 using at::Tensor;
 using std::optional;
 
-// x W' + bias + residual, rounded once: [N, in] -> [N, out]. weight: [out, in]; or laid out for oneDNN; or, in bf16
-// where the CPU multiplies it, in tiles [out / 16, in / 2, 16, 2].
+// x W' + bias + residual, rounded once: [N, in] -> [N, out]. weight: [out, in]; or laid out for oneDNN; or, where the
+// CPU multiplies them, in tiles: bf16 [out / 16, in / 2, 16, 2], or int8 [out / 16, in / 4 + 2, 64].
 Tensor product(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& residual);
 
 }  // namespace selfspec

@@ -15,6 +15,7 @@ constexpr int LANES = 16;
 typedef float floats __attribute__((vector_size(LANES * sizeof(float)), aligned(alignof(float)), may_alias));
 typedef int32_t ints __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(alignof(float)), may_alias));
 typedef uint32_t bits __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(alignof(float)), may_alias));
+typedef uint8_t octets __attribute__((vector_size(LANES * sizeof(uint8_t)), aligned(alignof(uint8_t)), may_alias));
 typedef uint16_t halves __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(alignof(uint16_t)), may_alias));
 
 // A number format's 16 values as floats, and back, rounded to the nearest even.
