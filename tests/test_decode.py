@@ -310,10 +310,13 @@ class TestSharing:
         assert passes.pop(0) == (0, len(PROMPT), 0, LAYERS)
         at = len(PROMPT)
         for cycle in got.cycles:
+            at, before = at + cycle.new_tokens, at
+            if cycle.k_asked == 0:  # the answer's end: nothing to draft, and nothing to run apart
+                assert passes.pop(0) == (before, 1, 0, LAYERS)
+                continue
             mine = [passes.pop(0) for _ in range(cycle.proposed + 2)]
-            assert mine[:-1] == [(at + i, 1, 0, EXIT) for i in range(cycle.proposed + 1)]
-            assert mine[-1] == (at, cycle.proposed + 1, EXIT, LAYERS)
-            at += cycle.new_tokens
+            assert mine[:-1] == [(before + i, 1, 0, EXIT) for i in range(cycle.proposed + 1)]
+            assert mine[-1] == (before, cycle.proposed + 1, EXIT, LAYERS)
         assert not passes
         assert gate_name is GateName.none or any(c.proposed < c.k_asked for c in got.cycles)
 

@@ -178,7 +178,10 @@ class TestSuffix:
 
     @pytest.mark.parametrize("k", [0, 1, 2, 5, 30])
     @pytest.mark.parametrize(("width", "budget"), [(1, None), (1, 4), (2, 7), (4, 1), (8, 30)])
-    def test_trees_keep_to_width_budget_and_depth(self, draft: Suffix, width: int, budget: int | None, k: int) -> None:
+    def test_trees_keep_to_width_budget_and_depth(
+        self, draft: Suffix, width: int, budget: int | None, k: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(suffix, "WORTH", 0.04)  # so that the limits are reached
         limited = Suffix(
             UNUSED, DraftConfig("suffix", longest=5, shortest=1, width=width, budget=budget), draft.others[0]
         )
@@ -195,6 +198,13 @@ class TestSuffix:
         if k == 2 and width <= 2:
             full = 1 + sum(width**depth for depth in range(1, k + 1))
             assert max(sizes) == min(full, limited.nodes(k)) and max(widths) == width, "the limits are reached"
+
+    def test_the_more_share_a_pass_the_likelier_a_token_must_be(self, draft: Suffix) -> None:
+        rows = [row_of(draft, text) for text in texts(8, alphabet=6)]
+        alone = [tree_of(draft, row, 30) for row in rows]
+        together = draft.propose(rows, [30] * 8, UNUSED, UNUSED).trees
+        assert all(len(some) <= len(more) for some, more in zip(together, alone, strict=True))
+        assert sum(map(len, together)) < sum(map(len, alone))
 
     def test_the_likeliest_paths_are_in_the_tree(self, draft: Suffix) -> None:
         """None that is left out is likelier than one that is in, unless it had no place below its parent."""

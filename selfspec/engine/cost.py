@@ -130,13 +130,24 @@ class Cost(Controller):
         self._purse = 0.0
         self._plain_next = True
         self._asked: int | None = None
+        self._settled: tuple[int, float] | None = None
 
     def ask(self, history: Sequence[Cycle], batch: int) -> int:
         """One answer for all rows of a cycle."""
+        if self._asked is None and self._stays_plain(history, batch):
+            self._asked = 0
         if self._asked is None:
             drafted = islice((cycle for cycle in reversed(history) if cycle.k_asked), self.window)
             self._asked = self._choose(_counts(drafted if batch == 1 else (), self.k), batch)
         return self._asked
+
+    def _stays_plain(self, history: Sequence[Cycle], batch: int) -> bool:
+        """Whether nothing has been learned, or saved up, since it was best to draft nothing: no need to think."""
+        settled, self._settled = self._settled, None
+        if settled is None or settled[0] != batch or self._purse >= settled[1] or (batch == 1 and not history):
+            return False
+        self._settled = settled
+        return True
 
     def _choose(self, own: Array, batch: int) -> int:
         unknown = self.costs.unknown(batch)
@@ -150,6 +161,7 @@ class Cost(Controller):
             other = 0
         loses = float(cost[other] - tokens[other] / rate[best])
         if loses > self._purse:
+            self._settled = (batch, loses) if best == 0 else None
             return best
         self._purse -= loses
         self._plain_next = not self._plain_next

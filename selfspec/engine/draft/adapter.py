@@ -24,6 +24,8 @@ class Adapter(EarlyExit):
 
     layers = 1
 
+    remembers = True
+
     def __init__(self, model: Model, head: Head, draft: DraftConfig) -> None:
         assert draft.exit_layer is not None, "checked by the plan"
         readout, raw = Readout(model, head.tensors.get("ids")), RawExit(model)

@@ -29,6 +29,9 @@ class EarlyExit(Draft):
     ``budget`` tokens in all. Leaves are run together with the chain's last token, and so cost little.
     """
 
+    remembers = False
+    """Whether :meth:`remember` does anything: else, where nothing is asked for, nothing need be run apart."""
+
     def __init__(
         self,
         model: Model,
@@ -60,6 +63,8 @@ class EarlyExit(Draft):
         What is proposed last is run through the exit layers too: verification goes on from its hidden state.
         Rows that are done ride along, and what they draft is dropped.
         """
+        if not any(ks) and not self.remembers:
+            return Proposal([Tree.chain(row.tokens[-1:]) for row in rows])
         exit_layer = rows[0].exit_layer or self.exit_layer
         trees = [Tree.chain(row.tokens[-1:]) for row in rows]
         leaves: list[list[tuple[int, int]]] = [[] for _ in rows]
