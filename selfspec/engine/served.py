@@ -35,6 +35,10 @@ class Server:
         base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._client = OpenAI(base_url=base, api_key=secret or "none", timeout=_TIMEOUT_S, max_retries=0)
 
+    def close(self) -> None:
+        """Lets go of the connection."""
+        self._client.close()
+
     @cached_property
     def _listed(self) -> Any:
         """The first model it names.

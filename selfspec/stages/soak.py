@@ -8,6 +8,7 @@ for nothing. Some *sentinel* prompts are answered alone before the load and afte
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,8 +140,11 @@ def _soak(engine: LazyEngine, plan: Plan, journal: Journal) -> None:
     sentinels = prompts[: plan.soak.sentinels]
     provenance = collect({**local.describe(), "server": plan.soak.server.name})
     on = str(provenance["fingerprint"])
-    with serving(plan, folder / "server.log") as server:
-        ask = factory.served(server.url, secret(plan), local).answer
+    with (
+        serving(plan, folder / "server.log") as server,
+        closing(factory.served(server.url, secret(plan), local)) as caller,
+    ):
+        ask = caller.answer
         if journal.get("soak", "begin") is None:
             journal.append("soak", "begin", {"answers": _answers(ask, plan, sentinels)}, on)
         missing = [unit for unit in map(_name, range(plan.soak.intervals)) if journal.get("soak", unit) is None]
