@@ -267,17 +267,17 @@ class TorchEngine:
     def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
         """Two candidates for the token after ``context``, by the same weights in float32.
 
-        What rounding explains is measured where it matters: by how much the working dtype moves the logits there, all
-        of the vocabulary's, as two alone say little about their own spread. With a standard deviation of s, the
-        difference of two errs by more than 4 sqrt(2) s once in 16,000 passes; at least two units in its last place
-        are granted. In float32 nothing is explained.
+        What rounding explains is measured where it matters: by how much the working dtype moves these two
+        logits, each of which may err that far in either pass; at least two units in its last place.
+        In float32 nothing is explained.
         """
-        exact, rounded = (_next_logits(model, context).float() for model in (self._float32, self.model))
-        gap = float((exact[a] - exact[b]).abs())
+        candidates = [a, b]
+        exact, rounded = (_next_logits(model, context)[candidates].float() for model in (self._float32, self.model))
+        gap = float(exact.diff().abs())
         if self.dtype is torch.float32:
             return Tie(gap, 0.0)
-        unit = torch.finfo(self.dtype).eps * float(exact[[a, b]].abs().max())
-        return Tie(gap, max(4 * 2**0.5 * float((rounded - exact).std()), 2 * unit))
+        error = max(float((rounded - exact).abs().max()), torch.finfo(self.dtype).eps * float(exact.abs().max()))
+        return Tie(gap, 2 * error)
 
     @torch.inference_mode()
     def score(
