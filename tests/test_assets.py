@@ -155,12 +155,17 @@ class TestPypi:
         assert "\n" not in str(error.value)
         assert _left(cache) == []
 
-    @pytest.mark.parametrize("name", ["SELFSPEC_OFFLINE", "HF_HUB_OFFLINE"])
-    def test_offline_does_not_try(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(name, "1")
+    def test_offline_does_not_try(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
         monkeypatch.setattr(subprocess, "Popen", None)
-        with pytest.raises(AssetError, match=f"not in the cache, and {name}=1 forbids"):
+        with pytest.raises(AssetError, match="not in the cache, and SELFSPEC_OFFLINE=1 forbids"):
             assets.fetch(SOURCE)
+
+    def test_offline_of_the_hub_leaves_the_index_alone(
+        self, index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert assets.fetch(SOURCE, SHA256).read_bytes() == CONTENT
 
 
 class TestFile:
@@ -211,9 +216,10 @@ class TestHub:
         with pytest.raises(AssetError, match=r"no \*\.safetensors"):
             assets.fetch("hf:org/name")
 
-    def test_offline_for_real(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
-        with pytest.raises(AssetError, match=r"^hf:org/name: is not in the cache, and SELFSPEC_OFFLINE=1"):
+    @pytest.mark.parametrize("name", ["SELFSPEC_OFFLINE", "HF_HUB_OFFLINE"])
+    def test_offline_for_real(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(name, "1")
+        with pytest.raises(AssetError, match=f"^hf:org/name: is not in the cache, and {name}=1"):
             assets.fetch("hf:org/name")
 
     def test_unreachable_unknown_full(self, monkeypatch: pytest.MonkeyPatch) -> None:
