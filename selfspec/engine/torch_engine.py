@@ -33,6 +33,9 @@ from selfspec.types import Completion, Request, Score, Signals
 
 _DTYPES = {schema.Dtype.bf16: torch.bfloat16, schema.Dtype.fp16: torch.float16, schema.Dtype.fp32: torch.float32}
 
+_REPLAYED = 32
+"""Tokens before a tie that are read one by one to see how they round: enough for rounding to add up."""
+
 
 class TorchEngine:
     """Runs a plan's model with torch. Everything is lazy: what a stage does not ask for is not loaded."""
@@ -268,16 +271,18 @@ class TorchEngine:
         """Two candidates for the token after ``context``, by the same weights in float32.
 
         What rounding explains is measured where it matters: by how much the working dtype moves these two
-        logits, each of which may err that far in either pass; at least two units in its last place.
+        logits, when the tokens before them are read together, as verification does, and one by one, as plain
+        decoding does. Each may err that far in either pass; at least two units in its last place.
         In float32 nothing is explained.
         """
         candidates = [a, b]
-        exact, rounded = (_next_logits(model, context)[candidates].float() for model in (self._float32, self.model))
+        exact = _next_logits(self._float32, context)[candidates]
         gap = float(exact.diff().abs())
         if self.dtype is torch.float32:
             return Tie(gap, 0.0)
-        error = max(float((rounded - exact).abs().max()), torch.finfo(self.dtype).eps * float(exact.abs().max()))
-        return Tie(gap, 2 * error)
+        rounded = (_next_logits(self.model, context, alone)[candidates].float() for alone in (0, _REPLAYED))
+        moved = max(float((logits - exact).abs().max()) for logits in rounded)
+        return Tie(gap, 2 * max(moved, torch.finfo(self.dtype).eps * float(exact.abs().max())))
 
     @torch.inference_mode()
     def score(
@@ -337,11 +342,14 @@ def _draft_module(name: str) -> Any:
     return importlib.import_module(f"selfspec.engine.draft.{name}")
 
 
-def _next_logits(model: Model, context: Sequence[int]) -> Tensor:
-    """``[vocab]``, from one pass over the context."""
-    cache = model.new_cache(len(context))
-    at = cache.place([Tree.chain(context)], row=cache.admit())
-    hidden = model.run(model.embed(context, at), cache, at, 0, model.shape.layers)
+def _next_logits(model: Model, context: Sequence[int], alone: int = 0) -> Tensor:
+    """``[vocab]``, the context read in one pass, but for the last ``alone`` of its tokens: they have one each."""
+    cache, together = model.new_cache(len(context)), max(1, len(context) - alone)
+    row = cache.admit()
+    for part in (context[:together], *([token] for token in context[together:])):
+        at = cache.place([Tree.chain(part)], row=row)
+        hidden = model.run(model.embed(part, at), cache, at, 0, model.shape.layers)
+        cache.keep(row, range(len(part)))
     return model.logits(model.norm(hidden[-1:]))[0]
 
 
