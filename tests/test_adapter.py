@@ -165,7 +165,7 @@ def test_agreement_foretells_what_is_accepted(bench: Bench, name: str) -> None:
     asked = [sum(a >= step and i > step for a, i in zip(accepted, inside, strict=True)) for step in range(5)]
     right = [sum(a > step for a in accepted) for step in range(5)]
     readout = Readout(bench.model, bench.head(name).tensors["ids"])
-    found = block.agreement(bench.model, readout, bench.head(name).tensors, traces, name == "eagle")
+    found = block.agreement(bench.model, readout, traces, name == "eagle", bench.head(name).tensors)
     assert found == pytest.approx([r / a for r, a in zip(right, asked, strict=True)])
     assert len(set(found)) > 3, "else nothing is proven"
 

@@ -17,6 +17,7 @@ d head size.
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -157,26 +158,21 @@ def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConf
     solved = time.perf_counter() - began
     ids = fitting.vocabulary(model, train, draft)
     readout = Readout(model, ids["ids"].to(model.device) if ids else None)
-    closed_form = agreement(model, readout, tensors, heldout, previous)
-    tensors = _descend(model, readout, tensors, train, draft, seed, previous)
-    by_position = agreement(model, readout, tensors, heldout, previous)
-    facts = {
-        "form": "block",
-        "solve_s": round(solved, 3),
-        "sgd_gain": by_position[0] - closed_form[0],
-        **fitting.facts(train, heldout, tensors, by_position),
-    }
-    return Head(tensors | ids, facts)
+    measure = partial(agreement, model, readout, heldout, previous)
+    further = partial(_descend, model, readout, train, draft, seed, previous)
+    tensors, by_position, gain = fitting.refine(tensors, measure, further)
+    facts = {"form": "block", "solve_s": round(solved, 3)} | gain
+    return Head(tensors | ids, facts | fitting.facts(train, heldout, tensors, by_position))
 
 
 def _descend(
     model: Model,
     readout: Readout,
-    tensors: dict[str, Tensor],
     traces: list[Trace],
     draft: DraftConfig,
     seed: int,
     previous: bool,
+    tensors: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """Trains all tensors, in mixed precision where the model is in bf16."""
 
@@ -194,7 +190,7 @@ def _descend(
 
 
 def agreement(
-    model: Model, readout: Readout, tensors: dict[str, Tensor], traces: list[Trace], previous: bool
+    model: Model, readout: Readout, traces: list[Trace], previous: bool, tensors: dict[str, Tensor]
 ) -> list[float]:
     """Of chains that the block drafts, by position (see :func:`selfspec.engine.fit.agreement`)."""
     t, s = Head(tensors, {}).to(model.dtype, model.device).tensors, model.shape

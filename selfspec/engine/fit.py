@@ -125,6 +125,25 @@ def facts(
     }
 
 
+def refine(
+    tensors: dict[str, Tensor],
+    measure: Callable[[dict[str, Tensor]], list[float]],
+    descend: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
+    """A closed-form solution, trained further by ``descend`` where there is one.
+
+    Returns:
+        The tensors, their held-out agreement by drafted position, and, where they were trained, what that added
+        to the first of those (``sgd_gain``).
+    """
+    closed_form = measure(tensors)
+    if descend is None:
+        return tensors, closed_form, {}
+    trained = descend(tensors)
+    by_position = measure(trained)
+    return trained, by_position, {"sgd_gain": by_position[0] - closed_form[0]}
+
+
 def ridge(parts: Iterable[tuple[Tensor, Tensor]], draft: DraftConfig) -> dict[str, Tensor]:
     """The solution from parts of X ``[n, P]`` and Y ``[n, D]``, for :func:`~selfspec.engine.head.linear`."""
     gram, cross = _moments(parts)

@@ -7,6 +7,7 @@ root-mean-square, given by ridge regression; ``draft.sgd_epochs`` trains it on o
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,13 +192,10 @@ def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConf
     def measured(tensors: dict[str, Tensor]) -> list[float]:
         return _agreement(make(draft, model, Head(tensors | ids, {}).to(model.dtype, model.device)), heldout)
 
-    by_position = measured(tensors)
-    if draft.sgd_epochs:
-        closed_form = by_position[0]
-        tensors = _descend(model, Readout(model, ids.get("ids")), tensors, train, draft.sgd_epochs, seed)
-        by_position = measured(tensors)
-        facts["sgd_gain"] = by_position[0] - closed_form
-    return Head(tensors | ids, facts | fitting.facts(train, heldout, tensors, by_position))
+    readout = Readout(model, ids.get("ids"))
+    further = partial(_descend, model, readout, train, draft.sgd_epochs, seed) if draft.sgd_epochs else None
+    tensors, by_position, gain = fitting.refine(tensors, measured, further)
+    return Head(tensors | ids, facts | gain | fitting.facts(train, heldout, tensors, by_position))
 
 
 def _example(model: Model, trace: Trace) -> tuple[Tensor, Tensor]:
@@ -220,7 +218,7 @@ def _agreement(drafts: Eagle, traces: Sequence[Trace]) -> list[float]:
 
 
 def _descend(
-    model: Model, readout: Readout, tensors: dict[str, Tensor], traces: Sequence[Trace], epochs: int, seed: int
+    model: Model, readout: Readout, traces: Sequence[Trace], epochs: int, seed: int, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Minimises the cross-entropy to the model's own tokens, the mean over chains of ``UNROLL`` steps."""
     state, seen = list[Tensor](), list[Tensor]()

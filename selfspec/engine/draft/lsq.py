@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,13 +45,9 @@ def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConf
         there = Head(tensors, facts).to(model.dtype, model.device)
         return agreement(model, readout, FittedExit(there.tensors, draft.previous), heldout)
 
-    by_position = measured(tensors)
-    if draft.sgd_epochs:
-        closed_form = by_position[0]
-        tensors = descend(readout, tensors, train, draft, seed)
-        by_position = measured(tensors)
-        facts["sgd_gain"] = by_position[0] - closed_form
-    facts |= fitting.facts(train, heldout, tensors, by_position) | {"raw_agreement": raw[0]}
+    further = partial(descend, readout, train, draft, seed) if draft.sgd_epochs else None
+    tensors, by_position, gain = fitting.refine(tensors, measured, further)
+    facts |= gain | fitting.facts(train, heldout, tensors, by_position) | {"raw_agreement": raw[0]}
     return Head(tensors | ids, facts)
 
 
@@ -63,7 +60,7 @@ def examples(traces: list[Trace], previous: bool) -> Iterator[tuple[Tensor, Tens
 
 
 def descend(
-    readout: Readout, tensors: dict[str, Tensor], traces: list[Trace], draft: DraftConfig, seed: int
+    readout: Readout, traces: list[Trace], draft: DraftConfig, seed: int, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Minimises the cross-entropy to the model's own tokens, from the closed-form solution on."""
     x = torch.cat([x for x, _ in examples(traces, draft.previous)])

@@ -109,13 +109,15 @@ def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConf
     facts["solve_s"] = round(time.perf_counter() - begin, 3)
     ids = fitting.vocabulary(model, train, draft)
     readout = Readout(model, ids.get("ids"))
-    by_position = _agreement(model, readout, Head(tensors, facts), heldout)
-    if draft.sgd_epochs:
-        start = by_position[0]
-        tensors = _descend(model, readout, Head(tensors, facts), train, draft.sgd_epochs, seed)
-        by_position = _agreement(model, readout, Head(tensors, facts), heldout)
-        facts["sgd_gain"] = by_position[0] - start
-    return Head(tensors | ids, facts | fitting.facts(train, heldout, tensors, by_position))
+
+    def measured(tensors: dict[str, Tensor]) -> list[float]:
+        return _agreement(model, readout, Head(tensors, facts), heldout)
+
+    def trained(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _descend(model, readout, Head(tensors, facts), train, draft.sgd_epochs, seed)
+
+    tensors, by_position, gain = fitting.refine(tensors, measured, trained if draft.sgd_epochs else None)
+    return Head(tensors | ids, facts | gain | fitting.facts(train, heldout, tensors, by_position))
 
 
 def _start(model: Model, traces: Sequence[Trace], draft: DraftConfig, seed: int) -> dict[str, Tensor]:
