@@ -221,6 +221,7 @@ def test_before_it_is_loaded_and_after_it_was_stopped(made: Plan) -> None:
         running = asyncio.ensure_future(whole(local, GREEDY))
         await asyncio.to_thread(engine.waits.wait)
         closing = asyncio.ensure_future(local.close())
+        await asyncio.sleep(0)  # it has asked by now, and the answer cannot end first
         engine.go_on(999)
         await closing
         with pytest.raises(Unavailable):

@@ -79,12 +79,24 @@ def test_drift_fails_it_either_way(last: float) -> None:
 
 
 def test_drift_that_may_be_chance_does_not() -> None:
-    """Two requests a third, far apart: nobody knows."""
-    some = [interval(i, acceptance=0.4 if i < 1 else 0.65) for i in range(3)]
-    for one in some:
-        one["requests"] = one["requests"][:2]
-        one["requests"][0]["accepted"], one["requests"][1]["accepted"] = 0, 60
+    """Ten requests a third, all or nothing: nobody knows."""
+    some = [interval(i) for i in range(3)]
+    for right, one in zip((4, 4, 6), some, strict=True):
+        one["requests"] = one["requests"][:10]
+        for at, request in enumerate(one["requests"]):
+            request["accepted"] = 60 * (at < right)
     assert reasons(some) == []
+    found = judge.summarise(some, some, 0)
+    assert found["acceptance_drift"] == pytest.approx(0.2) and found["acceptance_drift_low"] < 0
+
+
+def test_drift_of_a_handful_of_requests_is_not_judged_and_that_is_said() -> None:
+    some = [interval(i, acceptance=0.9 - 0.4 * i) for i in range(3)]
+    for one in some:
+        one["requests"] = one["requests"][:1]
+    found = judge.summarise(some, some, 0)
+    assert reasons(some) == [] and "acceptance_drift" not in found
+    assert "drift not judged: too few requests" in judge.in_words(found)
 
 
 def test_errors_fail_it() -> None:

@@ -13,7 +13,8 @@ Definitions:
 - total: from the request to the last piece of its answer; TTFT: to the first; inter-token: from piece to piece,
   as a reader sees them (what one cycle accepted comes in one piece).
 - drift: acceptance (accepted / proposed tokens) of the last third of the intervals less that of the first, with a
-  bootstrap 95% interval over requests. It fails where the whole interval lies beyond what is allowed.
+  bootstrap 95% interval over requests. It fails where the whole interval lies beyond what is allowed. Of a handful
+  of requests a bootstrap knows nothing (of one, its interval has no width): then there is no drift to judge.
 - memory slope: the median of the slopes between any two readings of one life of the server (Theil and Sen): a few
   steps do not move it, a leak does.
 """
@@ -31,6 +32,8 @@ from selfspec.types import Measurements
 Interval = Mapping[str, Any]
 PERCENTILES = (50, 95, 99)
 RESAMPLES = 2000
+_ENOUGH = 8
+"""Requests that were drafted for, in the first third and in the last, or drift is not judged."""
 _READINGS = 600
 """Of a life's memory: more are thinned out, as pairs are quadratic in them."""
 _WORDS = {"ttft": "TTFT", "inter_token": "inter-token", "total": "total"}
@@ -118,6 +121,8 @@ def in_words(found: Measurements) -> str:
     if "acceptance_drift" in found:
         low, high = found["acceptance_drift_low"], found["acceptance_drift_high"]
         said.append(f"drift {found['acceptance_drift']:+.3f} [{low:+.3f}, {high:+.3f}]")
+    elif "acceptance" in found:
+        said.append("drift not judged: too few requests")
     if "memory_slope_mb_min" in found:
         said.append(f"memory {found['memory_mb']:.0f} MiB, {found['memory_slope_mb_min']:+.3g} MiB/min")
     return ", ".join(said)
@@ -175,7 +180,7 @@ def _acceptance(intervals: Sequence[Interval], seed: int) -> Measurements:
     if not len(everything):
         return {}
     found: Measurements = {"acceptance": _share(everything)}
-    if not (len(first) and len(last)):
+    if min(len(first), len(last)) < _ENOUGH:
         return found
     random = np.random.default_rng(seed)
     drifts = [
