@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # each computes on its share of the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 WORDS = ["a", "model", "drafts", "tokens", "and", "another", "verifies", "them", "so", "that", "nothing", "is", "lost"]
 VOCABULARY = ["<pad>", "<eos>", "<user>", "<model>", "<unk>", *WORDS, *(f"w{i}" for i in range(80 - 5 - len(WORDS)))]
