@@ -292,7 +292,10 @@ class Checkpoint:
 
     name: str = MISSING
     dir: str = MISSING
+    """A folder, or any URL of fsspec's, such as ``gs://bucket/prefix``."""
     resume: Resume = Resume.auto
+    lease_s: float = 60.0
+    """In a bucket: after how many seconds without a sign of life a plan is another process's to carry on with."""
 
 
 @dataclass
@@ -543,6 +546,7 @@ class Config:
         _within("soak.max_total_p99_ms", self.soak.max_total_p99_ms, 0)
         _within("soak.start_s", self.soak.start_s, 0)
         _within("soak.timeout_s", self.soak.timeout_s, 0.1)
+        _within("checkpoint.lease_s", self.checkpoint.lease_s, 0.1, 86_400)
         _within("serve.port", self.serve.port, 0, 65535)
         _within("serve.chunk", self.serve.chunk, 1)
         _within("serve.max_batch", self.serve.max_batch, 1, 256)

@@ -6,9 +6,11 @@
     │   ├── AssetError            a model or data source that cannot be had
     │   ├── HeadError             a fitted head that is corrupt or belongs to something else
     │   ├── JournalError          a checkpoint that cannot be read or resumed
-    │   └── StorageError          an output folder that cannot be written
-    └── StageError                a stage ran and its result is a failure, such as lost losslessness
-    Interrupted                   SIGTERM or SIGINT arrived: exit code 143 or 130
+    │   └── StorageError          an output folder or a bucket that cannot be written
+    ├── StageError                a stage ran and its result is a failure, such as lost losslessness
+    ├── LeaseError                another process has taken the plan over; this one must not write any more
+    └── LaunchError               where jobs were to be launched, it could not be done
+    Interrupted                   SIGTERM, SIGINT or SIGUSR2 arrived: exit code 143, 130 or 140
 
 A ``UserError``'s message names the key, the value and what is allowed.
 """
@@ -45,15 +47,23 @@ class JournalError(UserError):
 
 
 class StorageError(UserError):
-    """An output folder or file cannot be written."""
+    """An output folder, a file or a bucket cannot be written, or a bucket cannot be read."""
 
 
 class StageError(SelfspecError):
     """A stage ran to its end and its result is a failure, such as an exact policy that changed tokens."""
 
 
+class LeaseError(SelfspecError):
+    """Another process has taken a plan over, since this one gave no sign of life; it must not write any more."""
+
+
+class LaunchError(SelfspecError):
+    """Jobs could not be launched elsewhere, or nobody knows any more how they are."""
+
+
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT arrived; not an ``Exception``, so that no handler of ordinary errors swallows it."""
+    """SIGTERM, SIGINT or SIGUSR2 arrived; not an ``Exception``, so that no handler of ordinary errors swallows it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -61,7 +71,7 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention: 128 + signal number (143 for SIGTERM, 130 for SIGINT)."""
+        """The shell's convention: 128 + signal number (143 for SIGTERM, 130 for SIGINT, 140 for SIGUSR2)."""
         return 128 + self.signum
 
 

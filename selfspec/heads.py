@@ -13,7 +13,8 @@ from selfspec.errors import HeadError
 FACTS = "selfspec"
 """Key of the facts in the file's metadata."""
 
-_HEADER_LIMIT = 1 << 20
+START = 8 + (1 << 20)
+"""The most bytes at the start of a file that hold its facts."""
 
 
 def facts(path: Path) -> dict[str, Any]:
@@ -24,21 +25,32 @@ def facts(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= _HEADER_LIMIT:
-                raise ValueError("no safetensors header")
-            header = json.loads(file.read(length))
-            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-            if path.stat().st_size != 8 + length + end:
-                raise ValueError("cut off or padded")
-            found = json.loads(header["__metadata__"][FACTS])
-            if not isinstance(found, dict):
-                raise ValueError("facts of another form")
-            return found
+            start, size = file.read(START), path.stat().st_size
     except OSError as error:
         raise HeadError(f"{path}: no head can be read there ({error.strerror})") from error
+    return read(path, start, size)
+
+
+def read(where: Path | str, start: bytes, size: int) -> dict[str, Any]:
+    """The facts of a head of which only the first ``START`` bytes are at hand; ``where`` names it in messages.
+
+    Raises:
+        HeadError: it is damaged, or no head of selfspec's.
+    """
+    try:
+        length = int.from_bytes(start[:8], "little")
+        if len(start) < 8 or not 2 <= length <= START - 8:
+            raise ValueError("no safetensors header")
+        header = json.loads(start[8 : 8 + length])
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        if size != 8 + length + end:
+            raise ValueError("cut off or padded")
+        found = json.loads(header["__metadata__"][FACTS])
+        if not isinstance(found, dict):
+            raise ValueError("facts of another form")
+        return found
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise HeadError(f"{path}: corrupt head, or none of selfspec's ({error}); delete it to fit it again") from error
+        raise HeadError(f"{where}: corrupt head, or none of selfspec's ({error}); delete it to fit it again") from error
 
 
 def check(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -50,8 +62,12 @@ def check(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     Raises:
         HeadError: it is corrupt, or was fitted for something else; names what differs.
     """
-    found = facts(path)
+    return fits(path, facts(path), wanted)
+
+
+def fits(where: Path | str, found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The facts found, if they are those wanted; else as :func:`check`."""
     for key, value in wanted.items():
         if found.get(key) != value:
-            raise HeadError(f"{path}: fitted for {key}={found.get(key)}, but {key}={value} is asked for")
+            raise HeadError(f"{where}: fitted for {key}={found.get(key)}, but {key}={value} is asked for")
     return found

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as an exception, raised where it can do no harm.
+"""SIGTERM, SIGINT and SIGUSR2 as an exception, raised where it can do no harm.
 
 :func:`trap` turns the first of these signals into :class:`~selfspec.errors.Interrupted` in the main thread;
 :func:`shield` puts that off to the end of a block that must not be left half-way.
@@ -13,7 +13,8 @@ from types import FrameType
 
 from selfspec.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""The last is what a cluster sends, by submitit, before a job's time is up."""
 
 
 @dataclass
@@ -36,7 +37,7 @@ _state = _State()
 
 @contextmanager
 def trap() -> Iterator[None]:
-    """Within the block, the first SIGTERM or SIGINT raises ``Interrupted``; later ones are ignored.
+    """Within the block, the first of ``SIGNALS`` raises ``Interrupted``; later ones are ignored.
 
     So a second signal does not break the clean-up that the first one set off. On leaving, the handlers that
     were there before are put back. Does nothing outside the main thread and within another ``trap``.
@@ -83,6 +84,11 @@ def shield() -> Iterator[None]:
     finally:
         _state.shields -= 1
         _state.deliver()
+
+
+def pending() -> bool:
+    """Whether a trapped signal waits for the end of a ``shield``: what takes long in there had better give up."""
+    return _state.signum is not None and not _state.raised
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:

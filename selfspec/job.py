@@ -11,7 +11,7 @@ from selfspec import assets, checkpoint, provenance, report, results, stages, tr
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import EngineName
 from selfspec.engine import factory
-from selfspec.errors import Interrupted, one_line
+from selfspec.errors import Interrupted, LeaseError
 from selfspec.interrupt import shield, trap
 from selfspec.plan import Plan
 from selfspec.stages import fit
@@ -25,22 +25,21 @@ def check(plan: Plan) -> None:
     Raises:
         UserError: an unreadable journal, a head that is corrupt or of another model, a missing head.
     """
-    checkpoint.inspect(journal_folder(plan), plan.id, plan.checkpoint.resume)
+    new = not checkpoint.inspect(place(plan), plan.id, plan.checkpoint.resume)
     tracking.make(plan.tracking, plan.output_dir)
-    new = not (journal_folder(plan) / checkpoint.FILE).exists()
-    if plan.draft.fitted and (fit.head_path(plan).exists() or (new and not fit.may_fit(plan))):
+    if plan.draft.fitted and (fit.fitted(plan) or (new and not fit.may_fit(plan))):
         fit.check_head(plan)
     for stage in plan.stages:
         stages.ask(stage, "check", plan, otherwise=None)
 
 
 def fetch(plan: Plan) -> None:
-    """Has the plan's sources on this disk before anything is written; a plan with a journal has had them.
+    """Has the plan's sources on this disk before anything is written; one with a journal on it has had them.
 
     Raises:
         AssetError: one cannot be had.
     """
-    if (journal_folder(plan) / checkpoint.FILE).exists():
+    if checkpoint.begun_here(place(plan)):
         return
     assets.fetch(plan.workload.source, plan.workload.sha256)
     if plan.engine.name is not EngineName.fake:
@@ -49,11 +48,12 @@ def fetch(plan: Plan) -> None:
         stages.ask(stage, "fetch", plan, otherwise=None)
 
 
-def run(plan: Plan, folder: Path, sweep: str | None = None) -> results.Result:
-    """Runs a plan to its end and leaves its result in ``folder``.
+def run(plan: Plan, folder: Path, sweep: str | None = None, launch: str | None = None) -> results.Result:
+    """Runs a plan to its end and leaves its result in ``folder``, and beside its journal.
 
     Args:
         sweep: the tracker's run of the sweep this job belongs to.
+        launch: names that sweep: what it has begun is carried on with, even with ``checkpoint.resume=never``.
 
     Returns:
         The result, as written to ``result.json``; its status is ``failed`` where a stage says so
@@ -61,11 +61,13 @@ def run(plan: Plan, folder: Path, sweep: str | None = None) -> results.Result:
 
     Raises:
         UserError: something the user can put right.
+        LeaseError: another process has taken the plan over.
         Interrupted: SIGTERM or SIGINT; what is finished is kept.
     """
+    resume, lease_s = plan.checkpoint.resume, plan.checkpoint.lease_s
     with (
         trap(),
-        Journal.open(journal_folder(plan), plan.id, plan.settings(), plan.checkpoint.resume) as journal,
+        Journal.open(place(plan), plan.id, plan.settings(), resume, launch=launch, lease_s=lease_s) as journal,
         _tracked(plan, journal, sweep) as tracker,
     ):
         engine = cache(lambda: factory.make(plan))
@@ -88,6 +90,7 @@ def run(plan: Plan, folder: Path, sweep: str | None = None) -> results.Result:
         head = [fit.head_path(plan)] if plan.draft.fitted and fit.head_path(plan).exists() else []
         tracker.artifacts([folder, *head])
         tracker.finish("FAILED" if result["status"] == "failed" else "FINISHED", ended or None)
+        journal.leave(json.dumps(result, indent=1))  # last: whoever sees it does not start this job again
     return result
 
 
@@ -97,8 +100,9 @@ def _tracked(plan: Plan, journal: Journal, sweep: str | None) -> Iterator[Tracke
     tracker = tracking.make(plan.tracking, plan.output_dir)
     known = journal.notes.get("run_id")
     try:
-        with shield():  # a run that is started and not noted would be started again
-            run_id = tracker.start(plan.label, _tags(plan), plan.settings(), known, sweep)
+        tags = _tags(plan) | {tracking.JOURNAL_TAG: f"{plan.id} {journal.created}"}
+        with shield():  # should we be killed before it is noted, the run is found by its tag
+            run_id = tracker.start(plan.label, tags, plan.settings(), known, sweep)
             if run_id not in (None, known):
                 journal.note("run_id", run_id)
         for stage in plan.stages:
@@ -106,6 +110,8 @@ def _tracked(plan: Plan, journal: Journal, sweep: str | None) -> Iterator[Tracke
                 _log_unit(tracker, record, step)
         journal.on_append.append(lambda record: _log_unit(tracker, record, len(journal.records(record.stage)) - 1))
         yield tracker
+    except LeaseError:  # the run is its successor's
+        raise
     except Interrupted:
         tracker.finish("KILLED")
         raise
@@ -114,16 +120,9 @@ def _tracked(plan: Plan, journal: Journal, sweep: str | None) -> Iterator[Tracke
         raise
 
 
-def failed(plan: Plan, folder: Path, error: Exception) -> None:
-    """Leaves a result that says why there is none, unless the job wrote one before it failed."""
-    path = folder / results.FILE
-    known = dict(results.read(path)) if path.exists() else _nothing(plan)
-    provenance.write_atomic(path, json.dumps({**known, "status": "failed", "error": one_line(error)}, indent=1))
-
-
-def journal_folder(plan: Plan) -> Path:
+def place(plan: Plan) -> str:
     """Where the plan's journal is kept."""
-    return Path(plan.checkpoint.dir) / "plans" / plan.id
+    return checkpoint.plan_place(plan.checkpoint.dir, plan.id)
 
 
 def _log_unit(tracker: Tracker, record: Record, step: int) -> None:
@@ -144,25 +143,10 @@ def _result(plan: Plan, journal: Journal, measured: Measurements) -> results.Res
         facts = stages.ask(stage, "facts", plan, journal, otherwise=facts) | facts  # the first to say something stands
         notes += stages.ask(stage, "notes", plan, journal, otherwise=[])
         failures += stages.ask(stage, "failures", plan, journal, otherwise=[])
-    result = cast(results.Result, {**_nothing(plan), **facts, "measurements": measured, "notes": notes})
+    result = cast(
+        results.Result,
+        {**results.nothing(plan, provenance.collect()), **facts, "measurements": measured, "notes": notes},
+    )
     if failures:
         result["status"], result["error"] = "failed", "; ".join(failures)
     return result
-
-
-def _nothing(plan: Plan) -> results.Result:
-    """The result of a plan that has measured nothing yet."""
-    return {
-        "version": results.VERSION,
-        "plan_id": plan.id,
-        "label": plan.label,
-        "name": plan.name,
-        "settings": plan.settings(),
-        "measurements": {},
-        "lossless": None,
-        "notes": [],
-        "provenance": provenance.collect(),
-        "acceptance_by_position": [],
-        "status": "finished",
-        "error": None,
-    }

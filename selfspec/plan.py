@@ -229,6 +229,7 @@ def make(cfg: DictConfig) -> Plan:
     _check_draft(config)
     _check_engine(config)
     _check_backends(config.serve)
+    _check_checkpoint(config.checkpoint.dir)
     _check_policy(config)
     _check_bench(config)
     _check_controller(config)
@@ -326,6 +327,17 @@ def _check_backends(serve: schema.Serve) -> None:
     for policy, limit in ((schema.RouteName.length, "longest"), (schema.RouteName.difficulty, "hardest")):
         if serve.router.policy is policy and getattr(serve.router, limit) is None:
             raise ConfigError(f"serve.router.{limit}=null: policy={policy.name} needs to know when to leave our engine")
+
+
+def _check_checkpoint(place: str) -> None:
+    if not place:
+        raise ConfigError(
+            "checkpoint.dir: has no value; give one as checkpoint.dir=gs://BUCKET/PREFIX, or in the environment as "
+            "SELFSPEC_CHECKPOINT"
+        )
+    if re.search(r"://[^/@]*:[^/@]*@", place):
+        shown = re.sub(r"//[^/@]*@", "//", place)
+        raise ConfigError(f"checkpoint.dir={shown}: must be without credentials, which belong in the environment")
 
 
 def _check_engine(config: schema.Config) -> None:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Bar = tuple[Result, str]
+"""A row and its label."""
+_MOST = 100
+"""Bars in a plot: of more, the fastest. Nobody reads a thousand, and a picture has at most 65,536 rows of pixels."""
 _EXACT, _LOSSY, _PLAIN, _SHARE = "#6f9bc8", "#e0a060", "#b02020", "#cfd8e3"
 
 
@@ -20,7 +24,8 @@ def speed(rows: Sequence[Result]) -> bytes | None:
     bars = [(row, label) for row, label in zip(rows, labels(rows), strict=True) if value(row, "bench/tok_s")]
     if not bars:
         return None
-    figure, axes = _figure([row for row, _ in bars], len(bars))
+    of, bars = len(bars), _fastest(bars)
+    figure, axes = _figure(bars, of)
     for y, (row, _) in enumerate(bars):
         tok_s, plain = value(row, "bench/tok_s") or 0.0, value(row, "bench/plain_tok_s")
         low, high = value(row, "bench/tok_s_low"), value(row, "bench/tok_s_high")
@@ -34,7 +39,7 @@ def speed(rows: Sequence[Result]) -> bytes | None:
         end = max(at for at in (tok_s, high, plain) if at is not None)
         says = f"{tok_s:.1f}" + (f"  {number(row, 'bench/speedup', '.2f')}x" if value(row, "bench/speedup") else "")
         axes.annotate(says, (end, y), (6, 0), textcoords="offset points", va="center", fontsize=8)
-    _labels_on(axes, [(row, label) for row, label in bars])
+    _labels_on(axes, bars)
     axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
     axes.set_xlabel("decode tok/s, 95% interval; and speed-up over plain")
     from matplotlib.lines import Line2D
@@ -55,9 +60,10 @@ def acceptance(rows: Sequence[Result]) -> bytes | None:
     bars = [(row, label) for row, label in zip(rows, labels(rows), strict=True) if _rate(row) is not None]
     if not bars:
         return None
+    of, bars = len(bars), _fastest(bars)
     gates = list(dict.fromkeys(_gate(row)[0] for row, _ in bars))
     bars.sort(key=lambda bar: (gates.index(_gate(bar[0])[0]), _gate(bar[0])[1]))
-    figure, axes = _figure([row for row, _ in bars], len(bars))
+    figure, axes = _figure(bars, of)
     for y, (row, _) in enumerate(bars):
         rate, share = _rate(row) or 0.0, value(row, "bench/proposed_share")
         color, hatch = (_LOSSY, "//") if lossy(row) else (_EXACT, "")
@@ -94,18 +100,26 @@ def _gate(row: Result) -> tuple[str, float]:
     return str(gate.get("name", "none")), gate.get("threshold") or 0.0
 
 
-def _figure(rows: Sequence[Result], bars: int) -> "tuple[Figure, Axes]":
+def _fastest(bars: list[Bar]) -> list[Bar]:
+    """Those there is room for, in their order."""
+    speedups = sorted((-(value(row, "bench/speedup") or 0.0), at) for at, (row, _) in enumerate(bars))
+    return [bars[at] for at in sorted(at for _, at in speedups[:_MOST])]
+
+
+def _figure(bars: Sequence[Bar], of: int) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure  # without pyplot: no window system, and nothing to close
 
-    figure = Figure(figsize=(8, 1.6 + 0.5 * bars), dpi=120)
+    figure = Figure(figsize=(8, 1.6 + 0.5 * len(bars)), dpi=120)
     axes = figure.add_subplot()
-    setups = dict.fromkeys(setup(row) for row in rows)
+    setups = dict.fromkeys(setup(row) for row, _ in bars)
     title = next(iter(setups)) if len(setups) == 1 else "measured on different set-ups: compare speed-ups, not tok/s"
+    if len(bars) < of:
+        title += f"; the {len(bars)} of {of} rows with the highest speed-up (summary.csv has all)"
     axes.set_title(textwrap.fill(title, 90), fontsize=9, loc="left")
     return figure, axes
 
 
-def _labels_on(axes: "Axes", bars: Sequence[tuple[Result, str]]) -> None:
+def _labels_on(axes: "Axes", bars: Sequence[Bar]) -> None:
     wrapped = [textwrap.fill(label + (" (lossy)" if lossy(row) else ""), 36) for row, label in bars]
     axes.set_yticks(range(len(bars)), wrapped, fontsize=9)
     axes.set_ylim(len(bars) - 0.5, -0.5)  # the first row on top, as in the table

@@ -3,12 +3,13 @@
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-from selfspec.errors import UserError
+from selfspec.errors import UserError, one_line
+from selfspec.plan import Plan
+from selfspec.provenance import write_atomic
 from selfspec.tracking import flatten
 
 VERSION = 1
@@ -60,6 +61,31 @@ class Result(TypedDict):
     acceptance_by_position: list[float]
     status: Literal["finished", "failed"]
     error: str | None
+
+
+def nothing(plan: Plan, where: dict[str, Any]) -> Result:
+    """The result of a plan that has measured nothing yet; ``where`` is the provenance of what will be."""
+    return {
+        "version": VERSION,
+        "plan_id": plan.id,
+        "label": plan.label,
+        "name": plan.name,
+        "settings": plan.settings(),
+        "measurements": {},
+        "lossless": None,
+        "notes": [],
+        "provenance": where,
+        "acceptance_by_position": [],
+        "status": "finished",
+        "error": None,
+    }
+
+
+def failed(plan: Plan, folder: Path, error: BaseException, where: dict[str, Any]) -> None:
+    """Leaves a result that says why there is none, unless the job wrote one before it failed."""
+    path = folder / FILE
+    known = dict(read(path)) if path.exists() else nothing(plan, where)
+    write_atomic(path, json.dumps({**known, "status": "failed", "error": one_line(error)}, indent=1))
 
 
 def read(path: Path) -> Result:
@@ -153,14 +179,16 @@ def verdict(result: Result) -> str:
 
 def labels(rows: Sequence[Result]) -> list[str]:
     """Labels, with what tells apart those that share one."""
+    alike: dict[str, list[Result]] = {}
+    for row in rows:
+        alike.setdefault(row["label"], []).append(row)
+    differing = {label: varying(those) if len(those) > 1 else [] for label, those in alike.items()}
     made = []
-    times = Counter(row["label"] for row in rows)
     for row in rows:
         label = row["label"]
-        if times[label] > 1:
+        if len(alike[label]) > 1:
             own = flatten(row["settings"])
-            differing = varying([other for other in rows if other["label"] == label])
-            label += f" ({', '.join(f'{key}={own.get(key)}' for key in differing) or row['plan_id']})"
+            label += f" ({', '.join(f'{key}={own.get(key)}' for key in differing[label]) or row['plan_id']})"
         made.append(label)
     return made
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -11,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from selfspec.config import Config, Resume
+from selfspec.config import Config
 from selfspec.errors import Interrupted, SelfspecError, StageError
 from selfspec.interrupt import trap
 from selfspec.refusal import BY_USER, leave, say
@@ -26,25 +25,23 @@ ConfigStore.instance().store("schema", Config)
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(cfg: DictConfig) -> float | None:
     """One job, called by Hydra. Returns the speed-up, for sweepers that optimise."""
-    from selfspec import job, plan, report, sweep
+    from selfspec import job, plan, provenance, report, results, sweep
 
     settings = HydraConfig.get()
     folder, todo = Path(settings.runtime.output_dir), plan.make(cfg)
     alone = settings.mode is not RunMode.MULTIRUN
     if alone:
         try:
-            result = job.run(todo, folder)
+            result = job.run(todo, folder, sweep.parent_run(folder), sweep.launch())
         except (*BY_USER, SelfspecError) as error:
             leave(error)  # from here: Hydra would print a line of its own first
     else:
         swept = Path(settings.sweep.dir)
-        if sweep.has_run(swept, todo.id):
-            todo = replace(todo, checkpoint=replace(todo.checkpoint, resume=Resume.auto))
         try:
-            result = job.run(todo, folder, sweep.parent_run(swept))
+            result = job.run(todo, folder, sweep.parent_run(swept), sweep.launch(swept))
         except Exception as error:  # one failed job hides no other: it becomes a row of the table
             say(error)
-            job.failed(todo, folder, error)
+            results.failed(todo, folder, error, provenance.collect())
             return None
     report.show([result], explain=alone)  # a sweep explains its words and its failures once, at its end
     if alone and result["status"] == "failed":

@@ -16,7 +16,7 @@ import sqlite3
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 SWEEP_TAG = "selfspec.sweep_id"
 PARENT_TAG = "mlflow.parentRunId"
+PLAN_TAG = "selfspec.plan"
+JOURNAL_TAG = "selfspec.journal"
+"""Names the journal that a run is of: one whose id was not noted there before its process was killed is found by it."""
 DEFAULT_URI = "sqlite:///mlflow.db"
 """What ``mlflow ui`` opens when it is started in the same folder."""
 
@@ -97,6 +100,9 @@ class Tracker(Protocol):
     def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
         """Sends what is buffered and ends the run, as of ``timestamp_ms``; ``None``: now."""
 
+    def bury(self, parent: str, plan_ids: Collection[str]) -> None:
+        """Ends, as FAILED, runs of those plans of a sweep that seem to run still: their jobs died without a word."""
+
 
 class NoTracker:
     """Tracks nothing."""
@@ -121,6 +127,9 @@ class NoTracker:
         """See :class:`Tracker`."""
 
     def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
+        """See :class:`Tracker`."""
+
+    def bury(self, parent: str, plan_ids: Collection[str]) -> None:
         """See :class:`Tracker`."""
 
 
@@ -149,9 +158,9 @@ class MLflowTracker:
         """See :class:`Tracker`."""
         from mlflow.entities import Param
 
-        run = self._find(run_id) if run_id else None
+        run = self._find(run_id) if run_id else self._find_by(JOURNAL_TAG, tags)
         if run is None:
-            run = self._client.create_run(self._experiment_id, run_name=name)
+            run = self._client.create_run(self._experiment_id, run_name=name, tags=dict(tags))
         else:
             self._client.update_run(run.info.run_id, status="RUNNING")
         self._run_id, self._parent, self._buffer = run.info.run_id, parent, []
@@ -215,6 +224,13 @@ class MLflowTracker:
         if self._parent:
             self._settle(self._parent)
 
+    def bury(self, parent: str, plan_ids: Collection[str]) -> None:
+        """See :class:`Tracker`."""
+        running = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = 'RUNNING'"
+        for run in self._client.search_runs([self._experiment_id], running):
+            if run.data.tags.get(PLAN_TAG) in plan_ids:
+                self._client.set_terminated(run.info.run_id, "FAILED")
+
     @cached_property
     def _client(self) -> "MlflowClient":
         client = _import_client()
@@ -262,6 +278,10 @@ class MLflowTracker:
             raise
         return run if run.info.lifecycle_stage == "active" else None
 
+    def _find_by(self, tag: str, tags: Mapping[str, str]) -> "Run | None":
+        found = self._search(tag, tags[tag]) if tag in tags else []
+        return self._find(_oldest(found)) if found else None
+
     def _search(self, tag: str, value: str) -> "list[Run]":
         quote = '"' if "'" in value else "'"
         return list(self._client.search_runs([self._experiment_id], f"tags.`{tag}` = {quote}{value}{quote}"))
@@ -274,10 +294,14 @@ class MLflowTracker:
 
     def _settle(self, parent: str) -> None:
         # Whoever finishes last sees all the others finished: each child ends itself before it looks.
-        statuses = {run.info.status for run in self._search(PARENT_TAG, parent)}
-        if not statuses & {"RUNNING", "SCHEDULED"}:
-            worst = next((s for s in ("FAILED", "KILLED") if s in statuses), "FINISHED")
+        if not any(self._has_child(parent, status) for status in ("RUNNING", "SCHEDULED")):
+            worst = next((s for s in ("FAILED", "KILLED") if self._has_child(parent, s)), "FINISHED")
             self._client.set_terminated(parent, worst)
+
+    def _has_child(self, parent: str, status: str) -> bool:
+        """Asks for one at most: a page of them is a thousand, with all that was logged of each."""
+        wanted = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = '{status}'"
+        return bool(self._client.search_runs([self._experiment_id], wanted, max_results=1))
 
 
 class Forgiving:
@@ -313,6 +337,10 @@ class Forgiving:
     def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
         """See :class:`Tracker`."""
         self._try(lambda tracker: tracker.finish(status, timestamp_ms))
+
+    def bury(self, parent: str, plan_ids: Collection[str]) -> None:
+        """See :class:`Tracker`."""
+        self._try(lambda tracker: tracker.bury(parent, plan_ids))
 
     def _try(self, call: Callable[[Tracker], T]) -> T:
         try:

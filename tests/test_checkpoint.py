@@ -69,7 +69,7 @@ def test_the_file(tmp_path: Path) -> None:
     assert list(unit) == ["stage", "unit", "at", "on", "data"]
     assert abs(unit["at"] / 1000 - (tmp_path / FILE).stat().st_mtime) < 60
     with begin(tmp_path) as journal:
-        assert journal.path.read_bytes() == data  # opening it adds nothing
+        assert (journal.folder / FILE).read_bytes() == data  # opening it adds nothing
 
 
 def test_a_unit_is_on_the_disk_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

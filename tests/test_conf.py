@@ -28,6 +28,8 @@ COMPANIONS = {
         "engine.plain_url=http://127.0.0.1:8001",
     ],
     ("controller", "autotune"): ["draft=layerskip"],
+    ("checkpoint", "gcs"): ["checkpoint.dir=gs://bucket/prefix"],
+    ("hardware", "h100_spot"): ["checkpoint.dir=gs://bucket/prefix"],
     ("model", "gpt2"): ["exit_layer=6"],
     ("model", "opt_125m"): ["exit_layer=6"],
 }

@@ -20,7 +20,7 @@ def send(signum: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), signum)  # to itself: Python has run the handler by the time this returns
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 140)])
 def test_a_signal_becomes_an_exception(signum: int, code: int) -> None:
     with pytest.raises(Interrupted) as caught, trap():
         send(signum)
@@ -119,7 +119,7 @@ def test_ordinary_handlers_of_errors_do_not_swallow_it() -> None:
             pytest.fail("swallowed")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 140)])
 def test_exit_code_of_a_process_started_with_sigint_ignored(signum: int, code: int) -> None:
     """As a script's shell starts what it puts in the background."""
     program = """if True:

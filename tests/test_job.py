@@ -19,7 +19,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import job, plan
+from selfspec import job, plan, results
 from selfspec.checkpoint import FILE, Journal, Record
 from selfspec.config import Resume
 from selfspec.engine import factory
@@ -75,7 +75,7 @@ def elsewhere(made: Plan, folder: Path) -> Plan:
 
 def units(made: Plan) -> list[Record]:
     """What is in the journal; opening it fails if a unit is there twice."""
-    with Journal.open(job.journal_folder(made), made.id, {}, Resume.require) as journal:
+    with Journal.open(job.place(made), made.id, {}, Resume.require) as journal:
         return journal.records("bench")
 
 
@@ -157,17 +157,17 @@ def test_a_finished_job_answers_from_its_journal(make: Make, tmp_path: Path, mon
 
 def test_resume_never_starts_afresh(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(make(), tmp_path)
-    kept = (job.journal_folder(make()) / FILE).read_bytes()
+    kept = (Path(job.place(make())) / FILE).read_bytes()
     calls = counted(monkeypatch)
     assert timeless(run(make("checkpoint.resume=never"), tmp_path)) == timeless(first)
     assert len(calls) == 2 * (3 + 1)  # units and warm-up, both ways
-    assert (job.journal_folder(make()) / "journal.1.jsonl").read_bytes() == kept
+    assert (Path(job.place(make())) / "journal.1.jsonl").read_bytes() == kept
 
 
 def test_resume_require_insists(make: Make, tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="there is no journal"):
         run(make("checkpoint.resume=require"), tmp_path)
-    assert not job.journal_folder(make()).exists() and list(tmp_path.iterdir()) == []
+    assert not Path(job.place(make())).exists() and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("done", range(4))
@@ -191,7 +191,7 @@ def slow(*overrides: str) -> "subprocess.Popen[str]":
 
 def wait_for(made: Plan, process: "subprocess.Popen[str]", lines: int) -> None:
     """Until the journal has so many lines, or its process has ended."""
-    path = job.journal_folder(made) / FILE
+    path = Path(job.place(made)) / FILE
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= lines):
         time.sleep(0.002)
 
@@ -276,6 +276,31 @@ def test_interrupted_while_the_tracker_starts(
     assert [tracked.info.status for tracked in runs(uri, "early")] == ["FINISHED"]
 
 
+@pytest.mark.parametrize("after", ["create_run", "log_batch", "start"])
+def test_killed_before_the_tracker_run_is_noted(
+    make: Make, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    from mlflow import MlflowClient
+
+    made = make("tracking=mlflow", f"tracking.uri={uri}", f"tracking.experiment=unnoted-{after}")
+    owner = MLflowTracker if after == "start" else MlflowClient
+    method = getattr(owner, after)
+
+    class Killed(BaseException):
+        """What comes after it in this process does not count."""
+
+    def killing(*args: Any, **options: Any) -> None:
+        method(*args, **options)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, after, killing)
+        patch.setattr(MLflowTracker, "finish", lambda *args: None)
+        run(made, tmp_path / "first")
+    run(made, tmp_path / "again")
+    assert [tracked.info.status for tracked in runs(uri, f"unnoted-{after}")] == ["FINISHED"]
+
+
 @pytest.mark.parametrize("method", ["start", "log", "artifacts", "finish"])
 def test_a_tracker_that_fails_does_not_fail_the_job(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
@@ -339,11 +364,11 @@ def test_plain_decoding_is_its_own_reference(make: Make, tmp_path: Path, monkeyp
 
 
 def test_a_failed_job_leaves_its_reason_and_what_it_measured(make: Make, tmp_path: Path) -> None:
-    job.failed(make(), tmp_path, RuntimeError("out of\nmemory"))
+    results.failed(make(), tmp_path, RuntimeError("out of\nmemory"), {})
     nothing = json.loads((tmp_path / "result.json").read_text())
     assert (nothing["status"], nothing["error"], nothing["measurements"]) == ("failed", "out of memory", {})
     result = run(make(), tmp_path)
-    job.failed(make(), tmp_path, MemoryError())
+    results.failed(make(), tmp_path, MemoryError(), {})
     failed = json.loads((tmp_path / "result.json").read_text())
     assert failed == {**result, "status": "failed", "error": "MemoryError"}
 
@@ -403,5 +428,5 @@ def test_units_are_tracked_as_they_finish(make: Make, tmp_path: Path, monkeypatc
     assert logged == [0, 1]
     run(made, tmp_path)
     assert logged == [0, 1, 0, 1, 2, 0], "the restored ones again, the new one, the summary"
-    with Journal.open(job.journal_folder(made), made.id, {}, Resume.require) as journal:
+    with Journal.open(job.place(made), made.id, {}, Resume.require) as journal:
         assert journal.notes == {"run_id": "run"}

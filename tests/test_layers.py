@@ -13,7 +13,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(("provenance", "workload", "heads", "interrupt", "progress"), 1),
     "engine": 2,
     **dict.fromkeys(("soak", "quality", "stages", "results", "plots", "report"), 3),
-    **dict.fromkeys(("job", "sweep", "refusal", "serve"), 4),
+    **dict.fromkeys(("job", "sweep", "compose", "refusal", "serve"), 4),
     **dict.fromkeys(("serve.client", "serve.backend", "serve.errors"), 3),
     **dict.fromkeys(("run", "serve.__main__"), 5),
 }
@@ -26,7 +26,11 @@ TORCHLESS_ENGINE = (
 )
 """What stages and job import of the engine, and what tests run without a model."""
 FRONT_DOORS = ("selfspec.run", "selfspec.serve.__main__")
-LAUNCHERS_MAY = ("selfspec.plan", "selfspec.checkpoint", "selfspec.errors")
+# `run` is what a Slurm job calls; no launcher does.
+LAUNCHERS_MAY = tuple(
+    f"selfspec.{name}"
+    for name in ("plan", "checkpoint", "errors", "config", "results", "provenance", "interrupt", "run")
+)
 
 
 def name_of(path: Path) -> str:

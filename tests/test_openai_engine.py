@@ -45,7 +45,7 @@ def run(made: Plan, folder: Path) -> Result:
 
 
 def tokens(made: Plan) -> list[list[list[int]]]:
-    with Journal.open(job.journal_folder(made), made.id, {}, Resume.require) as journal:
+    with Journal.open(job.place(made), made.id, {}, Resume.require) as journal:
         return [[one["tokens"] for one in record.data["configured"]] for record in journal.records("bench")]
 
 

@@ -49,7 +49,7 @@ def run(made: Plan, folder: Path) -> Result:
 
 
 def units(made: Plan) -> dict[str, dict[str, Any]]:
-    with Journal.open(job.journal_folder(made), made.id, {}, Resume.require) as journal:
+    with Journal.open(job.place(made), made.id, {}, Resume.require) as journal:
         return {record.unit: record.data for record in journal.records("quality")}
 
 

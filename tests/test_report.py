@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from selfspec import report
+from selfspec import plots, report
 from selfspec.errors import UserError
-from selfspec.results import FILE, Result, distinct, find
+from selfspec.results import FILE, Result, distinct, find, labels
 
 BENCH = {
     "bench/tok_s": 120.0,
@@ -212,6 +212,40 @@ def test_what_was_not_measured_is_not_plotted(tmp_path: Path) -> None:
 def test_results_are_found_in_the_order_of_jobs(tmp_path: Path) -> None:
     save(tmp_path, *[result(f"p{number}") for number in range(11)])
     assert [one["plan_id"] for one in find(tmp_path)] == [f"p{number}" for number in range(11)]
+
+
+def test_of_many_rows_the_fastest_are_plotted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ups = [1.1, 1.5, 1.2, 1.4, 1.3]
+    rows = [result(f"p{at}", f"at {up}", measurements=BENCH | {"bench/speedup": up}) for at, up in enumerate(ups)]
+    drawn, titles = list[list[str]](), list[str]()
+    label, figure = plots._labels_on, plots._figure
+
+    def figured(bars: list[plots.Bar], of: int) -> Any:
+        made = figure(bars, of)
+        titles.append(made[1].get_title(loc="left"))
+        return made
+
+    def labelled(axes: Any, bars: list[plots.Bar]) -> None:
+        drawn.append([at for _, at in bars])
+        label(axes, bars)
+
+    monkeypatch.setattr(plots, "_figure", figured)
+    monkeypatch.setattr(plots, "_labels_on", labelled)
+    for most, shown in ((5, [f"at {up}" for up in ups]), (3, ["at 1.5", "at 1.4", "at 1.3"])):
+        monkeypatch.setattr(plots, "_MOST", most)
+        assert plots.speed(rows) and plots.acceptance([*rows, PLAIN])
+        assert drawn[-2:] == [shown, shown], "in the order of the table"
+    assert "3 of 5 rows with the highest speed-up" in titles[2].replace("\n", " ") and "highest" not in titles[0]
+
+
+def test_rows_that_share_a_label_are_told_apart_by_what_differs_among_them() -> None:
+    rows = [result(f"p{seed}", "one", seed=seed) for seed in range(3)]
+    rows += [result(f"q{new}", "other", workload={"name": "sharegpt", "new_tokens": new}) for new in (8, 16)]
+    assert labels([*rows, PLAIN]) == [
+        *(f"one (seed={seed})" for seed in range(3)),
+        *(f"other (workload.new_tokens={new})" for new in (8, 16)),
+        "none",
+    ]
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from tiny import WORDS
 
 from selfspec import plan
 from selfspec.engine import scoring

@@ -63,7 +63,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, then: Path, *faults: str) -> None:
 
 
 def kept(made: Plan) -> list[str]:
-    with Journal.open(job.journal_folder(made), made.id, {}, Resume.require) as journal:
+    with Journal.open(job.place(made), made.id, {}, Resume.require) as journal:
         return [record.unit for record in journal.records("soak")]
 
 
@@ -169,7 +169,7 @@ def test_what_makes_it_another_soak(make: Make) -> None:
 
 def test_timings_of_different_hardware_are_not_pooled(make: Make, tmp_path: Path) -> None:
     made = make("soak.max_memory_slope=1000")
-    with Journal.open(job.journal_folder(made), made.id, {}, Resume.auto) as journal:
+    with Journal.open(job.place(made), made.id, {}, Resume.auto) as journal:
         journal.append("soak", "begin", {"answers": []}, "here")
         for number, (on, slow) in enumerate((("here", 1), ("there", 50), ("here", 1))):
             data = interval(number, slow=slow, life=1 + number) | {"provenance": {"fingerprint": on}}

@@ -42,7 +42,7 @@ def run(made: Plan, folder: Path) -> Result:
 
 
 def journal(made: Plan) -> Journal:
-    return Journal.open(job.journal_folder(made), made.id, {}, Resume.require)
+    return Journal.open(job.place(made), made.id, {}, Resume.require)
 
 
 def spied(monkeypatch: pytest.MonkeyPatch, name: str, fail_at: int | None = None) -> list[dict[str, Any]]:

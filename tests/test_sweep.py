@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn
 
 from selfspec import job, plan, results, sweep
 from selfspec.checkpoint import FILE
@@ -158,6 +159,19 @@ def test_jobs_that_come_to_one_plan_run_once(run: Run, tmp_path: Path, generated
     assert len(rows(folders(tmp_path)[0])) == 1
 
 
+def test_a_launcher_keeps_no_config_of_jobs_that_have_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, ended = list[JobReturn](), sweep.Sweep.on_job_end
+
+    def noted(self: sweep.Sweep, job_return: JobReturn, **options: Any) -> None:
+        assert job_return.cfg is not None and job_return.hydra_cfg is not None
+        kept.append(job_return)
+        ended(self, job_return=job_return, **options)
+
+    monkeypatch.setattr(sweep.Sweep, "on_job_end", noted)
+    assert run("-m", "K=1,2")[0] == 0
+    assert [(job.cfg, job.hydra_cfg) for job in kept] == [(None, None)] * 2 and all(job.return_value for job in kept)
+
+
 def test_a_handle_that_some_jobs_heed_is_not_warned_about(run: Run) -> None:
     assert run("-m", "draft=none,layerskip", "K=2")[::2] == (0, "")
 
@@ -263,7 +277,7 @@ def test_two_processes_with_one_plan_share_its_work(fake: list[str], tmp_path: P
     assert [process.returncode for process in pair] == [0, 0], said
     assert sum(out.count("generated") for out, _ in said) == 2 * 20
     assert set(journalled(tmp_path).values()) == {1} and len(journalled(tmp_path)) == 20
-    one, other = results.find(tmp_path / "outputs")
+    one, other = results.find(tmp_path / "outputs" / "main")
     assert one["measurements"] == other["measurements"]
 
 

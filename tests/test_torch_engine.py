@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from tiny import VOCABULARY
 
 from selfspec import heads, plan
 from selfspec.engine import torch_engine

@@ -66,6 +66,7 @@ def exercise(tracker: Tracker, folder: Path) -> None:
     tracker.set_tags({"verdict": "yes"})
     tracker.artifacts([folder])
     tracker.finish("FINISHED")
+    tracker.bury("0" * 32, {"plan"})
 
 
 def test_a_run_holds_what_was_logged(
@@ -168,6 +169,14 @@ def test_a_sweep_has_one_parent_whose_status_follows_its_children(
     assert status() == "RUNNING"
     other.finish("FINISHED")
     assert status() == "FINISHED"
+
+
+def test_runs_of_jobs_that_died_are_ended(tracker: MLflowTracker, client: "MlflowClient") -> None:
+    parent = tracker.sweep_parent("with a dead job", "sweep") or ""
+    runs = [tracker.start(plan, {tracking.PLAN_TAG: plan}, {}, None, parent) or "" for plan in ("dead", "well")]
+    tracker.finish("FINISHED")
+    tracker.bury(parent, {"dead", "well"})
+    assert [client.get_run(run).info.status for run in runs] == ["FAILED", "FINISHED"]
 
 
 def test_jobs_that_ask_at_once_get_one_parent(client: "MlflowClient", uri: str, root: Path) -> None:

@@ -9,16 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from selfspec import heads, workload
+from selfspec import checkpoint, heads, workload
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume
 from selfspec.engine.base import Engine
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.progress import progress
-from selfspec.provenance import fingerprint, storing, versions
+from selfspec.provenance import fingerprint, versions
 from selfspec.stages import LazyEngine
 from selfspec.types import Measurements, Request
 
@@ -28,10 +26,10 @@ BATCH = 64
 
 
 def head_path(plan: Plan) -> Path:
-    """Where the plan's head is, or will be."""
+    """Where the plan's head is on this disk once it is :func:`ready`."""
     if plan.draft.head is not None:
         return Path(plan.draft.head)
-    return Path(plan.checkpoint.dir) / "heads" / f"{plan.head_id}.safetensors"
+    return _store(plan).path(_head(plan))
 
 
 def wanted(plan: Plan) -> dict[str, Any]:
@@ -51,6 +49,13 @@ def wanted(plan: Plan) -> dict[str, Any]:
     }
 
 
+def fitted(plan: Plan) -> bool:
+    """Whether the plan's head is there, in the store or where the user says."""
+    if plan.draft.head is not None:
+        return Path(plan.draft.head).exists()
+    return _store(plan).size(_head(plan)) is not None
+
+
 def may_fit(plan: Plan) -> bool:
     """Whether a head that is missing is to be fitted."""
     return plan.draft.head is None and "fit" in plan.stages
@@ -63,13 +68,18 @@ def check_head(plan: Plan) -> dict[str, Any]:
         ConfigError: it has not been fitted.
         HeadError: it is corrupt or was fitted for something else.
     """
-    path = head_path(plan)
-    if plan.draft.head is None and not path.exists():
+    if plan.draft.head is not None:
+        return heads.check(head_path(plan), wanted(plan))
+    store, name = _store(plan), _head(plan)
+    size = store.size(name)
+    if size is None:
         raise ConfigError(
             f"stages={list(plan.stages)}: draft={plan.draft.name} needs a head and none is fitted yet; "
             "add fit, or name one with draft.head"
         )
-    return heads.check(path, wanted(plan))
+    where = store.where(name)
+    start = store.read(name, heads.START) if size else None  # of nothing, no range can be asked for
+    return heads.fits(where, heads.read(where, start or b"", size), wanted(plan))
 
 
 def run(engine: LazyEngine, plan: Plan, journal: Journal) -> Measurements:
@@ -88,15 +98,14 @@ def ready(engine: LazyEngine, plan: Plan) -> dict[str, Any]:
     Raises:
         ConfigError, HeadError: as :func:`check_head`.
     """
-    path = head_path(plan)
-    if may_fit(plan) and not path.exists():
+    if may_fit(plan) and not fitted(plan):
         pairs = answered(engine, plan)
-        with storing(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                engine().fit(pairs, path, {**wanted(plan), "format": 1, "versions": versions()})
-    return check_head(plan)
+        facts = {**wanted(plan), "format": 1, "versions": versions()}
+        _store(plan).make(_head(plan), lambda path: engine().fit(pairs, path, facts))
+    found = check_head(plan)
+    if plan.draft.head is None:
+        _store(plan).fetch(_head(plan))
+    return found
 
 
 def measurements(facts: dict[str, Any]) -> Measurements:
@@ -109,8 +118,9 @@ _SHOWN = ("agreement", "raw_agreement", "sgd_gain", "train_tokens", "heldout_tok
 
 def answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequence[int]]]:
     """The fit prompts and the model's answers, those of earlier runs from their journal."""
-    folder = Path(plan.checkpoint.dir) / "fit" / plan.answers_id
-    with Journal.open(folder, plan.answers_id, {"model": plan.model.source, "seed": plan.seed}, Resume.auto) as journal:
+    place = checkpoint.answers_place(plan.checkpoint.dir, plan.answers_id)
+    settings, lease_s = {"model": plan.model.source, "seed": plan.seed}, plan.checkpoint.lease_s
+    with Journal.open(place, plan.answers_id, settings, Resume.auto, lease_s=lease_s) as journal:
         batches = [f"batch-{i:04d}" for i in range(-(-plan.scale.fit_prompts // BATCH))]
         missing = [i for i, unit in enumerate(batches) if journal.get("answers", unit) is None]
         if missing:
@@ -127,6 +137,14 @@ def answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequen
         records = [journal.get("answers", unit) for unit in batches]
     pairs = [pair for r in records if r for pair in zip(r.data["prompts"], r.data["answers"], strict=True)]
     return pairs
+
+
+def _store(plan: Plan) -> checkpoint.Store:
+    return checkpoint.at(plan.checkpoint.dir, plan.checkpoint.lease_s)
+
+
+def _head(plan: Plan) -> str:
+    return f"heads/{plan.head_id}.safetensors"
 
 
 def _prompts(engine: Engine, plan: Plan) -> list[tuple[int, ...]]:

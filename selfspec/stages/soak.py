@@ -132,9 +132,9 @@ def _soak(engine: LazyEngine, plan: Plan, journal: Journal) -> None:
     """Runs what is missing, from the sentinels before the load to those after it."""
     if plan.draft.fitted:
         ready(engine, plan)
-    local, folder = engine(), journal.path.parent / "soak"
+    local, folder = engine(), journal.folder / "soak"
     with storing(folder):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     encode = lambda text: local.encode(text, plan.workload.chat)  # noqa: E731
     prompts = workload.select(plan.workload, "bench", plan.soak.prompts, plan.seed, encode)
     sentinels = prompts[: plan.soak.sentinels]
@@ -172,7 +172,7 @@ def _load(
     seconds = soak.warmup + len(missing) * soak.interval
     with (
         progress("soak", soak.intervals, soak.intervals - len(missing)) as advance,
-        calling(plan, server.url, prompts, seconds, journal.path.parent / "soak") as load,
+        calling(plan, server.url, prompts, seconds, journal.folder / "soak") as load,
     ):
         end = time.time() + soak.warmup
         _watch(server, load, end, soak.interval)

@@ -6,39 +6,28 @@ One line of JSON each, the first one a header::
     {"stage": "bench", "unit": "<prompt>/0", "at": <ms since epoch>, "on": "<hardware>", "data": {...}}
     {"note": "run_id", "value": "..."}
 
-:class:`Journal` knows what the lines mean; :class:`_File` keeps them. A bucket can take the place of the
-latter: ``load``, ``append``, ``set_aside`` and ``close`` over numbered objects, each created only if it does
-not exist yet.
+:class:`Journal` knows what the lines mean; :class:`Lines`, in a file or in a bucket, keep them.
 """
 
 import json
-import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from filelock import FileLock, Timeout
-
+from selfspec.checkpoint import folder
+from selfspec.checkpoint.lease import LEASE_S
+from selfspec.checkpoint.segments import Segments
+from selfspec.checkpoint.store import RESULT
 from selfspec.config import Resume
 from selfspec.errors import JournalError
 from selfspec.interrupt import shield
-from selfspec.provenance import reason, storing, sync_folder
 
 FORMAT = 1
 """Raise it when a selfspec that reads the former one would misread the file."""
-
-FILE = "journal.jsonl"
-LOCK = "lock"
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,58 +56,102 @@ class _Contents:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+class Lines(Protocol):
+    """Where the lines of a journal are kept."""
+
+    folder: Path
+    """On this disk, for files that only this machine has a use for; may not exist yet."""
+
+    def where(self, number: int | None = None) -> str:
+        """Names the journal, or a line of it (the first is 1), in a message."""
+
+    def peek(self) -> list[bytes]:
+        """The lines there are; needs no hold and changes nothing."""
+
+    def hold(self) -> None:
+        """Keep all other processes out until ``close``; waits for who holds it."""
+
+    def set_aside(self, *beside: str) -> None:
+        """Put the lines there are out of the way, and the files beside the journal that are named."""
+
+    def load(self) -> list[bytes]:
+        """The lines there are, made ready for more."""
+
+    def append(self, line: bytes) -> None:
+        """Add a line that outlives the process once this returns; or fail, and take no more."""
+
+    def leave(self, name: str, data: bytes) -> None:
+        """Write a file beside the journal, whole or not at all."""
+
+    def close(self) -> None:
+        """Let go."""
+
+
 class Journal:
     """The finished units of one plan, held by one process at a time. Make one with :meth:`open`.
 
     Attributes:
         created: when the journal was begun, as an ISO time in UTC.
-        on_append: called with each unit appended by this process, once it is safe on the disk.
+        on_append: called with each unit appended by this process, once it is safely stored.
     """
 
-    def __init__(self, store: "_File", contents: _Contents) -> None:
-        self._store = store
+    def __init__(self, lines: Lines, contents: _Contents) -> None:
+        self._lines = lines
         self._records = contents.records
         self._notes = contents.notes
         self.created = contents.created
         self.on_append: list[Callable[[Record], None]] = []
 
     @classmethod
-    def open(cls, folder: Path, plan_id: str, settings: Mapping[str, Any], resume: Resume) -> Self:
+    def open(
+        cls,
+        place: Path | str,
+        plan_id: str,
+        settings: Mapping[str, Any],
+        resume: Resume,
+        *,
+        launch: str | None = None,
+        lease_s: float = LEASE_S,
+    ) -> Self:
         """Begin a plan's journal or carry on with it, and hold it until closed; waits for who holds it.
 
         Args:
-            folder: of this plan alone; created if need be.
+            place: a folder, or a URL of fsspec's, of this plan alone; created if need be.
             plan_id: the plan's identity; a journal of another plan is refused.
             settings: the plan as plain values, for whoever reads the journal.
             resume: ``auto`` carries on if there is a journal, ``require`` insists on one, ``never`` moves one
-                that is there aside, to ``journal.<n>.jsonl``.
+                that is there aside, to ``journal.<n>.jsonl``, unless this same launch has begun it.
+            launch: names the sweep that this process is a part of; a job of it that was killed and comes back
+                carries on, even with ``never``.
+            lease_s: in a bucket, for how many seconds without a sign of life the journal stays held.
 
         Raises:
             JournalError: the journal is corrupt, another plan's or in a newer format; or there is none to resume.
-            StorageError: the folder cannot be written.
+            StorageError: the place cannot be written.
         """
         if resume is Resume.require:
-            inspect(folder, plan_id, resume)  # before anything is created
-        store = _File(folder)
+            inspect(place, plan_id, resume)  # before anything is created
+        lines = _lines(place, lease_s)
         try:
-            if resume is Resume.never:
-                store.set_aside()
-            contents = _parse(store.path, store.load(), plan_id)
+            lines.hold()
+            if resume is Resume.never and (launch is None or _launch(lines) != launch):
+                lines.set_aside(RESULT)
+            contents = _parse(lines, lines.load(), plan_id)
             if contents is None:
                 if resume is Resume.require:
-                    raise _nothing_to_resume(store.path)
+                    raise _nothing_to_resume(lines)
                 contents = _Contents(created=datetime.now(UTC).isoformat(timespec="seconds"))
                 header = {"journal": FORMAT, "plan": plan_id, "settings": settings, "created": contents.created}
-                store.append(_line(header))
-            return cls(store, contents)
+                lines.append(_line(header if launch is None else {**header, "launch": launch}))
+            return cls(lines, contents)
         except BaseException:
-            store.close()
+            lines.close()
             raise
 
     @property
-    def path(self) -> Path:
-        """Of the file."""
-        return self._store.path
+    def folder(self) -> Path:
+        """On this disk, for files that only this machine has a use for; may not exist yet."""
+        return self._lines.folder
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -147,7 +180,7 @@ class Journal:
         line = _line({"stage": stage, "unit": unit, "at": time.time_ns() // 10**6, "on": on, "data": data})
         record = Record(**json.loads(line))  # as a resumed process will see it
         with shield():
-            self._store.append(line)
+            self._lines.append(line)
             self._records[stage, unit] = record
         for observer in self.on_append:
             observer(record)
@@ -164,12 +197,21 @@ class Journal:
         """
         line = _line({"note": key, "value": value})
         with shield():
-            self._store.append(line)
+            self._lines.append(line)
             self._notes[key] = json.loads(line)["value"]
+
+    def leave(self, result: str) -> None:
+        """Leave what came of the plan, as JSON, for :func:`finished`.
+
+        Raises:
+            StorageError: it cannot be written.
+            LeaseError: another process holds the journal by now.
+        """
+        self._lines.leave(RESULT, result.encode())
 
     def close(self) -> None:
         """Let go of the journal; what it holds can still be read here."""
-        self._store.close()
+        self._lines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -178,134 +220,74 @@ class Journal:
         self.close()
 
 
-def inspect(folder: Path, plan_id: str, resume: Resume = Resume.auto) -> None:
+def inspect(place: Path | str, plan_id: str, resume: Resume = Resume.auto) -> bool:
     """Check, before anything runs, that a plan's journal can be resumed. Changes and creates nothing.
+
+    Returns:
+        Whether there is one to resume.
 
     Raises:
         JournalError: it cannot be read, is corrupt, another plan's or in a newer format; or ``resume`` requires
             one and there is none.
+        StorageError: there is no such bucket, or no right to read it.
     """
-    path = folder / FILE
     if resume is Resume.never:
-        return
-    if _parse(path, _whole_lines(_read(path)), plan_id) is None and resume is Resume.require:
-        raise _nothing_to_resume(path)
+        return False
+    lines = _lines(place)
+    there = _parse(lines, lines.peek(), plan_id) is not None
+    if not there and resume is Resume.require:
+        raise _nothing_to_resume(lines)
+    return there
 
 
-class _File:
-    """The lines of a journal in a local file, locked from creation to ``close``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
-        self._fd: int | None = None
-        self._end = 0
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / LOCK, thread_local=False)
-            try:
-                self._lock.acquire(blocking=False)
-            except Timeout:
-                print(f"waiting for another process that runs the same plan: {folder}", file=sys.stderr, flush=True)
-                self._lock.acquire()
-
-    def set_aside(self) -> None:
-        """Move a journal that is there out of the way."""
-        with storing(self.path), shield():
-            if self.path.exists():
-                aside = (self.path.with_name(f"journal.{n}.jsonl") for n in count(1))
-                self.path.rename(next(path for path in aside if not path.exists()))
-                sync_folder(self.path.parent)
-
-    def load(self) -> list[bytes]:
-        """The lines there are. A torn last one is cut off, and the file made ready for more."""
-        data = _read(self.path)
-        lines = _whole_lines(data)
-        self._end = sum(len(line) + 1 for line in lines)
-        with storing(self.path), shield():
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            if self._end < len(data):
-                log.warning("%s: the last line was torn when its writer died, and is dropped", self.path)
-                os.ftruncate(self._fd, self._end)
-                os.fsync(self._fd)
-            sync_folder(self.path.parent)
-        return lines
-
-    def append(self, line: bytes) -> None:
-        """Add a line and sync it to the disk, or fail and leave the file as it was."""
-        if self._fd is None:
-            raise ValueError(f"{self.path}: the journal is closed")
-        with storing(self.path), shield():
-            try:
-                rest = line
-                while rest:  # once; more only to learn from the next write why the last one fell short
-                    rest = rest[os.write(self._fd, rest) :]
-                os.fsync(self._fd)
-            except BaseException:
-                # After a failed sync nobody knows what the disk holds, so this file is not written to again.
-                fd, self._fd = self._fd, None
-                with suppress(OSError):  # what is left of the line is recognised next time
-                    os.ftruncate(fd, self._end)
-                os.close(fd)
-                raise
-            self._end += len(line)
-
-    def close(self) -> None:
-        with shield():
-            if self._fd is not None:
-                os.close(self._fd)
-                self._fd = None
-            self._lock.release()
+def begun_here(place: Path | str) -> bool:
+    """Whether a plan's journal lies in a folder of this disk; one in a bucket tells nothing of this machine."""
+    path = folder.on_disk(place)
+    return path is not None and (path / folder.FILE).exists()
 
 
-def _read(path: Path) -> bytes:
+def _lines(place: Path | str, lease_s: float = LEASE_S) -> Lines:
+    path = folder.on_disk(place)
+    return Segments(str(place), lease_s) if path is None else folder.FileLines(path)
+
+
+def _launch(lines: Lines) -> str | None:
+    """What launch a journal was begun by; one that cannot be read, by none that we know."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise JournalError(f"{path}: cannot be read: {reason(error)}") from error
+        return str(json.loads(lines.peek()[0])["launch"])
+    except (JournalError, ValueError, LookupError, TypeError):
+        return None
 
 
-def _whole_lines(data: bytes) -> list[bytes]:
-    """The lines of a journal, less a torn last one. Only the last can be: each is synced before the next."""
-    *lines, tail = data.split(b"\n")
-    if lines and not tail:
-        try:
-            json.loads(lines[-1])
-        except ValueError:  # after a power loss, a file can have its new length and not yet its new content
-            lines.pop()
-    return lines
-
-
-def _parse(path: Path, lines: list[bytes], plan_id: str) -> _Contents | None:
+def _parse(source: Lines, lines: list[bytes], plan_id: str) -> _Contents | None:
     """What the lines say; ``None`` if there is not even a header."""
     contents = _Contents()
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
         except ValueError:
-            raise _corrupt(path, number, "is not JSON") from None
+            raise _corrupt(source, number, "is not JSON") from None
         match entry:
             case {"journal": int(version)} if number == 1 and version > FORMAT:
                 raise JournalError(
-                    f"{path}: was written by journal format {version}; this selfspec reads {FORMAT}: "
+                    f"{source.where()}: was written by journal format {version}; this selfspec reads {FORMAT}: "
                     "upgrade selfspec, or use checkpoint.resume=never"
                 )
             case {"journal": 1, "plan": str(plan), "settings": dict(), "created": str(created)} if number == 1:
                 if plan != plan_id:
                     raise JournalError(
-                        f"{path}: is the journal of plan {plan}, not of {plan_id}: "
+                        f"{source.where()}: is the journal of plan {plan}, not of {plan_id}: "
                         "use another checkpoint.dir, or checkpoint.resume=never"
                     )
                 contents.created = created
             case {"stage": str(stage), "unit": str(unit), "at": int(), "on": str(), "data": dict()} if number > 1:
                 if (stage, unit) in contents.records:
-                    raise _corrupt(path, number, f"repeats unit {unit!r} of stage {stage!r}")
+                    raise _corrupt(source, number, f"repeats unit {unit!r} of stage {stage!r}")
                 contents.records[stage, unit] = Record(**{key: entry[key] for key in Record.__slots__})
             case {"note": str(key), "value": value} if number > 1:
                 contents.notes[key] = value
             case _:
-                raise _corrupt(path, number, "is no line of a journal")
+                raise _corrupt(source, number, "is no line of a journal")
     return contents if lines else None
 
 
@@ -313,9 +295,9 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
 
 
-def _corrupt(path: Path, number: int, what: str) -> JournalError:
-    return JournalError(f"{path}, line {number}: {what}: mend the file, or use checkpoint.resume=never")
+def _corrupt(source: Lines, number: int, what: str) -> JournalError:
+    return JournalError(f"{source.where(number)}: {what}: mend the file, or use checkpoint.resume=never")
 
 
-def _nothing_to_resume(path: Path) -> JournalError:
-    return JournalError(f"checkpoint.resume=require: there is no journal {path}; auto begins one")
+def _nothing_to_resume(source: Lines) -> JournalError:
+    return JournalError(f"checkpoint.resume=require: there is no journal {source.where()}; auto begins one")

@@ -1,0 +1,196 @@
+"""A sweep's jobs as processes: started, watched, and ended when the launcher is."""
+
+import json
+import os
+import re
+import sys
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+if TYPE_CHECKING:
+    from selfspec.plan import Plan
+
+SWEEP_RUN = "SELFSPEC_SWEEP_RUN"
+"""Tells a job the tracker's run of its sweep."""
+LAUNCH = "SELFSPEC_SWEEP"
+"""Tells a job what names its sweep in journals."""
+LAST_LINES = 5
+"""Of a dead job's log, in its row of the table."""
+_NOT_FOR_A_JOB = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode|run)\b")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of the sweep.
+
+    Attributes:
+        title: its number, and the overrides that tell it from the others.
+        arguments: of ``python -m selfspec.run``, to run it alone.
+        folder: where it leaves its result.
+    """
+
+    number: int
+    title: str
+    overrides: Sequence[str]
+    arguments: list[str]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class State:
+    """How a job is.
+
+    Attributes:
+        words: for the user.
+        over: it will not run again by itself.
+        died: why it is over, where it has not come to its end.
+        log: what it said.
+    """
+
+    words: str
+    over: bool = False
+    died: str | None = None
+    log: Path | None = None
+
+
+class ProcessLauncher(Launcher):
+    """What is common to processes here and in a cluster that shares our file system."""
+
+    shares_disk = True
+    """What is fetched here is there for the jobs."""
+    poll_s: float
+    count: int
+    """Jobs in all."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """See :class:`Launcher`."""
+        self.context, self.config = hydra_context, config
+
+    @abstractmethod
+    def start(self, todo: Sequence[Job]) -> int:
+        """Starts the first of the jobs that wait, as many as there is room for; how many those are."""
+
+    @abstractmethod
+    def states(self, numbers: Sequence[int]) -> Mapping[int, State]:
+        """How those jobs are; one that nothing is known of is left out."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Has all jobs end, keeping what they have, and waits until they have ended."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs all jobs; each returns its speed-up. One that died is a failed row, and hides no other.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT; no job runs any more, and each can be carried on with.
+        """
+        from selfspec.interrupt import shield
+
+        jobs = self._jobs(job_overrides, initial_job_idx)
+        todo, running, said = list(jobs), dict[int, Job](), dict[int, str]()
+        self.count = len(jobs)
+        try:
+            while todo or running:
+                with shield():  # a job that is started and not known of would be nobody's to end
+                    started = todo[: self.start(todo) if todo else 0]
+                running.update({job.number: job for job in started})
+                del todo[: len(started)]
+                for number, state in self.states(list(running)).items():
+                    job = running[number]
+                    if state.words != said.get(number):
+                        print(f"{job.title}: {state.words}", file=sys.stderr, flush=True)
+                        said[number] = state.words
+                    if state.over:
+                        del running[number]
+                        self._settle(job, state)
+                if running:
+                    time.sleep(self.poll_s)
+        except BaseException:
+            self.stop()
+            raise
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=_speedup(job.folder)) for job in jobs]
+
+    def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
+        common = set.intersection(*(set(overrides) for overrides in job_overrides))
+        sweep = Path(self.config.hydra.sweep.dir)
+        jobs = []
+        for number, overrides in enumerate(job_overrides, first):
+            folder = sweep / str(number)
+            title = " ".join([f"job {number}", *(override for override in overrides if override not in common)])
+            jobs.append(Job(number, title, overrides, arguments(self.config, overrides, folder), folder))
+        return jobs
+
+    def _settle(self, job: Job, state: State) -> None:
+        """Sees to it that a job which is over has a result, if only one that says why there is none."""
+        from selfspec import results
+
+        if state.died is None or (job.folder / results.FILE).exists():
+            return
+        from selfspec.errors import LaunchError
+
+        lines = last_lines(state.log)
+        for line in lines:
+            print(f"job {job.number}: {line}", file=sys.stderr)
+        said = f"; {state.log} ends in: {' / '.join(lines)}" if lines else ""
+        job.folder.mkdir(parents=True, exist_ok=True)
+        results.failed(self._plan(job), job.folder, LaunchError(f"{state.died}{said}"), {})
+
+    def _plan(self, job: Job) -> "Plan":
+        from selfspec import plan
+
+        config = self.context.config_loader.load_sweep_config(self.config, list(job.overrides))
+        with open_dict(config):
+            del config["hydra"]
+        return plan.make(config)
+
+
+def arguments(config: DictConfig, overrides: Sequence[str], folder: Path) -> list[str]:
+    """What ``python -m selfspec.run`` is told to run one job of a sweep alone, with its result in ``folder``.
+
+    Args:
+        config: of the sweep.
+        overrides: of the job.
+    """
+    hydra = config.hydra
+    given = [
+        f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"
+    ]
+    kept = [override for override in hydra.overrides.hydra if not _NOT_FOR_A_JOB.match(override)]
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    alone = ["hydra/launcher=basic", "hydra.mode=RUN", f"hydra.run.dir='{quoted}'"]
+    return [*given, f"--config-name={hydra.job.config_name}", *overrides, *kept, *alone]
+
+
+def environment(config: DictConfig) -> dict[str, str]:
+    """What tells a job that it belongs to the sweep."""
+    sweep = Path(config.hydra.sweep.dir)
+    noted = sweep / "sweep.json"  # another sweeper than Hydra's own has none
+    run_id = json.loads(noted.read_text())["run_id"] if noted.exists() else None
+    return {LAUNCH: str(sweep), **({SWEEP_RUN: run_id} if run_id else {})}
+
+
+def last_lines(log: Path | None) -> list[str]:
+    """The end of a log, without empty lines and what submitit notes for itself."""
+    if log is None or not log.exists():
+        return []
+    with log.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
+        lines = file.read().decode(errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("submitit ")][-LAST_LINES:]
+
+
+def _speedup(folder: Path) -> float | None:
+    try:
+        found: Any = json.loads((folder / "result.json").read_text())["measurements"].get("bench/speedup")
+    except (OSError, ValueError, LookupError):
+        return None
+    return found if isinstance(found, float) else None

@@ -1,0 +1,138 @@
+"""What a job of the sweep is to SkyPilot: a task, as its YAML would say it."""
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from hydra_plugins.skypilot_launcher.config import SkyPilotConf
+from selfspec.config import Resume, TrackerName
+from selfspec.errors import ConfigError
+from selfspec.plan import Plan
+
+PREFIX = "selfspec-"
+"""Of the names of our managed jobs; the plan's identity follows."""
+SWEEP_RUN = "SELFSPEC_SWEEP_RUN"
+"""Tells a job elsewhere the tracker's run of its sweep."""
+_MLFLOW = tuple(f"MLFLOW_TRACKING_{key}" for key in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
+_THERE = ("output_dir=outputs", "hydra/launcher=basic", "hydra.mode=RUN")
+"""A job is one run there, whatever launches it from here; its folder is none of ours: what counts is in the store."""
+
+
+def check(settings: SkyPilotConf, plan: Plan) -> None:
+    """Refuses what cannot work elsewhere.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    place, resume = plan.checkpoint.dir, plan.checkpoint.resume
+    if "://" not in place and not PurePosixPath(place).is_absolute():
+        raise ConfigError(
+            f"checkpoint.dir={place}: jobs elsewhere have no such folder; must be a bucket, gs://BUCKET/PREFIX, "
+            "or the absolute path of a folder that they and this machine share"
+        )
+    if resume is not Resume.auto:
+        raise ConfigError(
+            f"checkpoint.resume={resume.name}: must be auto: a job that lost its machine carries on from its journal; "
+            "another checkpoint.dir begins anew"
+        )
+    for key, least in (("max_restarts", 0), ("parallelism", 1), ("log_lines", 0), ("poll_s", 0.0)):
+        value = getattr(settings, key)
+        if value is not None and not value >= least:
+            raise ConfigError(f"hydra.launcher.{key}={value}: must be >= {least}")
+    if not settings.wait and settings.parallelism is not None:
+        raise ConfigError(
+            f"hydra.launcher.parallelism={settings.parallelism}: needs somebody who waits, and launches the next; with "
+            "hydra.launcher.wait=false use a pool"
+        )
+    if settings.regions and (settings.infra is None or "/" in settings.infra):
+        raise ConfigError(
+            f"hydra.launcher.regions={settings.regions}: are of a cloud; hydra.launcher.infra={settings.infra} must "
+            "name one, such as gcp"
+        )
+    for name in settings.secrets:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # perhaps the secret itself: not to be shown
+            raise ConfigError("hydra.launcher.secrets: must be names of environment variables, not their values")
+        if name not in os.environ:
+            raise ConfigError(f"hydra.launcher.secrets={name}: is not set in the environment")
+
+
+def name(plan: Plan) -> str:
+    """Of the managed job that runs a plan: the same one wherever and whenever it is asked for."""
+    return PREFIX + plan.id
+
+
+def secrets(settings: SkyPilotConf, plan: Plan) -> list[str]:
+    """The names of environment variables whose values jobs are given, a tracking server's credentials among them."""
+    tracker = [key for key in _MLFLOW if key in os.environ] if _tracks(plan) else []
+    return [*settings.secrets, *(key for key in tracker if key not in settings.secrets)]
+
+
+def untracked(plan: Plan) -> str | None:
+    """Why a job elsewhere is not tracked, where it was to be."""
+    if plan.tracking.name is TrackerName.none or _tracks(plan):
+        return None
+    uri = plan.tracking.uri or "null, without MLFLOW_TRACKING_URI"
+    return (
+        f"tracking.uri={uri}: jobs elsewhere cannot write to a file of this machine, so they are not tracked; their "
+        "results come back all the same. tracking.uri=http(s)://<server>, or null and MLFLOW_TRACKING_URI, tracks them"
+    )
+
+
+def left_to_the_pool(settings: SkyPilotConf) -> str | None:
+    """What a pool's machines do not do for a job of ours, where it was to be done."""
+    idle = [key for key in ("setup", "mounts") if settings.pool is not None and getattr(settings, key)]
+    said = f"hydra.launcher.pool={settings.pool}: its machines are set up by its own YAML; left out: {', '.join(idle)}"
+    return said if idle else None
+
+
+def make(settings: SkyPilotConf, plan: Plan, overrides: Sequence[str], sweep_run: str | None) -> dict[str, Any]:
+    """The task of one job.
+
+    Args:
+        overrides: of this job, as given to Hydra here; the job is composed from them again.
+        sweep_run: the tracker's run of the sweep.
+    """
+    tracks = _tracks(plan)
+    place = plan.checkpoint.dir.replace("\\", "\\\\").replace("'", "\\'")  # there, the environment is another
+    more = [f"checkpoint.dir='{place}'", *([] if untracked(plan) is None else ["tracking.name=none"]), *_THERE]
+    recovery = {
+        "strategy": settings.recovery,
+        "max_restarts_on_errors": settings.max_restarts or None,
+        "recover_on_exit_codes": settings.recover_on or None,
+    }
+    resources = {
+        "infra": None if settings.regions else settings.infra,
+        "any_of": [{"infra": f"{settings.infra}/{region}"} for region in settings.regions],
+        "accelerators": settings.accelerators,
+        "cpus": settings.cpus,
+        "memory": settings.memory,
+        "disk_size": settings.disk_size,
+        "image_id": settings.image_id,
+        "use_spot": settings.use_spot,
+        "job_recovery": _given(recovery),
+    }
+    task = {
+        "name": name(plan),
+        "workdir": settings.workdir,
+        "resources": _given(resources),
+        "file_mounts": settings.mounts if settings.pool is None else None,
+        "envs": {**settings.envs, **({SWEEP_RUN: sweep_run} if tracks and sweep_run else {})},
+        "setup": settings.setup if settings.pool is None else None,
+        "run": f"{settings.command} {shlex.join([*overrides, *more])}",
+    }
+    return _given(task)
+
+
+def _tracks(plan: Plan) -> bool:
+    """Whether a job elsewhere can log where it is to."""
+    if plan.tracking.name is TrackerName.none:
+        return False
+    uri = plan.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    return uri != "" and not uri.startswith(("sqlite:", "file:"))
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value not in (None, False, [], {}, "")}

@@ -1,0 +1,131 @@
+"""The launcher that Hydra finds: a sweep's jobs as managed jobs of SkyPilot's, wherever there is a machine for them."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hydra_plugins.skypilot_launcher.config import SkyPilotConf
+
+if TYPE_CHECKING:
+    from hydra_plugins.skypilot_launcher._fleet import Job
+    from selfspec.plan import Plan
+
+
+class SkyPilotLauncher(Launcher):
+    """Hydra imports this file whatever is run, so all that costs time is imported within functions."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = _typed(settings)
+        self._config = DictConfig({})
+        self._context: HydraContext | None = None
+
+    @staticmethod
+    def check(launcher: DictConfig, plans: "Sequence[Plan]") -> None:
+        """Refuses, before anything is written, what cannot work elsewhere or what SkyPilot will not take.
+
+        Raises:
+            ConfigError: naming the key, the value and what is allowed.
+        """
+        from hydra_plugins.skypilot_launcher import _bridge, _task
+
+        settings = _typed({key: value for key, value in launcher.items() if key != "_target_"})
+        for plan in plans:
+            _task.check(settings, plan)
+        prepared = _bridge.connect(settings.python).ask("prepare", task=_task.make(settings, plans[0], [], None))
+        notes = [*prepared["said"], _task.left_to_the_pool(settings), *map(_task.untracked, plans)]
+        for words in dict.fromkeys(filter(None, notes)):
+            print(f"note: {words}", file=sys.stderr)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """See :class:`Launcher`."""
+        self._context, self._config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs all jobs; each returns its speed-up, one that failed None, and is told of at the end.
+
+        Raises:
+            LaunchError: SkyPilot cannot be asked any more. Jobs go on.
+            SystemExit: where jobs were only to be shown, or not to be waited for.
+        """
+        from rich.console import Console
+
+        from hydra_plugins.skypilot_launcher import _bridge, _table, _task
+        from hydra_plugins.skypilot_launcher._fleet import Fleet
+
+        sky, console = _bridge.connect(self._settings.python), Console(stderr=True)
+        jobs = self._jobs(job_overrides, initial_job_idx)
+        prepared = sky.ask("prepare", task=jobs[0].task)
+        for job in jobs:  # they ask for the same machine each
+            job.task["resources"] = prepared["task"]["resources"]
+        if self._settings.dryrun:
+            _show(jobs, prepared["hourly"])
+            sys.exit(0)
+        secrets = _task.secrets(self._settings, jobs[0].plan)
+        with _table.live(console) as show:
+            fleet = Fleet(sky, self._settings, jobs, show)
+            fleet.start(secrets)
+            if self._settings.wait:
+                fleet.watch(secrets)
+        for job in jobs:
+            for line in job.log:
+                console.print(f"job {job.numbers[0]}: {line}", soft_wrap=True, markup=False, highlight=False)
+        if not all(job.over for job in jobs):
+            print("launched, and not waited for: the same command comes back to the jobs, and to their results")
+            sys.exit(0)
+        by_number = {number: job for job in jobs for number in job.numbers}
+        return [
+            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=_speedup(by_number[number]))
+            for number, overrides in enumerate(job_overrides, initial_job_idx)
+        ]
+
+    def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> "list[Job]":
+        """One for each plan, in the order of the sweep."""
+        from hydra_plugins.skypilot_launcher import _task
+        from hydra_plugins.skypilot_launcher._fleet import Job
+        from selfspec import plan as plans
+
+        assert self._context is not None, "Hydra calls setup() first"
+        folder = Path(self._config.hydra.sweep.dir)
+        noted = folder / "sweep.json"
+        sweep_run = json.loads(noted.read_text())["run_id"] if noted.exists() else None
+        jobs: dict[str, Job] = {}
+        for number, overrides in enumerate(job_overrides, first):
+            config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.num, config.hydra.job.id = number, str(number)
+                own = folder / config.hydra.sweep.subdir
+                del config["hydra"]
+            plan = plans.make(config)
+            _task.check(self._settings, plan)  # another sweeper than Hydra's own chooses its jobs as it goes
+            task = _task.make(self._settings, plan, overrides, sweep_run)
+            job = jobs.setdefault(plan.id, Job(plan, task, [], []))
+            job.numbers.append(number)
+            job.folders.append(own)
+        return list(jobs.values())
+
+
+def _show(jobs: "Sequence[Job]", hourly: float | None) -> None:
+    import yaml
+
+    for job in jobs:
+        print(f"# job {','.join(map(str, job.numbers))}: {job.plan.label}")
+        print(yaml.safe_dump(job.task, sort_keys=False, width=120) + "---")
+    cost = "unknown: no catalog at hand" if hourly is None else f"from ${hourly:.2f} an hour each"
+    print(f"# {len(jobs)} managed jobs, none of them launched; cost {cost}")
+
+
+def _typed(settings: dict[Any, Any]) -> SkyPilotConf:
+    typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SkyPilotConf), settings))
+    assert isinstance(typed, SkyPilotConf), "it was made of one"
+    return typed
+
+
+def _speedup(job: "Job") -> float | None:
+    return None if job.result is None else job.result["measurements"].get("bench/speedup")

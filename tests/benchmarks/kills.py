@@ -1,0 +1,185 @@
+"""Sweeps of three jobs, killed at random moments and carried on with: what does it cost, and is anything lost?
+
+    python tests/benchmarks/kills.py [--kills 50] [--seed 0] [--work fake|torch] [--launcher basic|local|slurm]
+                                     [--bucket] [--keep FOLDER]
+
+``fake``: a bench of virtual time. ``torch``: fit and bench of a real, tiny model; three jobs share the answers and the
+head. Each sweep is launched, loses processes (kill -9 or SIGTERM; on Slurm also scancel, requeue, and a node's loss:
+slurmstepd and all below it), is launched again until it has lost some, then left alone; and is then held against one
+that nobody disturbed (``tests/disturbed.py``). ``--bucket``: checkpoints lie in one of an
+emulator of Google Cloud Storage's; their leases last for four seconds.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny
+from disturbed import Sweep, violations
+from gcs import emulator
+
+NAME = f"kills-{os.getpid()}"
+SETTINGS = {
+    "basic": [],
+    "local": ["hydra.launcher.poll_s=0.05"],
+    "slurm": [f"hydra.launcher.name={NAME}", "hydra.launcher.cpus_per_task=1", "hydra.launcher.poll_s=0.5"],
+}
+Strike = Callable[["subprocess.Popen[bytes]", random.Random], str | None]
+"""Kills something of a sweep that was launched so; says what, if there was something to kill."""
+
+
+def work(kind: str, folder: Path) -> list[str]:
+    """The overrides of a sweep of three jobs."""
+    prompts = tiny.prompts(folder / "prompts.json")
+    if kind == "fake":
+        return [*tiny.fake_job(prompts), "K=1,2,3", "scale.prompts=20", "scale.warmup=0", "tracking=mlflow"]
+    (folder / "model").mkdir()
+    fitted = [
+        "engine.kernels=torch",
+        "draft=lsq",
+        "gate=varH",
+        "tau_v=4,5,6",
+        "scale.fit_prompts=256",
+        "scale.prompts=8",
+    ]
+    return [*tiny.torch_job(tiny.model(folder / "model"), prompts), *fitted, "scale.warmup=0", "tracking=mlflow"]
+
+
+def strike_here(process: "subprocess.Popen[bytes]", chance: random.Random) -> str | None:
+    """Kills a launcher on this machine or, where it has some, one of its jobs; says how, unless it has just ended."""
+    try:
+        victims = [psutil.Process(process.pid)]
+        victims += [child for child in victims[0].children() if "selfspec.run" in child.cmdline()]
+        victim, signum = chance.choice(victims), chance.choice([signal.SIGKILL, signal.SIGTERM])
+        victim.send_signal(signum)
+    except psutil.Error:
+        return None
+    return f"{signum.name} to {'the launcher' if victim.pid == process.pid else 'a job'}"
+
+
+def strike_on_slurm(process: "subprocess.Popen[bytes]", chance: random.Random) -> str | None:
+    """A job of the array, in one of the ways in which a cluster takes one away; or the launcher."""
+    listed = subprocess.run(
+        ["squeue", "-h", "--array", f"--name={NAME}", "-t", "RUNNING", "-o", "%i %A"], capture_output=True, text=True
+    )
+    running = [line.split() for line in listed.stdout.splitlines()]
+    way = chance.choice(["scancel", "requeue", "node loss", "kill -9", "launcher"])
+    if way == "launcher":
+        return strike_here(process, chance)
+    if not running:
+        return None
+    job, number = chance.choice(running)
+    if way in ("scancel", "requeue"):
+        command = ["scancel", job] if way == "scancel" else ["scontrol", "requeue", job]
+        return way if subprocess.run(command).returncode == 0 else None
+    found = [each for each in psutil.process_iter() if _step_of(each, number)]
+    for step in found:
+        with suppress(psutil.NoSuchProcess):
+            for each in [*step.children(recursive=True), *([step] if way == "node loss" else [])]:
+                each.kill()
+    return way if found else None
+
+
+def _step_of(process: psutil.Process, number: str) -> bool:
+    try:
+        return process.name() == "slurmstepd" and f"[{number}." in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def disturb(sweep: Sweep, kills: int, calls: int, strike: Strike, chance: random.Random) -> Counter[str]:
+    """Launches the sweep until so many of its processes were killed, or it is done; says how they died."""
+    died = Counter[str]()
+    while (deaths := died.total()) < kills:
+        before, began = len(sweep.calls()), time.monotonic()
+        after = chance.randint(1, max(1, calls // 4)) if chance.random() < 0.8 else None
+        patience = chance.uniform(0, 8)
+        with sweep.launch() as process:
+            while process.poll() is None:
+                if len(sweep.calls()) >= before + after if after else time.monotonic() > began + patience:
+                    time.sleep(chance.random() * sweep.sleep)
+                    how = strike(process, chance)
+                    died.update([how] if how else [])
+                    after, patience = None, time.monotonic() - began + chance.uniform(0.5, 8)
+                    if died.total() >= kills:
+                        break
+                time.sleep(0.01)
+            code = process.wait()
+        assert code == 0 or died.total() > deaths, f"exit code {code}, and nothing was killed:\n{sweep.said()}"
+        if code == 0 and died.total() < kills:
+            break  # it was through before it could be killed again
+    return died
+
+
+@contextmanager
+def bucket() -> Iterator[None]:
+    """``gs://kills``, for this process and those it starts."""
+    with emulator() as url:
+        more = {"STORAGE_EMULATOR_HOST": url, "FSSPEC_GS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+        os.environ.update(more)
+        import gcsfs
+
+        gcsfs.GCSFileSystem().mkdir("kills")
+        yield
+
+
+def run(asked: argparse.Namespace) -> list[str]:
+    """All sweeps; the violations that were found."""
+    chance, place = random.Random(asked.seed), asked.keep or Path(tempfile.mkdtemp(prefix="kills-"))
+    place.mkdir(parents=True, exist_ok=True)
+    strike = strike_on_slurm if asked.launcher == "slurm" else strike_here
+    overrides, cache = work(asked.work, place), {"SELFSPEC_CACHE": str(place / "cache")}
+    launched = [f"hydra/launcher={asked.launcher}", *SETTINGS[asked.launcher]]
+
+    def sweep(name: str, more: list[str]) -> Sweep:
+        leased = ["checkpoint=gcs", "checkpoint.lease_s=4"] if asked.bucket else []
+        checkpoint = f"gs://kills/{name}" if asked.bucket else ""
+        return Sweep(place / name, [*overrides, *leased, *more], checkpoint, 0.1, asked.work == "fake", cache)
+
+    undisturbed = sweep("undisturbed", []).finish()
+    calls = len(undisturbed.calls())
+    died, again, wrong, rounds = Counter[str](), 0, list[str](), 0
+    while died.total() < asked.kills:
+        one = sweep(f"sweep-{rounds:02d}", launched)
+        lost = disturb(one, min(chance.randint(2, 6), asked.kills - died.total()), calls, strike, chance)
+        one.finish()
+        died, again, rounds = died + lost, again + len(one.calls()) - calls, rounds + 1
+        if asked.launcher == "slurm":
+            subprocess.run(["scancel", f"--name={NAME}"], check=True)  # what launchers that were killed have left
+        found = violations(one, undisturbed)
+        if one.tracked() != undisturbed.tracked():
+            found.append(f"MLflow has {one.tracked()}")
+        wrong += found
+        print(f"{one.folder}: {dict(lost)}; {len(found)} violations", *found, sep="\n", flush=True)
+    print(f"{rounds} sweeps of {calls} calls, {died.total()} kills: {dict(died)}")
+    print(f"{again} calls made again, {again / died.total():.2f} a kill; {len(wrong)} violations")
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", choices=("fake", "torch"), default="fake")
+    parser.add_argument("--launcher", choices=("basic", "local", "slurm"), default="basic")
+    parser.add_argument("--bucket", action="store_true")
+    parser.add_argument("--keep", type=Path)
+    asked = parser.parse_args()
+    with bucket() if asked.bucket else nullcontext(""):
+        sys.exit(bool(run(asked)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The lease: one holder at a time, by anybody's clock, and without sleeping."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+
+import pytest
+from gcs import Proxy
+
+from selfspec.checkpoint.bucket import Bucket
+from selfspec.checkpoint.lease import SKEW_S, Clock, Lease
+from selfspec.errors import Interrupted, JournalError, LeaseError, StorageError
+
+TERM_S = 40.0
+_names = count()
+
+
+class Time:
+    """Passes when somebody sleeps; ``meanwhile`` is called each time."""
+
+    def __init__(self, off: float = 0.0) -> None:
+        self.passed, self.slept, self.off = 0.0, list[float](), off
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def sleep(self, seconds: float) -> None:
+        self.passed += seconds
+        self.slept.append(seconds)
+        self.meanwhile()
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(lambda: 1e9 + self.off + self.passed, lambda: self.passed, self.sleep)
+
+
+@pytest.fixture(params=["memory", "gs"])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    if request.param == "gs":
+        request.getfixturevalue("gcs")
+        return Bucket("gs://bucket/leases")
+    return Bucket(f"memory://leases/{next(_names)}")
+
+
+def lease(bucket: Bucket, watch: Time, **more: object) -> Lease:
+    made = Lease(bucket, "plan/lease", TERM_S, watch.clock, **more)  # type: ignore[arg-type]
+    made._renewing = threading.Thread(target=lambda: None)  # a test renews when it says so
+    return made
+
+
+def said(bucket: Bucket) -> dict[str, dict[str, object]]:
+    return {name: json.loads(bucket.read(f"plan/lease/{name}") or b"") for name in bucket.names("plan/lease")}
+
+
+def test_taken_and_given_back(bucket: Bucket) -> None:
+    watch = Time()
+    with lease(bucket, watch) as first:
+        assert first.epoch == 1
+        assert said(bucket) == {"00000001": {"until": 1e9 + TERM_S, "term_s": TERM_S, "holder": first.holder}}
+    assert said(bucket)["00000001"]["until"] == 0
+    first.release()
+    with lease(bucket, watch) as second:
+        assert second.epoch == 2
+    assert not watch.slept and list(said(bucket)) == ["00000001", "00000002"]
+
+
+def test_who_comes_second_waits_for_the_first(bucket: Bucket, capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Time()
+    first = lease(bucket, watch)
+    first.hold()
+
+    def live_for_five_terms() -> None:
+        if watch.passed < 5 * TERM_S:
+            first.renew()
+        else:
+            first.release()
+
+    watch.meanwhile = live_for_five_terms
+    with lease(bucket, watch) as second:
+        assert second.epoch == 2 and watch.passed == 5 * TERM_S
+    assert capsys.readouterr().err == f"waiting for another process that holds {bucket.url}/plan/lease\n"
+
+
+@pytest.mark.parametrize("off", [-SKEW_S, -1.0, 0.0, 1.0, SKEW_S, 1e6, -1e6])
+def test_a_dead_holder_is_waited_for_a_term(bucket: Bucket, off: float) -> None:
+    """By the own watch, however the clocks differ; but one of another day is not waited for."""
+    lease(bucket, Time()).hold()
+    watch = Time(off)
+    with lease(bucket, watch) as second:
+        assert second.epoch == 2
+    assert watch.passed == (0 if off > TERM_S + SKEW_S else TERM_S)
+
+
+def test_a_dead_holders_own_term_counts(bucket: Bucket) -> None:
+    dead = replace(lease(bucket, Time()), term_s=3 * TERM_S)
+    dead._renewing = threading.Thread(target=lambda: None)
+    dead.hold()
+    watch = Time()
+    lease(bucket, watch).hold()
+    assert watch.passed == 3 * TERM_S
+
+
+def test_a_zombie_is_told(bucket: Bucket) -> None:
+    zombie, watch = lease(bucket, Time()), Time()
+    zombie.hold()
+    zombie.check()
+    zombie.renew()
+    successor = lease(bucket, watch)
+    successor.hold()
+    zombie.check()  # does not ask
+    with pytest.raises(LeaseError, match="plan/lease: another process has taken this over, since this one gave no s"):
+        zombie.renew()
+    with pytest.raises(LeaseError):
+        zombie.check()
+    before = said(bucket)
+    zombie.release()
+    assert said(bucket) == before  # its own stays as it died
+    successor.renew()
+    third = lease(bucket, Time(1e6))
+    third.hold()
+    assert (successor.epoch, third.epoch) == (2, 3)
+
+
+def test_eight_at_once(gcs: Proxy) -> None:
+    """Each has it for itself, in turn."""
+    inside, most, turns = 0, 0, list[int]()
+
+    def work() -> None:
+        nonlocal inside, most
+        with Lease(Bucket("gs://bucket/leases"), "plan/lease", TERM_S, Clock(sleep=lambda s: time.sleep(0.01))) as held:
+            inside += 1
+            most = max(most, inside)
+            turns.append(held.epoch)
+            time.sleep(0.01)
+            inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and turns == list(range(1, 9))
+
+
+def test_the_thread_renews_and_stops(bucket: Bucket) -> None:
+    held = Lease(bucket, "plan/lease", 0.01)
+    held.hold()
+    first = said(bucket)
+    while said(bucket) == first:
+        time.sleep(0.001)
+    bucket.write("plan/lease/00000002", b'{"until": 0, "term_s": 1, "holder": "other"}')
+    held._renewing.join()
+    with pytest.raises(LeaseError):
+        held.check()
+
+
+def test_an_outage_does_not_end_it(gcs: Proxy) -> None:
+    bucket = Bucket("gs://bucket/leases", sleep=lambda seconds: None)
+    held = Lease(bucket, "plan/lease", 0.01)
+    held.hold()
+    fault = gcs.plant(".", 503, times=100)
+    while fault.times:
+        time.sleep(0.001)
+    first = said(bucket)
+    while said(bucket) == first:
+        time.sleep(0.001)
+    held.check()
+    held.release()
+    assert not held._renewing.is_alive() and said(bucket)["00000001"]["until"] == 0
+
+
+def test_a_signal_while_it_is_taken_gives_it_back(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, take = lease(bucket, Time()), Lease._take
+
+    def interrupted(self: Lease, epoch: int) -> bool:
+        take(self, epoch)
+        raise Interrupted(15)
+
+    monkeypatch.setattr(Lease, "_take", interrupted)
+    with pytest.raises(Interrupted):
+        held.hold()
+    assert held.epoch == 0 and said(bucket)["00000001"]["until"] == 0
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b'{"until": "soon", "term_s": 1, "holder": ""}'])
+def test_what_is_no_lease(bucket: Bucket, data: bytes) -> None:
+    bucket.write("plan/lease/00000007", data)
+    with pytest.raises(JournalError, match=r"plan/lease/00000007: is no lease; delete it if nothing runs"):
+        lease(bucket, Time()).hold()
+    bucket.remove("plan/lease/00000007")
+    bucket.write("plan/lease/readme.txt", data)
+    lease(bucket, Time()).hold()
+
+
+def test_no_right_to_renew_is_no_reason_to_stop(gcs: Proxy) -> None:
+    bucket = Bucket("gs://bucket/leases")
+    held = lease(bucket, Time())
+    held.hold()
+    gcs.plant("POST", 403, times=9)
+    with pytest.raises(StorageError, match="forbidden"):
+        held.renew()
+    held.check()
+    held.release()

@@ -1,0 +1,119 @@
+"""``hydra/launcher=local``: jobs as processes that share fit and tracker, die without hiding others, and are ended."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from launched import Sweep, until
+
+from selfspec import results
+from selfspec.checkpoint import FILE
+from selfspec.provenance import hardware
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_jobs_share_one_fit_and_one_tracker(
+    run: Run, overrides: list[str], uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    tracking = ("tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=local")
+    ours = [each for each in overrides if each != "tracking=none"]
+    argv = ("-m", *ours, *tracking, "engine.kernels=torch", "gate=varH", "tau_v=1,2", "hydra/launcher=local")
+    code, _, err = run(*argv)
+    assert code == 0, err + "".join(log.read_text() for log in tmp_path.rglob("log.txt"))
+    assert all(f"job {n} tau_v={n + 1}: {word}" in err for n in (0, 1) for word in ("running", "finished")), err
+
+    found = results.find(tmp_path / "outputs" / "main" / "sweeps")
+    assert [result["lossless"] for result in found] == ["yes", "yes"]
+    assert len({result["measurements"]["fit/solve_s"] for result in found}) == 1, "both report the one fit"
+    (answers,) = (tmp_path / "outputs" / "checkpoint" / "fit").glob(f"*/{FILE}")
+    units = [json.loads(line).get("unit") for line in answers.read_text().splitlines()[1:]]
+    assert units == ["batch-0000"]
+    assert len(list((tmp_path / "outputs" / "checkpoint").rglob("*.safetensors"))) == 1
+    cores = hardware()["physical_cores"]
+    assert isinstance(cores, int)
+    assert [result["provenance"]["extra"]["threads"] for result in found] == [max(1, cores // 2)] * 2
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("local")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+    (parent,) = [each.info.run_id for each in runs if "selfspec.sweep_id" in each.data.tags]
+    assert [each.data.tags.get("mlflow.parentRunId") for each in runs].count(parent) == 2 and len(runs) == 3
+    assert {each.info.status for each in runs} == {"FINISHED"}
+    assert "lock" not in "".join(log.read_text() for log in tmp_path.rglob("log.txt"))
+
+
+def test_a_sweep_that_is_ended_ends_its_jobs_and_carries_on_past_one_that_dies(fake: list[str], tmp_path: Path) -> None:
+    argv = ["hydra/launcher=local", *fake, "scale.prompts=50", "K=1,2,3"]
+    sweep = Sweep(tmp_path, *argv)
+    sweep.hold.touch()
+    with sweep.started() as process:
+        until(lambda: len(sweep.units()) == 2 and all(sweep.units()), process, sweep.log)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143 and len(children) == 2
+        assert not any(child.is_running() for child in children)
+        assert sweep.log.read_text().endswith("SIGTERM: finished work is kept; the same command carries on\n")
+        assert all(0 < len(units) < 50 for units in sweep.units())
+
+    sweep.hold.unlink()
+    code, said = Sweep(tmp_path, *argv, dies="K=3").run()
+    assert code == 1 and "job 2 K=3: killed by SIGKILL" in said and "job 2: about to die" in said
+    rows = sweep.rows()
+    assert [(row["label"], row["status"]) for row in rows] == [
+        ("layerskip3 K=1", "finished"),
+        ("layerskip3 K=2", "finished"),
+        ("layerskip3 K=3", "failed"),
+    ]
+    assert rows[2]["error"].startswith("killed by SIGKILL") and rows[2]["error"].endswith(
+        "log.txt ends in: about to die"
+    )
+    assert len(sweep.units()) == 2 and sweep.once(50)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells no child of its parent's death")
+def test_jobs_of_a_launcher_that_is_killed_end_too(fake: list[str], tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "hydra/launcher=local", *fake, "scale.prompts=50", "K=1")
+    sweep.hold.touch()
+    with sweep.started() as process:
+        until(lambda: any(sweep.units()), process, sweep.log)
+        (job,) = psutil.Process(process.pid).children()
+        process.kill()
+        process.wait()
+        job.wait(60)
+        (log,) = tmp_path.rglob("log.txt")
+        assert log.read_text().endswith("SIGTERM: finished work is kept; the same command carries on\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["hydra/launcher=local"], "hydra/launcher=local: launches the jobs of a sweep; add -m, for a single job too"),
+        (["-m", "hydra/launcher=local", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0: must be >= 1"),
+        (["-m", "hydra/launcher=local", "hydra.launcher.n_job=1"], "hydra.launcher.n_job: no such key; did you mean"),
+        (["-m", "+far=here,there", "K=1"], "+far=there: asks for hydra/launcher=local, which a swept option cannot"),
+        (["-m", "+far=here,more", "K=1", "hydra/launcher=local"], "+far=more: asks for hydra.launcher.n_jobs=3, which"),
+    ],
+)
+def test_a_launcher_that_would_be_dropped_is_refused(
+    run: Run, fake: list[str], tmp_path: Path, argv: list[str], says: str
+) -> None:
+    far = tmp_path / "conf" / "far"
+    far.mkdir(parents=True)
+    (far / "here.yaml").write_text("# @package _global_\n")
+    (far / "there.yaml").write_text("# @package _global_\ndefaults:\n  - override /hydra/launcher: local\n")
+    (far / "more.yaml").write_text("# @package _global_\nhydra:\n  launcher:\n    n_jobs: 3\n")
+    options = [each for each in argv if each.startswith("-")]
+    code, _, err = run(*options, f"--config-dir={tmp_path / 'conf'}", *fake, *(a for a in argv if a not in options))
+    assert code == 2 and err.startswith(f"error: {says}") and err.count("\n") == 1, err
+    assert not (tmp_path / "outputs").exists()

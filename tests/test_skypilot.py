@@ -1,0 +1,229 @@
+"""The SkyPilot launcher against a SkyPilot of our own (``skypilot/fake``), whose managed jobs are processes here."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hydra_plugins.skypilot_launcher import _bridge
+from selfspec import checkpoint
+from selfspec.errors import ConfigError, LaunchError
+
+HERE = Path(__file__).parent / "skypilot"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A Python that imports our SkyPilot."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={HERE / "fake"} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("FAKE_SKY", str(tmp_path / "sky"))
+    known = [key for key in os.environ if key.startswith("MLFLOW_")]
+    for key in known:
+        monkeypatch.delenv(key)
+    yield python
+    if _bridge.connect.cache_info().currsize:
+        _bridge.connect(str(python)).close()
+    _bridge.connect.cache_clear()
+
+
+@pytest.fixture
+def sweep(run: Run, fake: list[str], sky: Path, tmp_path: Path) -> Run:
+    """A sweep by the launcher, of jobs that are slow when told to be."""
+    command = f"SELFSPEC_CACHE={os.environ['SELFSPEC_CACHE']} {sys.executable} {HERE / 'slow.py'}"
+    launcher = {"python": sky, "infra": "slurm/local", "workdir": HERE.parents[1], "setup": "null", "poll_s": 0.1}
+    settings = [f"hydra.launcher.{key}={value}" for key, value in launcher.items()]
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        asked = ("-m", "hydra/launcher=skypilot", *fake, f"checkpoint.dir={tmp_path / 'store'}", *settings)
+        return run(*asked, f"hydra.launcher.command='{command}'", *argv)
+
+    return call
+
+
+def journalled(tmp_path: Path) -> Counter[str]:
+    """How often each unit of each plan is in the store."""
+    return Counter(
+        f"{path.parent.name} {entry['unit']}"
+        for path in (tmp_path / "store").rglob("journal.jsonl")
+        for entry in map(json.loads, path.read_text().splitlines())
+        if "unit" in entry
+    )
+
+
+def launched(tmp_path: Path) -> list[dict[str, object]]:
+    """What SkyPilot was given."""
+    return [json.loads(path.read_text()) for path in sorted((tmp_path / "sky").glob("*/job.json"))]
+
+
+def until(reached: Callable[[], object]) -> None:
+    end = time.monotonic() + 120
+    while not reached() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def test_a_job_that_loses_its_machine_carries_on_and_the_sweep_comes_back_whole(
+    sweep: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = tmp_path / "hold"
+    hold.touch()
+    monkeypatch.setenv("A_SECRET", "hush-hush")
+    monkeypatch.setenv("SELFSPEC_SWEEP_RUN", "")
+    argv = ("K=2,3", f"hydra.launcher.envs={{HOLD: '{hold}'}}", "hydra.launcher.secrets=[A_SECRET]")
+
+    def lose() -> None:
+        until(lambda: len({unit.split()[0] for unit in journalled(tmp_path)}) == 2)
+        os.killpg(int((tmp_path / "sky" / "1" / "pid").read_text()), signal.SIGKILL)
+        hold.unlink()
+
+    loser = threading.Thread(target=lose)
+    loser.start()
+    code, out, err = sweep(*argv)
+    loser.join()
+    assert code == 0, err
+    assert "job 0 | layerskip3 K=2 | SkyPilot 1 | SUCCEEDED | slurm/local | recovered 1x" in err
+    assert "job 1 | layerskip3 K=3 | SkyPilot 2 | SUCCEEDED | slurm/local" in err
+    assert all(f"| layerskip3 K={k} |" in out for k in (2, 3))
+    assert set(journalled(tmp_path).values()) == {1} and len(journalled(tmp_path)) == 2 * 3
+    store = str(tmp_path / "store")
+    for job in launched(tmp_path):
+        assert job["secrets"] == ["A_SECRET"]
+        result = checkpoint.finished(store, str(job["name"]).removeprefix("selfspec-"))
+        assert result is not None and result["status"] == "finished"
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in kept if b"hush-hush" in path.read_bytes()] and "hush-hush" not in out + err
+
+    code, again, err = sweep(*argv)
+    assert code == 0 and err.count("done before") == 2 and len(launched(tmp_path)) == 2
+    assert again == out, "the same table, from the store"
+
+
+def test_a_failed_job_says_its_last_words_and_hides_no_other(sweep: Run, tmp_path: Path) -> None:
+    code, out, err = sweep("K=2,3", "hydra.launcher.command='test $RANDOM -lt 0 || echo no kernel for you; false'")
+    assert code == 1 and "Traceback" not in err
+    for number, k in ((1, 2), (2, 3)):
+        assert f"SkyPilot {number} | FAILED | slurm/local | exit code 1" in err
+        assert f"| layerskip3 K={k} |" in out and f"SkyPilot job {number} FAILED: exit code 1" in out
+    assert err.count("no kernel for you") == 2
+    (folder,) = {path.parent for path in tmp_path.rglob("sweep.json")}
+    told = json.loads((folder / "0" / "result.json").read_text())
+    assert (told["status"], told["provenance"]) == ("failed", {}), "nothing was measured, here or there"
+
+
+def test_a_job_that_is_refused_there_says_why(sweep: Run) -> None:
+    code, _, err = sweep("K=2", "scale.prompts=500", "scale.warmup=0")
+    assert code == 1 and "SkyPilot 1 | FAILED" in err and "scale.prompts=500: must be at most" in err
+
+
+def test_one_that_skypilot_does_not_take_hides_no_other(sweep: Run, tmp_path: Path) -> None:
+    _, out, _ = sweep("K=2", "hydra.launcher.dryrun=true")
+    (tmp_path / "sky.refuses").write_text(yaml.safe_load(out.split("---")[0])["name"])
+    code, out, _ = sweep("K=2,3", "hydra.launcher.command=echo", "hydra.launcher.log_lines=0")
+    assert code == 1 and "quota exceeded" in out and "left no result" in out
+    assert len(launched(tmp_path)) == 1
+
+
+def test_launched_and_not_waited_for(sweep: Run, tmp_path: Path) -> None:
+    argv = ("K=2", "hydra.launcher.command='sleep 600;'", "hydra.launcher.wait=false")
+    code, out, _ = sweep(*argv)
+    assert code == 0 and "the same command comes back" in out
+    code, out, err = sweep(*argv)
+    assert code == 0 and "SkyPilot 1 | RUNNING | slurm/local | attached" in err and len(launched(tmp_path)) == 1
+    os.killpg(int((tmp_path / "sky" / "1" / "pid").read_text()), signal.SIGKILL)
+
+
+def test_a_dry_run_shows_tasks_and_costs_and_launches_nothing(sweep: Run, tmp_path: Path) -> None:
+    argv = ("K=2,3", "hydra.launcher.dryrun=true", "hydra.launcher.infra=gcp", "hydra.launcher.accelerators=H100:1")
+    code, out, err = sweep(*argv, "hydra.launcher.use_spot=true", "hydra.launcher.regions=[us-east4,us-central1]")
+    assert (code, err) == (0, "")
+    tasks = [task for task in yaml.safe_load_all(out) if task]
+    assert [task["resources"]["any_of"] for task in tasks] == [
+        [{"infra": "gcp/us-east4"}, {"infra": "gcp/us-central1"}]
+    ] * 2
+    assert all(task["resources"]["use_spot"] and " K=" in task["run"] for task in tasks)
+    assert out.endswith("# 2 managed jobs, none of them launched; cost from $3.00 an hour each\n")
+    assert not (tmp_path / "sky").exists() and not list(tmp_path.rglob("sweep.json"))
+
+
+def test_what_an_infra_refuses_is_left_out_with_a_word(sweep: Run) -> None:
+    code, out, err = sweep("K=2", "hydra.launcher.dryrun=true", "hydra.launcher.use_spot=true")
+    assert code == 0 and "use_spot" not in out
+    assert err == "note: use_spot=true: Slurm has no spot machines; left out\n"
+
+
+REFUSED = [
+    ("checkpoint.dir=outputs/x", "checkpoint.dir=outputs/x: jobs elsewhere have no such folder"),
+    ("hydra.launcher.accelerators=H1000:1", "accelerators=H1000:1: Slurm has none; known are H100"),
+    ("hydra.launcher.infra=gpc", "hydra.launcher: Invalid infra 'gpc'"),
+    ("hydra.launcher.acelerators=H100", "hydra.launcher.acelerators"),
+    ("hydra.launcher.python=/no/such", "hydra.launcher.python=/no/such: cannot be run: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("argv", "says"), REFUSED, ids=[argv for argv, _ in REFUSED])
+def test_bad_input_costs_one_line_and_writes_nothing(sweep: Run, tmp_path: Path, argv: str, says: str) -> None:
+    before = set(tmp_path.rglob("*"))
+    code, out, err = sweep("K=2", *argv.split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ") and says in err
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("-m hardware=h100_spot gate=varH tau_v=4,5,6", "checkpoint.dir: has no value; give one as checkpoint.dir=gs:"),
+        (
+            "hardware=h100_spot checkpoint.dir=gs://b/x",
+            "hydra/launcher=skypilot_h100_spot: launches the jobs of a ",
+        ),
+    ],
+)
+def test_the_one_liner_says_what_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, argv: str, says: str
+) -> None:
+    monkeypatch.delenv("SELFSPEC_CHECKPOINT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*argv.split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: {says}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_skypilot(sweep: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = sweep("K=2", "hydra.launcher.python=null")
+    assert (code, err.count("\n")) == (2, 1) and "uv tool install" in err
+    (tmp_path / "sky").write_text(f"#!{tmp_path / 'python'}\n")  # where pip, uv and pipx put the environment's Python
+    (tmp_path / "sky").chmod(0o755)
+    assert _bridge._python() == str(tmp_path / "python")
+
+
+@pytest.mark.parametrize("version", ["0.10.3", None])
+def test_a_skypilot_that_will_not_do(version: str | None, sky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if version is None:
+        monkeypatch.setenv("PYTHONPATH", "")
+        with pytest.raises(ConfigError, match=r"SkyPilot cannot be imported by .*; make one: uv tool install"):
+            _bridge.Bridge([sys.executable, "-I", str(_bridge._SCRIPT)])
+        return
+    monkeypatch.setenv("FAKE_SKY_VERSION", version)
+    with pytest.raises(ConfigError, match=r"SkyPilot 0\.10\.3 is too old; must be 0\.14 or newer"):
+        _bridge.connect(str(sky))
+
+
+def test_a_bridge_that_breaks_says_its_last_words() -> None:
+    bridge = _bridge.Bridge(
+        [sys.executable, "-c", "import sys; input(); print('{\"is\": 1}', flush=True); sys.exit('gone')"]
+    )
+    assert os.getsid(bridge._process.pid) != os.getsid(0), "a Ctrl-C at the terminal is not for it"
+    with pytest.raises(LaunchError, match="SkyPilot's process ended; the last it said was: gone"):
+        bridge.ask("queue")
+    bridge.close()

@@ -1,0 +1,113 @@
+"""``hydra/launcher=slurm`` on a real Slurm (``tests/slurm/up.sh``): preempted, queued again, cancelled."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launched import Sweep, until
+
+Run = Callable[..., tuple[int, str, str]]
+
+needs_slurm = pytest.mark.skipif(
+    "SLURM_TEST" not in os.environ,
+    reason="SLURM_TEST is not set: no Slurm was brought up for tests (tests/slurm/up.sh)",
+)
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py
+LAUNCHER = ("hydra/launcher=slurm", "hydra.launcher.poll_s=0.5", "hydra.launcher.cpus_per_task=1")
+CLOCK = "bench/cpu_utilisation"
+"""The one column of the fake engine's that is measured by a real clock."""
+
+
+def array(sweep: Sweep) -> str:
+    """The id of a sweep's Slurm jobs, which are <id>_0, <id>_1, ..."""
+    (script,) = (sweep.folder() / ".submitit").glob("[0-9]*_submission.sh")
+    return script.name.split("_")[0]
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@needs_slurm
+def test_a_sweep_that_is_preempted_ends_like_one_that_is_not(run: Run, fake: list[str], tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    common = ["K=1,2,3", "scale.prompts=30", "tracking=mlflow", f"tracking.uri={uri}"]
+    ours = [each for each in fake if each != "tracking=none"]
+    sweep = Sweep(tmp_path, *LAUNCHER, *ours, *common)
+    sweep.hold.touch()
+    with sweep.started() as process:
+        until(lambda: len(sweep.units()) == 3 and all(sweep.units()), process, sweep.log)
+        whole_node = slurm("sinfo", "--noheader", "--format=%c", "--partition=ondemand")
+        slurm("sbatch", "--partition=ondemand", f"--cpus-per-task={whole_node}", "--output=/dev/null", "--wrap=true")
+        until(lambda: slurm("scontrol", "show", "job", array(sweep)).count("Restarts=1") == 3, process, sweep.log)
+        sweep.hold.unlink()
+        assert process.wait() == 0, sweep.log.read_text()
+    assert len(sweep.units()) == 3 and sweep.once(30)
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("selfspec")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 4 and {each.info.status for each in runs} == {"FINISHED"}
+
+    alone = [f"output_dir={tmp_path / 'undisturbed'}" if each.startswith("output_dir=") else each for each in fake]
+    assert run("-m", *alone, "K=1,2,3", "scale.prompts=30")[0] == 0
+    (table,) = (tmp_path / "undisturbed").rglob("sweeps/*/summary.csv")
+    undisturbed = list(csv.DictReader(table.read_text().splitlines()))
+    assert [{**row, CLOCK: ""} for row in sweep.rows()] == [{**row, CLOCK: ""} for row in undisturbed]
+
+
+@needs_slurm
+def test_one_that_runs_out_of_time_comes_back_and_one_that_is_cancelled_is_a_failed_row(
+    fake: list[str], tmp_path: Path
+) -> None:
+    sweep = Sweep(tmp_path, *LAUNCHER, *fake, "K=1,2", "scale.prompts=30")
+    sweep.hold.touch()
+    with sweep.started() as process:
+        until(lambda: len(sweep.units()) == 2 and all(sweep.units()), process, sweep.log)
+        slurm("scancel", "--signal=USR2", f"{array(sweep)}_0")  # as Slurm itself does before the time is up
+        slurm("scancel", f"{array(sweep)}_1")
+        until(lambda: "job 1 K=2: Slurm job" in sweep.log.read_text(), process, sweep.log)
+        sweep.hold.unlink()
+        assert process.wait() == 1
+        rows = sweep.rows()
+        assert [row["status"] for row in rows] == ["finished", "failed"]
+        assert "CANCELLED" in rows[1]["error"] and "_1_0_log.out ends in" in rows[1]["error"]
+        done, cancelled = sorted(sweep.units(), key=len, reverse=True)
+        assert len(done) == len(set(done)) == 30 and 0 < len(cancelled) < 30
+
+
+@needs_slurm
+def test_a_sweep_that_is_ended_ends_its_jobs(fake: list[str], tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, *LAUNCHER, "hydra.launcher.array_parallelism=1", *fake, "K=1,2", "scale.prompts=30")
+    sweep.hold.touch()
+    with sweep.started() as process:
+        until(lambda: any(sweep.units()), process, sweep.log)
+        process.terminate()
+        assert process.wait() == 143
+        assert slurm("squeue", "--noheader", "--format=%i", "--jobs", array(sweep)) == ""
+        (log,) = (sweep.folder() / ".submitit").glob("*_0_0_log.out")
+        assert "SIGTERM: finished work is kept" in log.read_text()
+
+
+@needs_slurm
+@pytest.mark.parametrize("asked", ["partition=none_such", "gres=gpu:none_such:1"])
+def test_what_sbatch_would_refuse_is_refused_before_anything_is_written(
+    run: Run, fake: list[str], tmp_path: Path, asked: str
+) -> None:
+    code, _, err = run("-m", *LAUNCHER, f"hydra.launcher.{asked}", *fake, "K=1,2")
+    assert code == 2 and err.startswith("error: hydra.launcher: sbatch refuses it: ") and err.count("\n") == 1, err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_without_slurm(run: Run, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    code, _, err = run("-m", "hydra/launcher=slurm", *fake, "K=1,2")
+    assert (code, err) == (2, "error: hydra/launcher=slurm: there is no sbatch here; needs a machine of a Slurm\n")
+    assert not (tmp_path / "outputs").exists()

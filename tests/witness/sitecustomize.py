@@ -1,0 +1,70 @@
+"""Puts every call of an engine on record, in each Python process that has this folder in its PYTHONPATH.
+
+Wherever a job's process runs and whoever started it, it adds a line to the file ``ENGINE_CALLS`` before the engine
+works. So that it can be killed at work, it is slower by ``ENGINE_SLEEP`` seconds a call, and from its call number
+``ENGINE_HOLD_AT`` on goes no further while the file ``ENGINE_HOLD`` is there.
+"""
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import sys
+import time
+from hashlib import blake2b
+from pathlib import Path
+
+ENGINES = {"selfspec.engine.fake": "FakeEngine", "selfspec.engine.torch_engine": "TorchEngine"}
+
+made = []
+
+
+def note(stage, scope, what):
+    line = {"stage": stage, "scope": scope, "what": what, "pid": os.getpid(), "at": time.time_ns() // 10**6}
+    file = os.open(os.environ["ENGINE_CALLS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, json.dumps(line).encode() + b"\n")  # one write: lines of several processes do not mix
+    os.close(file)
+    made.append(what)
+    time.sleep(float(os.environ["ENGINE_SLEEP"]))
+    hold = os.environ.get("ENGINE_HOLD")
+    while hold and len(made) >= int(os.environ["ENGINE_HOLD_AT"]) and Path(hold).exists():
+        time.sleep(0.01)
+
+
+def watch(engine):
+    generate, fit = engine.generate, engine.fit
+
+    def generating(self, requests, **options):
+        asked = blake2b(repr([tuple(request.tokens) for request in requests]).encode(), digest_size=8).hexdigest()
+        if "max_batch" in options:  # the fit prompts, for all heads that are fitted on the answers
+            note("answers", self.plan.answers_id, asked)
+        else:
+            note("bench", self.plan.id, f"{asked} {'plain' if options.get('plain') else 'configured'}")
+        return generate(self, requests, **options)
+
+    def fitting(self, *arguments):
+        note("fit", self.plan.head_id, "head")
+        return fit(self, *arguments)
+
+    engine.generate, engine.fit = generating, fitting
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds the engines' modules as ever, and has their classes watched once they are there."""
+
+    def find_spec(self, name, path, target=None):
+        if name not in ENGINES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def watched(module):
+            execute(module)
+            watch(getattr(module, ENGINES[name]))
+
+        spec.loader.exec_module = watched
+        return spec
+
+
+if "ENGINE_CALLS" in os.environ:
+    sys.meta_path.insert(0, Finder())
