@@ -20,7 +20,7 @@ HeadForm = Enum("HeadForm", "affine low_rank block")
 HeadInit = Enum("HeadInit", "tie copy random lsq")
 Device = Enum("Device", "auto cpu cuda mps")
 Dtype = Enum("Dtype", "auto bf16 fp16 fp32")
-EngineName = Enum("EngineName", "torch fake hf openai")
+EngineName = Enum("EngineName", "torch fake hf openai vllm")
 Layers = Enum("Layers", "auto fast hf")
 Weights = Enum("Weights", "full int8")
 Kernels = Enum("Kernels", "auto native torch")
@@ -91,9 +91,9 @@ class Draft:
     learned: str | None = None
     """``hybrid``: the draft asked where the first has nothing."""
     source: str | None = None
-    """``vanilla``: the smaller model."""
+    """``vanilla``: the smaller model. ``medusa`` and ``eagle`` of ``engine=vllm``: a checkpoint of such heads."""
     sha256: str | None = None
-    """``vanilla``: of its file."""
+    """Of the source's file."""
 
     @property
     def learned_from_states(self) -> bool:
@@ -193,6 +193,14 @@ class Engine:
     """``openai``: a server of the same model that drafts nothing, to compare it with."""
     kernels: Kernels = Kernels.auto
     """``torch``: on a CPU, our own C++ kernels, torch's operators, or ours where a compiler can build them."""
+    kv_gib: float | None = None
+    """``vllm``: room for keys and values, in GiB; plain decoding and the configuration have as much each."""
+    quantization: str | None = None
+    """``vllm``: how the weights are quantised, by vLLM's name; ``None``: as the checkpoint says."""
+    tensor_parallel: int | None = None
+    """``vllm``: devices that share the layers' matrices; ``None``: one."""
+    eager: bool | None = None
+    """``vllm``: run operators one by one, in the place of a compiled (on a GPU, captured) step."""
 
 
 @dataclass
@@ -515,6 +523,8 @@ class Config:
         _within("policy.delta", self.policy.delta, 0, 1)
         _within("engine.max_batch", self.engine.max_batch, 1, 256)
         _within("engine.acceptance", self.engine.acceptance, 0, 1)
+        _within("engine.kv_gib", self.engine.kv_gib, 0.01)
+        _within("engine.tensor_parallel", self.engine.tensor_parallel, 1)
         _within("hardware.threads", self.hardware.threads, 1)
         _within("workload.prompt_tokens", self.workload.prompt_tokens, 1)
         _within("workload.max_prompt_tokens", self.workload.max_prompt_tokens, 1)

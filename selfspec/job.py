@@ -25,6 +25,7 @@ def check(plan: Plan) -> None:
     Raises:
         UserError: an unreadable journal, a head that is corrupt or of another model, a missing head.
     """
+    factory.check(plan)
     new = not checkpoint.inspect(place(plan), plan.id, plan.checkpoint.resume)
     tracking.make(plan.tracking, plan.output_dir)
     if plan.draft.fitted and (fit.fitted(plan) or (new and not fit.may_fit(plan))):

@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from selfspec import assets
+from selfspec import assets, vllm_rules
 from selfspec import config as schema
 from selfspec.errors import ConfigError
 
@@ -136,6 +136,8 @@ class Plan:
             parts.append(f"T={self.policy.temperature:g}")
         if self.engine.name is schema.EngineName.hf:
             parts.append("by hf")
+        if self.engine.name is schema.EngineName.vllm:
+            parts.append("by vllm")
         if self.engine.name is schema.EngineName.openai:
             parts.append("over HTTP")
         if self.engine.weights is not schema.Weights.full:
@@ -176,6 +178,12 @@ class Plan:
         return _digest(answers=self.answers_id, draft=asdict(asked))
 
     @property
+    def _engine(self) -> dict[str, Any]:
+        """What of the engine changes results: what is another engine's alone is ``None`` here, and left out."""
+        settings = asdict(replace(self.engine, drafts=None))
+        return {key: value for key, value in settings.items() if value is not None or key not in vllm_rules.OWN}
+
+    @property
     def _assessed(self) -> tuple[dict[str, Any], dict[str, str]]:
         """What changes the quality stage's results."""
         documents = {task: assets.identity(data.source, data.sha256) for task, data in self.quality.data.items()}
@@ -199,7 +207,7 @@ class Plan:
             gate=asdict(self.gate),
             controller=asdict(self.controller) if self.speculative else None,
             policy=asdict(self.policy),
-            engine=asdict(replace(self.engine, drafts=None)),
+            engine=self._engine,
             hardware=(self.hardware.device, self.hardware.dtype, self.hardware.threads),
             workload=asdict(replace(self.workload, name="", source=prompts, sha256=None)),
             scale=asdict(replace(self.scale, name="")),
@@ -237,7 +245,7 @@ def make(cfg: DictConfig) -> Plan:
         gate = schema.Gate()  # nothing is drafted here, or nothing verified: there is nothing to stop
     if draft.name == "none":
         policy = replace(policy, verify=True)
-    _check_gate(gate)
+    check_gate(gate)
     stages = tuple(stage for stage in schema.STAGES if stage in config.stages)
     return Plan(
         name=config.name,
@@ -282,6 +290,10 @@ def _check_draft(config: schema.Config) -> None:
     runnable = known if engine.drafts is None else engine.drafts
     if draft.name not in runnable:
         raise ConfigError(f"draft={draft.name}: engine={engine.name.name} cannot run it; it runs {', '.join(runnable)}")
+    if engine.name is schema.EngineName.vllm:
+        vllm_rules.check(config)
+        if draft.name not in vllm_rules.EARLY:
+            return
     if draft.name == "hybrid":
         _check_hybrid(draft)
     for key in _NEEDS.get(draft.name, ()) + _NEEDS.get(draft.learned or "", ()):
@@ -344,6 +356,7 @@ def _check_engine(config: schema.Config) -> None:
     engine, served = config.engine, config.engine.name is schema.EngineName.openai
     if engine.weights is not schema.Weights.full and engine.name is not schema.EngineName.torch:
         raise ConfigError(f"engine.weights={engine.weights.name}: means nothing to engine={engine.name.name}")
+    vllm_rules.foreign(engine)
     if served and engine.url is None:
         raise ConfigError("engine.url=null: engine=openai needs one, such as http://127.0.0.1:8000")
     if served and (config.draft.name == "served") != (engine.plain_url is not None):
@@ -391,7 +404,12 @@ def _given(draft: schema.Draft) -> set[str]:
     return {key for key, value in asdict(draft).items() if value != getattr(blank, key)}
 
 
-def _check_gate(gate: schema.Gate) -> None:
+def check_gate(gate: schema.Gate) -> None:
+    """Refuses a gate that lacks its threshold or its arms.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     if gate.name is schema.GateName.bandit:
         if not gate.arms:
             raise ConfigError(f"gate.arms={gate.arms}: gate=bandit needs one threshold or more")
@@ -442,8 +460,12 @@ def _check_bench(config: schema.Config) -> None:
             raise ConfigError(f"bench.fixed={k}: must be from 1 to 64")
 
 
-def _check_controller(config: schema.Config) -> None:
-    controller, draft = config.controller, config.draft
+def check_controller(controller: schema.Controller) -> None:
+    """Refuses a controller that lacks a setting it needs.
+
+    Raises:
+        ConfigError: naming it.
+    """
     needs = {
         schema.ControllerName.adaptive: ("low", "high", "step", "window", "target"),
         schema.ControllerName.cost: ("window",),
@@ -454,6 +476,11 @@ def _check_controller(config: schema.Config) -> None:
             raise ConfigError(
                 f"controller.{key}={getattr(controller, key)}: controller={controller.name.name} needs one"
             )
+
+
+def _check_controller(config: schema.Config) -> None:
+    controller, draft = config.controller, config.draft
+    check_controller(controller)
     if controller.name is schema.ControllerName.autotune:
         if draft.name != "layerskip" or draft.vocab is not None:
             raise ConfigError(f"controller=autotune: chooses among raw exits; draft={draft.name} has no others")

@@ -2,12 +2,14 @@
 
 import importlib
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from selfspec import config as schema
 from selfspec.config import EngineName
 from selfspec.engine.base import Engine
 from selfspec.engine.served import Server
+from selfspec.errors import ConfigError
 from selfspec.plan import REFERENCES, Plan
 
 ENGINES = {
@@ -15,7 +17,24 @@ ENGINES = {
     EngineName.fake: "selfspec.engine.fake:FakeEngine",
     EngineName.hf: "selfspec.engine.hf_engine:HFEngine",
     EngineName.openai: "selfspec.engine.openai_engine:OpenAIEngine",
+    EngineName.vllm: "selfspec.engine.vllm_engine:VLLMEngine",
 }
+
+
+def check(plan: Plan) -> None:
+    """Refuses, without loading it, an engine that is not installed here.
+
+    Raises:
+        ConfigError: with what is needed.
+    """
+    if plan.engine.name is EngineName.vllm:
+        from selfspec.vllm_plugin import versions
+
+        versions.check_engine()
+        if plan.draft.name == "suffix" and find_spec("arctic_inference") is None:
+            raise ConfigError(
+                "draft=suffix: vLLM's needs arctic-inference; pip install arctic-inference (it is built on the spot)"
+            )
 
 
 def make(plan: Plan) -> Engine:
@@ -52,3 +71,11 @@ def weights(plan: Plan) -> Path:
     from selfspec.engine import gguf
 
     return gguf.model_folder(plan.model)
+
+
+def drafter(plan: Plan) -> Path | None:
+    """The folder of the draft's own model, or of heads that somebody trained; ``None``: it has none."""
+    from selfspec.engine import gguf
+
+    draft = plan.draft
+    return None if draft.source is None else gguf.model_folder(schema.Model("draft", draft.source, draft.sha256))

@@ -6,13 +6,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from selfspec.engine import vllm_cycles
 from selfspec.errors import ConfigError, StageError, one_line
 from selfspec.types import Completion, Cycle, Request
 
 _TIMEOUT_S = 300.0
 _MORE: Mapping[str, Mapping[str, Any]] = {
     "selfspec": {"selfspec": {"stats": True, "detail": True}},
-    "vllm": {"return_token_ids": True},
+    "vllm": {"return_token_ids": True, "stream_options": {"include_usage": True}},  # its metrics come with the usage
 }
 """What is asked of whom, by who it says it is (``owned_by``): others refuse fields they do not know."""
 
@@ -67,22 +68,29 @@ class Server:
             StageError: the server refused it, or broke off.
         """
         model, finish, first, last = self.model, None, 0.0, 0.0
-        pieces, named, stats = list[str](), list[int](), dict[str, Any]()
+        pieces, named, stats, drafts = list[str](), list[Sequence[int]](), dict[str, Any](), dict[str, Any]()
         arrival = time.perf_counter()
         for event in self._stream(model, request):
-            stats = (event.model_extra or {}).get("selfspec") or stats
+            more = event.model_extra or {}
+            stats = more.get("selfspec") or stats
+            drafts = (more.get("metrics") or {}).get("speculative_decoding") or drafts
             for choice in event.choices:
                 last = time.perf_counter() - arrival
-                first = first or (last if choice.text else 0.0)
                 pieces.append(choice.text)
-                named += (choice.model_extra or {}).get("token_ids") or ()
+                named.append((choice.model_extra or {}).get("token_ids") or ())
+                first = first or (last if choice.text or named[-1] else 0.0)
                 finish = choice.finish_reason or finish
         if finish not in ("stop", "length"):
             raise StageError(f"{self.key}={self.url}: an answer broke off")
-        tokens = stats.get("token_ids") or named or self._read("".join(pieces), finish == "stop")
+        ids = [token for piece in named for token in piece]
+        tokens = stats.get("token_ids") or ids or self._read("".join(pieces), finish == "stop")
         if not tokens:
             raise StageError(f"{self.key}={self.url}: an answer had no tokens")
-        return Completion(tuple(tokens), _cycles(stats), first or last, last, "stop" if finish == "stop" else "length")
+        cycles, first = _cycles(stats), first or last
+        if drafts and ids:
+            sizes = [len(piece) for piece in named if piece]
+            cycles = vllm_cycles.of_answer(drafts, sizes, request.max_new_tokens, last - first)
+        return Completion(tuple(tokens), cycles, first, last, "stop" if finish == "stop" else "length")
 
     def _stream(self, model: str, request: Request) -> Iterator[Any]:
         from openai import OpenAIError

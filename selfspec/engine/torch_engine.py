@@ -15,7 +15,7 @@ from torch import Tensor
 from selfspec import config as schema
 from selfspec import heads
 from selfspec.engine import controller, fit, gate, gguf, hf, policy, scoring
-from selfspec.engine.base import Limits, Tie
+from selfspec.engine.base import Limits, Session, Tie
 from selfspec.engine.decode import Speculation, Target
 from selfspec.engine.draft.base import Draft
 from selfspec.engine.draft.layerskip import EarlyExit
@@ -210,7 +210,7 @@ class TorchEngine:
         return Scheduler(speculation, cache).run(requests)
 
     @torch.inference_mode()
-    def open(self, rows: int, positions: int, order: schema.Order) -> Scheduler:
+    def open(self, rows: int, positions: int, order: schema.Order) -> Session:
         """See :meth:`Engine.open <selfspec.engine.base.Engine.open>`; requests that sample do so by rejection.
 
         Raises:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 KEY = "SELFSPEC_API_KEY"
 """The environment's API key wins over the config's: no file and no process list shows it."""
-_SERVED = (EngineName.torch, EngineName.fake)
+_SERVED = (EngineName.torch, EngineName.fake, EngineName.vllm)
 
 
 def check(plan: Plan) -> None:

@@ -81,6 +81,12 @@ class Caller(HttpUser):
             file.write(json.dumps(seen.sample()) + "\n")
 
 
+def _drafts(event: dict[str, Any]) -> dict[str, int]:
+    """What vLLM says of its drafts, with an answer's usage."""
+    drafts = (event.get("metrics") or {}).get("speculative_decoding")
+    return {"proposed": drafts["num_draft_tokens"], "accepted": drafts["num_accepted_draft_tokens"]} if drafts else {}
+
+
 class ErrorInStream(ValueError):
     """The server broke off, and said so."""
 
@@ -124,7 +130,7 @@ class Seen:
             self.times.append(self.total_ms)
         if event.get("usage"):
             self.tokens = event["usage"]["completion_tokens"]
-        self.stats = event.get("selfspec") or self.stats
+        self.stats = event.get("selfspec") or _drafts(event) or self.stats
 
     def broke(self, error: Exception) -> None:
         """Takes what ended the answer, by its type: a message may name ports and addresses."""

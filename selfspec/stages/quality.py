@@ -13,6 +13,7 @@ from typing import Any
 
 from selfspec import workload
 from selfspec.checkpoint import Journal, Record
+from selfspec.config import EngineName
 from selfspec.engine.base import Engine
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
@@ -25,7 +26,7 @@ from selfspec.stages.bench import request
 from selfspec.stages.fit import head_path, ready
 from selfspec.types import Measurements, Prompt
 
-ENGINES = ("torch", "hf", "fake")
+ENGINES = ("torch", "hf", "fake", "vllm")
 """Those that can score a given text."""
 EXACT_WITHIN = 1e-3
 """Of its perplexity: how far float32 rounding may take an exact configuration from plain decoding."""
@@ -41,6 +42,9 @@ def check(plan: Plan) -> None:
     """
     if plan.engine.name.name not in ENGINES:
         raise ConfigError(f"engine={plan.engine.name.name}: stages=[quality] needs one of {', '.join(ENGINES)}")
+    if plan.engine.name is EngineName.vllm and plan.quality.gate_prompts:
+        asked = f"quality.gate_prompts={plan.quality.gate_prompts}"
+        raise ConfigError(f"{asked}: engine=vllm shows no states for gates to look at; use quality.gate_prompts=0")
     tasks.check(plan.quality)
     if plan.quality.gate_prompts and importlib.util.find_spec("sklearn") is None:
         wanted = f"needs scikit-learn; {tasks.EXTRA}, or use quality.gate_prompts=0"

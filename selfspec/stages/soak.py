@@ -34,7 +34,7 @@ _READINGS = 20
 """Of the server's memory in an interval."""
 _LIMITS = {"users": "max_streams", "new_tokens": "max_tokens"}
 """Of callers, and the gateway's."""
-_SERVED = (EngineName.torch, EngineName.fake)
+_SERVED = (EngineName.torch, EngineName.fake, EngineName.vllm)
 
 
 def check(plan: Plan) -> None:
@@ -55,8 +55,9 @@ def check(plan: Plan) -> None:
         if wanted > most and plan.soak.server is SoakServer.selfspec:
             raise ConfigError(f"soak.{asked}={wanted}: serve.{limit}={most} would refuse it")
     if plan.soak.server is SoakServer.vllm:
-        if plan.draft.name != "none" or plan.engine.name is not EngineName.torch:
-            raise ConfigError("soak.server=vllm: serves the model alone; use draft=none engine=torch")
+        alone = plan.draft.name == "none" and plan.engine.name is EngineName.torch
+        if plan.engine.name is not EngineName.vllm and not alone:
+            raise ConfigError("soak.server=vllm: use engine=vllm; or engine=torch draft=none, the model alone")
         if find_spec("vllm") is None:
             raise ConfigError("soak.server=vllm: vLLM is not installed here; pip install 'selfspec[vllm]'")
 

@@ -1,0 +1,80 @@
+"""A real ``vllm serve``: half a minute of the soak stage, and the openai engine's cycles from its metrics."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from selfspec import job, plan, workload
+from selfspec.engine import factory
+from selfspec.plan import Plan
+from selfspec.run import CONF
+from selfspec.soak.server import Server, serving
+from selfspec.stages import bench, soak
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; .ci/vllm has it in an environment of its own")
+pytestmark = [pytest.mark.vllm, pytest.mark.real, pytest.mark.filterwarnings("default")]
+
+LOAD = ("soak.seconds=30", "soak.interval=5", "soak.warmup=4", "soak.users=3", "soak.new_tokens=24", "soak.prompts=8")
+LIMITS = ("soak.max_memory_slope=400", "soak.max_drift=0.3", "soak.sentinels=2")
+
+
+def made(*overrides: str) -> Plan:
+    small = (
+        "workload.max_prompt_tokens=64",
+        "workload.new_tokens=32",
+        "scale=smoke",
+        "hardware=cpu_fp32",
+        "tracking=none",
+    )
+    return plan.make(compose("config", ["K=4", *small, *LOAD, *LIMITS, *overrides]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all of these."""
+    asked = made("engine=vllm", "engine.eager=true", "draft=ngram", "soak.server=vllm")
+    with serving(asked, tmp_path_factory.mktemp("vllm") / "server.log") as server:
+        yield server
+
+
+def test_half_a_minute_of_load(drafting: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ("engine=vllm", "engine.eager=true", "draft=ngram", "soak.server=vllm", "stages=[soak]")
+    asked = made(*more, f"output_dir={tmp_path / 'out'}")
+
+    @contextmanager
+    def the_one(plan: Plan, log: Path) -> Iterator[Server]:
+        yield drafting
+
+    monkeypatch.setattr(soak, "serving", the_one)
+    (tmp_path / "job").mkdir()
+    job.check(asked)
+    result = job.run(asked, tmp_path / "job")
+    assert result["status"] == "finished", result["error"]
+    found = result["measurements"]
+    assert found["soak/requests"] > 3 and found["soak/error_rate"] == 0
+    assert 0 < found["soak/acceptance"] < 1 and found["soak/sentinels_differing"] == 0
+
+
+def test_cycles_come_over_http(drafting: Server, tmp_path: Path) -> None:
+    """What it says of its drafts adds up to the answers that it gave."""
+    over = ("engine=openai", "draft=served", f"engine.url={drafting.url}", f"engine.plain_url={drafting.url}")
+    asked = made(*over, "stages=[bench]", "scale.prompts=3", "scale.repeats=1", "scale.warmup=0")
+    engine: Any = factory.make(asked)
+    prompts = workload.select(asked.workload, "bench", 3, 0, lambda text: engine.encode(text, True))
+    for one in engine.generate([bench.request(asked, prompt) for prompt in prompts]):
+        cycles = one.cycles
+        assert sum(c.new_tokens for c in cycles) == len(one.tokens) - 1
+        assert all(c.accepted <= c.proposed <= c.k_asked <= 4 and c.new_tokens <= c.accepted + 1 for c in cycles)
+        assert any(c.proposed for c in cycles) and 0 < one.ttft_s < one.total_s
