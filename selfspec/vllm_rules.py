@@ -54,6 +54,17 @@ def check(config: schema.Config) -> None:
         _check_own(config)
 
 
+def chain(draft: schema.Draft) -> None:
+    """Refuses an early exit that drafts anything but a chain of likeliest tokens.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, value in (("width", 1), ("budget", None), ("sample", False)):
+        if getattr(draft, key) != value:
+            raise ConfigError(f"draft.{key}={getattr(draft, key)}: inside vLLM a draft is a chain of likeliest tokens")
+
+
 def _check_own(config: schema.Config) -> None:
     """Of drafts that are vLLM's."""
     draft, gate, controller = config.draft, config.gate, config.controller
@@ -78,10 +89,8 @@ def _check_own(config: schema.Config) -> None:
 
 def _check_early(config: schema.Config) -> None:
     """Of drafts that our plugin runs."""
-    draft, controller = config.draft, config.controller
-    for key, value in (("width", 1), ("budget", None), ("sample", False)):
-        if getattr(draft, key) != value:
-            raise ConfigError(f"draft.{key}={getattr(draft, key)}: inside vLLM a draft is a chain of likeliest tokens")
+    controller = config.controller
+    chain(config.draft)
     if controller.name is ControllerName.autotune:
         raise ConfigError("controller=autotune: inside vLLM one exit serves all; allowed are fixed, adaptive, cost")
     if controller.name is not ControllerName.fixed and config.bench.fixed:

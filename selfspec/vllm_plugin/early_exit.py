@@ -22,8 +22,9 @@ from selfspec.errors import ConfigError
 from selfspec.vllm_plugin import hooks, versions
 from selfspec.vllm_plugin.layers import FirstLayers, Readout
 from selfspec.vllm_plugin.record import Drafted, Record
-from selfspec.vllm_plugin.settings import DRAFTS, KEY, parse
+from selfspec.vllm_plugin.settings import KEY, parse
 from selfspec.vllm_plugin.slots import Slots
+from selfspec.vllm_rules import EARLY
 
 
 class EarlyExit:
@@ -182,9 +183,9 @@ class EarlyExit:
             return {}, False
         path = Path(self.settings.head)
         facts = heads.check(path, {"exit_layer": self.settings.exit_layer})
-        if facts.get("draft") not in ("lsq", "layerskip"):
+        if facts.get("draft") not in EARLY:
             fitted = f"fitted for draft={facts.get('draft')}"
-            raise ConfigError(f"{KEY}.head={path}: {fitted}; inside vLLM run {', '.join(DRAFTS)}")
+            raise ConfigError(f"{KEY}.head={path}: {fitted}; inside vLLM run {', '.join(EARLY)}")
         model = self.config.model_config
         head = Head.load(path).to(model.dtype, self.config.device_config.device)
         size = head.tensors["bias"].shape[0] if "bias" in head.tensors else self.layers.size

@@ -15,13 +15,12 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from selfspec import config as schema
+from selfspec import vllm_rules
 from selfspec.errors import ConfigError, one_line
 from selfspec.plan import Plan, check_controller, check_gate
 
 KEY = "selfspec"
 PROPOSER = "selfspec.vllm_plugin.EarlyExit"
-DRAFTS = ("layerskip", "lsq")
-"""The drafts of ours that run inside vLLM."""
 _TIMED = "learns from times, which ranks measure differently, and so cannot run with tensor_parallel_size"
 
 
@@ -99,13 +98,11 @@ def arguments(plan: Plan, head: Path | None = None) -> dict[str, Any]:
         ConfigError: the plan asks for what cannot be done inside vLLM.
     """
     draft = plan.draft
-    if draft.name not in DRAFTS:
-        raise ConfigError(f"draft={draft.name}: no early exit; inside vLLM run {', '.join(DRAFTS)}")
+    if draft.name not in vllm_rules.EARLY:
+        raise ConfigError(f"draft={draft.name}: no early exit; inside vLLM run {', '.join(vllm_rules.EARLY)}")
     if not plan.policy.verify:
         raise ConfigError("policy.verify=false: vLLM verifies what is drafted")
-    for key, plain in (("width", 1), ("budget", None), ("sample", False)):
-        if getattr(draft, key) != plain:
-            raise ConfigError(f"draft.{key}={getattr(draft, key)}: inside vLLM a draft is a chain of likeliest tokens")
+    vllm_rules.chain(draft)
     given = {
         "exit_layer": draft.exit_layer,
         "head": None if head is None else str(head.resolve()),
