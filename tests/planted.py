@@ -63,11 +63,11 @@ def sentinel() -> None:
 
 
 def errors() -> None:
-    """Every tenth request that finds others is refused; sentinels are asked alone."""
+    """Every tenth request from then on is refused."""
     submit, numbers = fake.FakeSession.submit, count(1)
 
     def refusing(self: fake.FakeSession, request: Any) -> int:
-        if self.busy and next(numbers) % 10 == 0:
+        if THEN.exists() and next(numbers) % 10 == 0:
             raise ValueError("planted")
         return submit(self, request)
 

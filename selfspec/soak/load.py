@@ -1,12 +1,11 @@
 """Locust, in a process of its own, and what its callers saw."""
 
 import json
-import math
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ from selfspec.config import SoakServer
 from selfspec.plan import Plan
 from selfspec.provenance import write_atomic
 from selfspec.soak.judge import rounded
-from selfspec.soak.server import environment, guarded, last_words
+from selfspec.soak.server import end, environment, guarded, last_words
 from selfspec.types import Prompt
 
 TABLES = ("stats", "stats_history", "failures")
 """The CSV files that Locust writes, as ``locust_<name>.csv``."""
-_FINISH_S = 20.0
-"""Locust begins a moment after it is started, and so ends a moment after we have what we wait for."""
 _LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
@@ -63,16 +60,15 @@ class Load:
         }
 
     def finish(self) -> dict[str, str]:
-        """Waits for the callers to be done, or ends them; Locust's own tables, by name."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(_FINISH_S)
+        """Ends the callers; Locust's own tables, by name."""
+        end(self.process)
         paths = {name: self._folder / f"locust_{name}.csv" for name in TABLES}
         return {name: path.read_text() for name, path in paths.items() if path.exists()}
 
 
 @contextmanager
-def calling(plan: Plan, url: str, prompts: Sequence[Prompt], seconds: float, folder: Path) -> Iterator[Load]:
-    """Callers for so many seconds; they are stopped with the block, at the latest."""
+def calling(plan: Plan, url: str, prompts: Sequence[Prompt], folder: Path) -> Iterator[Load]:
+    """Callers; they are stopped with the block, at the latest."""
     soak, samples = plan.soak, folder / "samples.jsonl"
     for old in folder.glob("locust_*.csv"):
         old.unlink()
@@ -87,7 +83,7 @@ def calling(plan: Plan, url: str, prompts: Sequence[Prompt], seconds: float, fol
     write_atomic(folder / "soak.json", json.dumps(description))
     command = [
         *(sys.executable, "-m", "locust", "-f", str(_LOCUSTFILE), "--headless", "--host", url),
-        *("--users", str(soak.users), "--spawn-rate", str(soak.users), "--run-time", f"{math.ceil(seconds)}s"),
+        *("--users", str(soak.users), "--spawn-rate", str(soak.users)),
         *("--stop-timeout", "1", "--csv", str(folder / "locust"), "--csv-full-history", "--only-summary"),
         *("--exit-code-on-error", "0", "--soak", str(folder / "soak.json")),
     ]

@@ -105,10 +105,15 @@ def guarded(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
     try:
         yield process
     finally:
-        assert process.stdin is not None
-        with shield():  # what is left half-way here goes on running
-            process.stdin.close()
-            process.wait(GRACE_S + 5)
+        end(process)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Ends a guarded process, as gently as it lets us."""
+    assert process.stdin is not None
+    with shield():  # what is left half-way here goes on running
+        process.stdin.close()
+        process.wait(GRACE_S + 5)
 
 
 def last_words(process: "subprocess.Popen[bytes]", log: Path) -> str:

@@ -170,10 +170,9 @@ def _load(
     """The missing intervals, one after the other, under one Locust."""
     soak, on = plan.soak, str(provenance["fingerprint"])
     life = 1 + max((record.data["life"] for record in _intervals(journal)), default=0)
-    seconds = soak.warmup + len(missing) * soak.interval
     with (
         progress("soak", soak.intervals, soak.intervals - len(missing)) as advance,
-        calling(plan, server.url, prompts, seconds, journal.folder / "soak") as load,
+        calling(plan, server.url, prompts, journal.folder / "soak") as load,
     ):
         end = time.time() + soak.warmup
         _watch(server, load, end, soak.interval)
