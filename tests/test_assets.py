@@ -272,22 +272,23 @@ class TestDerived:
         assert not part.exists()
 
     def test_two_processes_build_once_and_the_second_says_what_it_waits_for(self, tmp_path: Path) -> None:
+        said = tmp_path / "said"
         script = (
             "import sys, time; from pathlib import Path; from selfspec import assets\n"
             "def build(folder):\n"
             f"    with Path({str(tmp_path / 'count')!r}).open('a') as f: f.write('x')\n"
-            "    time.sleep(0.8); (folder / 'a').touch()\n"
+            f"    while not Path({str(said)!r}).stat().st_size: time.sleep(0.01)\n"
+            "    (folder / 'a').touch()\n"
             f"assert (assets.derived('thing', {KEY!r}, build) / 'a').exists()\n"
             "assert 'torch' not in sys.modules and 'rich' not in sys.modules\n"
         )
-        two = [
-            subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-            for _ in range(2)
-        ]
-        said = "".join(process.communicate(timeout=30)[1] for process in two)
-        assert [process.returncode for process in two] == [0, 0], said
+        with said.open("a") as file:
+            two = [subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stderr=file) for _ in range(2)]
+        assert [process.wait() for process in two] == [0, 0], said.read_text()
         assert (tmp_path / "count").read_text() == "x"
-        assert said.count("\n") == 1 and "waiting for another process: conversion of thing" in said
+        assert (
+            said.read_text().count("\n") == 1 and "waiting for another process: conversion of thing" in said.read_text()
+        )
 
     def test_a_cache_that_cannot_be_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()

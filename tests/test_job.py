@@ -34,18 +34,18 @@ from selfspec.types import Completion, Request
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py
 
 SLOW = """
-import time
+import itertools, sys, time
 from selfspec.engine import factory
 from selfspec.engine.fake import FakeEngine
 from selfspec.run import main
-generate = FakeEngine.generate
+generate, calls, most = FakeEngine.generate, itertools.count(), int(sys.argv.pop(1))
 def slow(*args, **options):
-    time.sleep(0.01)
+    time.sleep(0.01 if next(calls) < most else 600)
     return generate(*args, **options)
 FakeEngine.generate = slow
 main()
 """
-"""The command line with an engine slow enough to be killed at work."""
+"""The command line with an engine slow enough to be killed at work: after so many calls it waits for that."""
 
 Make = Callable[..., Plan]
 MEASURED_ON_A_REAL_CLOCK = "bench/cpu_utilisation"
@@ -183,9 +183,13 @@ def test_only_what_is_missing_is_run(make: Make, tmp_path: Path, monkeypatch: py
     assert timeless(resumed) == timeless(run(elsewhere(made, tmp_path / "b"), tmp_path / "undisturbed"))
 
 
-def slow(*overrides: str) -> "subprocess.Popen[str]":
+def slow(units: int, *overrides: str) -> "subprocess.Popen[str]":
+    """Gets no further than so many units, each of a plain answer and a drafted one."""
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW, *overrides], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW, str(2 * units), *overrides],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -200,7 +204,7 @@ def test_killed_again_and_again_nothing_is_lost_or_done_twice(fake: list[str], m
     more = ("scale.prompts=60", "scale.warmup=0")
     made, rng, seen = make(*more), random.Random(0), list[Record]()
     for target in (1, 12, 30):  # the header, then the units
-        with slow(*fake, *more) as process:
+        with slow(target - len(seen) + 8, *fake, *more) as process:
             wait_for(made, process, target)
             time.sleep(rng.random() * 0.05)
             process.kill()
@@ -222,7 +226,7 @@ def test_interrupted_and_resumed_in_one_tracker_run(
     work = ("scale.prompts=40", "scale.warmup=0")
     more = (*work, "tracking=mlflow", f"tracking.uri={uri}", f"tracking.experiment='{experiment}'")
     made = make(*more)
-    with slow(*fake, *more) as process:
+    with slow(13, *fake, *more) as process:
         wait_for(made, process, 5)
         process.send_signal(signum)
         process.send_signal(signal.SIGTERM)  # a second one must not break the clean-up
