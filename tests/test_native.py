@@ -1,6 +1,7 @@
 """native: our own CPU kernels compute what torch's operators do, in float32 and in bf16."""
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -157,6 +158,16 @@ def test_tiles_are_undone() -> None:
 
 
 @BF16
+def test_weights_that_are_laid_out_at_once_do_not_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of memory that hold a few, and one that is larger than a chunk."""
+    monkeypatch.setattr(native, "_CHUNK", 20_000)
+    weights = [torch.full((32, 96 if i else 1024), float(i)).bfloat16() for i in range(64)]
+    with ThreadPoolExecutor(8) as pool:
+        packs = list(pool.map(lambda weight: packed(weight, own=True), weights))
+    assert all(torch.equal(plain(pack), weight) for pack, weight in zip(packs, weights, strict=True))
+    assert all(pack.data_ptr() % 64 == 0 for pack in packs), "a line of the cache is read at once"
+
+
 @pytest.mark.parametrize("size", [(48, 64), (64, 63)])
 def test_a_weight_that_makes_no_whole_tiles_is_left_to_onednn(size: tuple[int, int]) -> None:
     assert packed(torch.zeros(size).bfloat16(), own=True).dim() == 2

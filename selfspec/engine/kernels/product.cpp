@@ -63,7 +63,7 @@ struct Fours {
   }
 };
 
-constexpr int AHEAD = 8;  // lines fetched ahead; the hardware's own prefetch stops where a page ends
+constexpr int AHEAD = 32;  // lines fetched ahead: what memory takes to answer, where many rows make a line take long
 
 // ROWS rows times TILES x 16 outputs.
 template <class Kind, class Format, int ROWS, int TILES>
@@ -117,8 +117,13 @@ Tensor tiled(const Tensor& x, const uint32_t* from, const float* scale, const Te
   if (rows > 1) {
     for (int64_t begin = 0; begin < rows; begin += most) {
       const int64_t take = std::min(most, rows - begin);
-      for (int64_t r = 0; r < take; r++) {
-        for (int64_t k = 0; k < lines; k++) turned[begin * lines + k * take + r] = from[(begin + r) * lines + k];
+      const uint32_t* given = from + begin * lines;
+      uint32_t* to = turned.data() + begin * lines;
+      for (int64_t k = 0; k < lines; k += LANES) {  // a few lines of the cache at a time, read and written whole
+        const int64_t stop = std::min<int64_t>(k + LANES, lines);
+        for (int64_t r = 0; r < take; r++) {
+          for (int64_t i = k; i < stop; i++) to[i * take + r] = given[r * lines + i];
+        }
       }
     }
     from = turned.data();
