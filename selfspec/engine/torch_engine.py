@@ -33,8 +33,8 @@ from selfspec.types import Completion, Request, Score, Signals
 
 _DTYPES = {schema.Dtype.bf16: torch.bfloat16, schema.Dtype.fp16: torch.float16, schema.Dtype.fp32: torch.float32}
 
-_REPLAYED = 32
-"""Tokens before a tie that are read one by one to see how they round: enough for rounding to add up."""
+_ALONE = (0, 1, 2, 4, 8, 16, 32)
+"""Tokens before a tie that are read one by one, the others together: each of these ways rounds otherwise."""
 
 
 class TorchEngine:
@@ -271,8 +271,8 @@ class TorchEngine:
         """Two candidates for the token after ``context``, by the same weights in float32.
 
         What rounding explains is measured where it matters: by how much the working dtype moves these two
-        logits, when the tokens before them are read together, as verification does, and one by one, as plain
-        decoding does. Each may err that far in either pass; at least two units in its last place.
+        logits, when the tokens before them are read together, as verification does, one by one, as plain
+        decoding does, and in ways between. Each may err that far in either pass; at least two units in its last place.
         In float32 nothing is explained.
         """
         candidates = [a, b]
@@ -280,7 +280,7 @@ class TorchEngine:
         gap = float(exact.diff().abs())
         if self.dtype is torch.float32:
             return Tie(gap, 0.0)
-        rounded = (_next_logits(self.model, context, alone)[candidates].float() for alone in (0, _REPLAYED))
+        rounded = (_next_logits(self.model, context, alone)[candidates].float() for alone in _ALONE)
         moved = max(float((logits - exact).abs().max()) for logits in rounded)
         return Tie(gap, 2 * max(moved, torch.finfo(self.dtype).eps * float(exact.abs().max())))
 
