@@ -105,7 +105,7 @@ class Proxy:
                     return self.reply(*answer)
                 fault.met.set()
                 if fault.what in ("hang", "late"):
-                    fault.released.wait(30)
+                    fault.released.wait()
                 if fault.what == "late":
                     return self.reply(*self.forward(body))
                 if isinstance(fault.what, int):

@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 from gcs import Proxy
 
+from selfspec.checkpoint import lease as lease_module
 from selfspec.checkpoint.bucket import Bucket
 from selfspec.checkpoint.lease import SKEW_S, Clock, Lease
 from selfspec.errors import Interrupted, JournalError, LeaseError, StorageError
@@ -82,6 +83,23 @@ def test_who_comes_second_waits_for_the_first(bucket: Bucket, capsys: pytest.Cap
     assert capsys.readouterr().err == f"waiting for another process that holds {bucket.url}/plan/lease\n"
 
 
+def test_who_was_stopped_after_looking_looks_again(bucket: Bucket) -> None:
+    """However long: the holder may have given signs of life all the while."""
+    watch = Time()
+    first = lease(bucket, watch)
+    first.hold()
+
+    def elapsed() -> float:
+        watch.passed += 2 * TERM_S
+        return watch.passed
+
+    watch.meanwhile = lambda: first.renew() if len(watch.slept) < 4 else first.release()
+    second = lease(bucket, watch)
+    second.clock = replace(watch.clock, elapsed=elapsed)
+    second.hold()
+    assert second.epoch == 2 and len(watch.slept) == 4
+
+
 @pytest.mark.parametrize("off", [-SKEW_S, -1.0, 0.0, 1.0, SKEW_S, 1e6, -1e6])
 def test_a_dead_holder_is_waited_for_a_term(bucket: Bucket, off: float) -> None:
     """By the own watch, however the clocks differ; but one of another day is not waited for."""
@@ -128,7 +146,7 @@ def test_eight_at_once(gcs: Proxy) -> None:
 
     def work() -> None:
         nonlocal inside, most
-        with Lease(Bucket("gs://bucket/leases"), "plan/lease", TERM_S, Clock(sleep=lambda s: time.sleep(0.01))) as held:
+        with Lease(Bucket("gs://bucket/leases"), "plan/lease", 1e6, Clock(sleep=lambda s: time.sleep(0.01))) as held:
             inside += 1
             most = max(most, inside)
             turns.append(held.epoch)
@@ -167,7 +185,22 @@ def test_an_outage_does_not_end_it(gcs: Proxy) -> None:
         time.sleep(0.001)
     held.check()
     held.release()
-    assert not held._renewing.is_alive() and said(bucket)["00000001"]["until"] == 0
+    held._renewing.join()
+    assert said(bucket)["00000001"]["until"] == 0
+
+
+def test_given_back_while_a_sign_of_life_is_under_way(gcs: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And hangs: who gives it back does not wait for it, and it changes nothing when it arrives."""
+    monkeypatch.setattr(lease_module, "_PATIENCE_S", 0.0)
+    held = Lease(Bucket("gs://bucket/leases"), "plan/lease", 0.01)
+    held.hold()
+    late = gcs.plant("POST", "late")
+    late.met.wait()
+    held.release()
+    assert held._renewing.is_alive() and said(held.bucket)["00000001"]["until"] == 0
+    late.released.set()
+    held._renewing.join()
+    assert said(held.bucket)["00000001"]["until"] == 0
 
 
 def test_a_signal_while_it_is_taken_gives_it_back(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

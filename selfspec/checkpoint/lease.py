@@ -32,6 +32,8 @@ POLL_S = 5.0
 """How often one that is held is looked at, by who waits for it."""
 SKEW_S = 60.0
 """By how much clocks are thought to differ at most, in seconds."""
+_PATIENCE_S = 5.0
+"""How long who gives one back waits for a sign of life that is under way."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,11 @@ class Lease:
         seen: tuple[int, dict[str, Any]] | None = None
         since, said = 0.0, False
         while True:
+            at, looked = self.clock.now(), self.clock.elapsed()  # a pause of ours after the look is no silence of theirs
             now = self._latest()
             if now != seen:
                 seen, since = now, self.clock.elapsed()
-            if self._free(now[1], since):
+            if self._free(now[1], at, looked - since):
                 with shield():
                     if self._take(now[0] + 1):
                         return
@@ -115,10 +118,11 @@ class Lease:
             LeaseError: somebody has.
             StorageError: the bucket cannot be read or written.
         """
-        if self._newest() > self.epoch:
+        epoch = self.epoch
+        if self._newest() > epoch:
             self._lost = True
         self.check()
-        self.bucket.write(self._name(self.epoch), self._says(self.clock.now() + self.term_s))
+        self.bucket.write(self._name(epoch), self._says(self.clock.now() + self.term_s))
 
     def release(self) -> None:
         """Give it back, so that nobody need wait; does nothing if it is not held."""
@@ -127,7 +131,7 @@ class Lease:
         with shield():
             self._stop.set()
             if self._renewing.ident is not None:
-                self._renewing.join(timeout=5)
+                self._renewing.join(_PATIENCE_S)
             epoch, self.epoch = self.epoch, 0
             if not self._lost:
                 with suppress(StorageError):  # it runs out by itself
@@ -140,10 +144,10 @@ class Lease:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
 
-    def _free(self, lease: dict[str, Any], since: float) -> bool:
+    def _free(self, lease: dict[str, Any], at: float, silent_s: float) -> bool:
         until, term_s = float(lease["until"]), float(lease["term_s"])
         given_back = until == 0
-        return given_back or self.clock.now() > until + SKEW_S or self.clock.elapsed() - since >= term_s
+        return given_back or at > until + SKEW_S or silent_s >= term_s
 
     def _take(self, epoch: int) -> bool:
         if not self.bucket.create(self._name(epoch), self._says(self.clock.now() + self.term_s)):
@@ -154,12 +158,15 @@ class Lease:
         return True
 
     def _renew_until_stopped(self) -> None:
+        epoch = self.epoch
         while not self._stop.wait(self.term_s / 4):
             with suppress(StorageError):  # the next one may come through, and until then nobody else need take it
                 try:
                     self.renew()
                 except LeaseError:
                     return
+                if not self.epoch:  # it was given back meanwhile, by who could not wait for us
+                    self.bucket.write(self._name(epoch), self._says(0.0))
 
     def _newest(self) -> int:
         return max((int(name) for name in self.bucket.names(self.folder) if name.isdecimal()), default=0)
