@@ -59,7 +59,7 @@ class Sweep:
         self.folder.mkdir(parents=True)
         self.checkpoint = self.checkpoint or str(self.folder / "checkpoint")
         self.uri = f"sqlite:///{self.folder / 'mlflow.db'}"
-        self.hold = self.folder / "hold"
+        self.hold, self.log = self.folder / "hold", self.folder / "said"
 
     def launch(self, hold_at: int = 1) -> "subprocess.Popen[bytes]":
         """The same command every time; what it says is kept.
@@ -72,7 +72,7 @@ class Sweep:
         env = os.environ | {"PYTHONPATH": str(WITNESS), "ENGINE_CALLS": str(self.folder / "calls")}
         env |= {"ENGINE_HOLD": str(self.hold), "ENGINE_HOLD_AT": str(hold_at)}
         env |= {"ENGINE_SLEEP": str(self.sleep), "OMP_NUM_THREADS": "1", **self.environment}
-        with (self.folder / "said").open("ab") as said:
+        with self.log.open("ab") as said:
             argv = [sys.executable, "-m", "selfspec.run", "-m", *self.overrides, *places]
             return subprocess.Popen(argv, stdout=said, stderr=subprocess.STDOUT, env=env)
 
@@ -84,7 +84,7 @@ class Sweep:
 
     def said(self) -> str:
         """By all launches."""
-        return (self.folder / "said").read_text()
+        return self.log.read_text()
 
     def calls(self) -> list[Call]:
         """Of engines, in the order they began."""

@@ -14,36 +14,25 @@ from pathlib import Path
 from selfspec.checkpoint import FILE
 
 REPO = Path(__file__).parents[1]
-_SITE = """
-import os, signal, sys, time
-hold = os.environ["TEST_HOLD"]
-if "hydra.mode=RUN" in sys.orig_argv or "submitit.core._submit" in sys.orig_argv:
-    fsync = os.fsync
-    def slow(fd):
-        if os.path.exists(hold):
-            time.sleep(0.5)
-        fsync(fd)
-    os.fsync = slow
-if os.environ.get("TEST_DIES") in sys.orig_argv:
-    print("about to die", flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-"""A disk that is slow while a file is there: a job then takes half a second for each unit. And a job that dies."""
+WITNESS = Path(__file__).with_name("witness")
+HELD_UNITS = 2
+"""Of a job that is held."""
+_HELD_AT = 2 + 2 * HELD_UNITS + 1
+"""The call of its engine that is: there are two of the warm-up and of each unit."""
 
 
 class Sweep:
     """``python -m selfspec.run -m ...`` as a process.
 
     Attributes:
-        hold: while it exists, jobs make hardly any progress.
+        hold: while it exists, jobs finish ``HELD_UNITS``, then wait; they can be signalled and killed meanwhile.
     """
 
     def __init__(self, folder: Path, *argv: str, dies: str = "") -> None:
+        """``dies``: the override of a job that does, as it starts."""
         self.hold, self.outputs = folder / "hold", folder / "outputs"
-        site = folder / "site"
-        site.mkdir(exist_ok=True)
-        (site / "sitecustomize.py").write_text(_SITE)
-        self.environment = os.environ | {"PYTHONPATH": str(site), "TEST_HOLD": str(self.hold), "TEST_DIES": dies}
+        self.environment = os.environ | {"PYTHONPATH": str(WITNESS), "ENGINE_CALLS": str(folder / "calls")}
+        self.environment |= {"ENGINE_HOLD": str(self.hold), "ENGINE_HOLD_AT": str(_HELD_AT), "ENGINE_DIES": dies}
         self.argv = [sys.executable, "-m", "selfspec.run", "-m", *argv]
         self.log = folder / "launcher.log"
 
@@ -70,6 +59,10 @@ class Sweep:
             whole = path.read_text().split("\n")[:-1]
             found.append([f"{e['stage']} {e['unit']}" for e in map(json.loads, whole) if "unit" in e])
         return found
+
+    def held(self, jobs: int) -> bool:
+        """Whether so many jobs have begun, and have done all they may."""
+        return [len(units) for units in self.units()] == [HELD_UNITS] * jobs
 
     def once(self, each: int) -> bool:
         """Whether every plan has so many units, and none twice."""

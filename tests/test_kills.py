@@ -6,13 +6,13 @@ Two kills with a fixed seed; ``tests/benchmarks/kills.py`` does fifty: with ever
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 from disturbed import Sweep, violations
+from launched import until
 
 Make = Callable[[], Sweep]
 
@@ -34,13 +34,6 @@ def undisturbed(make: Make) -> Sweep:
     return make().finish()
 
 
-def until(true: Callable[[], bool], sweep: Sweep) -> None:
-    end = time.monotonic() + 200
-    while not true():
-        assert time.monotonic() < end, sweep.said()
-        time.sleep(0.01)
-
-
 def test_killed_and_carried_on_with(make: Make, undisturbed: Sweep) -> None:
     sweep, chance, made = make(), random.Random(0), 0
     sweep.hold.touch()
@@ -48,7 +41,7 @@ def test_killed_and_carried_on_with(make: Make, undisturbed: Sweep) -> None:
         calls = chance.randint(first, first + 11)
         with sweep.launch(calls) as process:
             made += calls
-            until(lambda wanted=made: len(sweep.calls()) == wanted, sweep)
+            until(lambda wanted=made: len(sweep.calls()) == wanted, process, sweep.log)
             process.send_signal(signum)
         assert process.returncode == (-signum if signum is signal.SIGKILL else 128 + signum), sweep.said()
     sweep.hold.unlink()
@@ -62,7 +55,7 @@ def test_two_launchers_at_once(make: Make, undisturbed: Sweep) -> None:
     sweep = make()
     sweep.hold.touch()
     with sweep.launch() as one, sweep.launch() as other:
-        until(lambda: "waiting for another process that runs the same plan" in sweep.said(), sweep)
+        until(lambda: "waiting for another process that runs the same plan" in sweep.said(), one, sweep.log)
         sweep.hold.unlink()
         assert [one.wait(), other.wait()] == [0, 0], sweep.said()
     assert violations(sweep, undisturbed) == []

@@ -2,13 +2,14 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launched import Sweep, until
+from launched import HELD_UNITS, Sweep, until
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -28,6 +29,11 @@ def array(sweep: Sweep) -> str:
     return script.name.split("_")[0]
 
 
+def restarted(sweep: Sweep) -> int:
+    """How many of them were queued again."""
+    return len(re.findall(r"Restarts=[1-9]", slurm("scontrol", "show", "job", array(sweep))))
+
+
 def slurm(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -42,10 +48,10 @@ def test_a_sweep_that_is_preempted_ends_like_one_that_is_not(run: Run, fake: lis
     sweep = Sweep(tmp_path, *LAUNCHER, *ours, *common)
     sweep.hold.touch()
     with sweep.started() as process:
-        until(lambda: len(sweep.units()) == 3 and all(sweep.units()), process, sweep.log)
+        until(lambda: sweep.held(3), process, sweep.log)
         whole_node = slurm("sinfo", "--noheader", "--format=%c", "--partition=ondemand")
         slurm("sbatch", "--partition=ondemand", f"--cpus-per-task={whole_node}", "--output=/dev/null", "--wrap=true")
-        until(lambda: slurm("scontrol", "show", "job", array(sweep)).count("Restarts=1") == 3, process, sweep.log)
+        until(lambda: restarted(sweep) == 3, process, sweep.log)
         sweep.hold.unlink()
         assert process.wait() == 0, sweep.log.read_text()
     assert len(sweep.units()) == 3 and sweep.once(30)
@@ -70,7 +76,7 @@ def test_one_that_runs_out_of_time_comes_back_and_one_that_is_cancelled_is_a_fai
     sweep = Sweep(tmp_path, *LAUNCHER, *fake, "K=1,2", "scale.prompts=30")
     sweep.hold.touch()
     with sweep.started() as process:
-        until(lambda: len(sweep.units()) == 2 and all(sweep.units()), process, sweep.log)
+        until(lambda: sweep.held(2), process, sweep.log)
         slurm("scancel", "--signal=USR2", f"{array(sweep)}_0")  # as Slurm itself does before the time is up
         slurm("scancel", f"{array(sweep)}_1")
         until(lambda: "job 1 K=2: Slurm job" in sweep.log.read_text(), process, sweep.log)
@@ -80,7 +86,7 @@ def test_one_that_runs_out_of_time_comes_back_and_one_that_is_cancelled_is_a_fai
         assert [row["status"] for row in rows] == ["finished", "failed"]
         assert "CANCELLED" in rows[1]["error"] and "_1_0_log.out ends in" in rows[1]["error"]
         done, cancelled = sorted(sweep.units(), key=len, reverse=True)
-        assert len(done) == len(set(done)) == 30 and 0 < len(cancelled) < 30
+        assert len(done) == len(set(done)) == 30 and len(cancelled) == HELD_UNITS
 
 
 @needs_slurm
@@ -88,7 +94,7 @@ def test_a_sweep_that_is_ended_ends_its_jobs(fake: list[str], tmp_path: Path) ->
     sweep = Sweep(tmp_path, *LAUNCHER, "hydra.launcher.array_parallelism=1", *fake, "K=1,2", "scale.prompts=30")
     sweep.hold.touch()
     with sweep.started() as process:
-        until(lambda: any(sweep.units()), process, sweep.log)
+        until(lambda: sweep.held(1), process, sweep.log)
         process.terminate()
         assert process.wait() == 143
         assert slurm("squeue", "--noheader", "--format=%i", "--jobs", array(sweep)) == ""
