@@ -397,30 +397,39 @@ def test_the_journal_works_while_cleaning_up(tmp_path: Path) -> None:
 
 
 WORKER = """if True:
-    import random, sys
+    import random, sys, time
     from pathlib import Path
     from selfspec.checkpoint import Journal
     from selfspec.config import Resume
     from selfspec.errors import Interrupted
     from selfspec.interrupt import trap
 
-    folder, count, wait = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["wait"]
+    folder, count, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     try:
         with trap(), Journal.open(folder, "plan", {}, Resume.auto) as journal:
             print("open", flush=True)
-            if wait:
+            if "wait" in how:
                 sys.stdin.readline()
             for n in range(count):
                 if journal.get("bench", str(n)) is None:
                     journal.append("bench", str(n), {"text": "x" * random.choice([10, 1000, 100_000])}, "cpu")
                     print(n, flush=True)
+            if "stay" in how:
+                time.sleep(600)
     except Interrupted as error:
         sys.exit(error.exit_code)
 """
 
 
+MORE = 500
+"""Units that a worker has to do: it is killed long before they are done, or while it waits for that."""
+
+
 def worker(folder: Path, count: int, *options: str) -> "subprocess.Popen[str]":
-    """A process that does those of ``count`` units that are not done, and prints each one it has done."""
+    """A process that does those of ``count`` units that are not done, and prints each one it has done.
+
+    ``wait``: it begins when it is told to; ``stay``: it does not end by itself.
+    """
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", WORKER, str(folder), str(count), *options],
         stdin=subprocess.PIPE,
@@ -445,9 +454,9 @@ def stop(child: "subprocess.Popen[str]", signum: int, after: int, wait_s: float)
 
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     chance = random.Random(0)
-    done: list[str] = []
+    done, kept = list[str](), list[str]()
     for _ in range(10):
-        child = worker(tmp_path, 100_000)
+        child = worker(tmp_path, len(kept) + MORE, "stay")
         done += stop(child, signal.SIGKILL, after=chance.randrange(20), wait_s=chance.random() / 50)
         assert child.returncode == -signal.SIGKILL
         with begin(tmp_path, Resume.auto, "plan") as journal:  # which cuts a torn line off
@@ -459,9 +468,9 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_leave_a_clean_journal(tmp_path: Path, signum: int, code: int) -> None:
-    chance = random.Random(1)
+    chance, kept = random.Random(1), list[str]()
     for _ in range(3):
-        child = worker(tmp_path, 100_000)
+        child = worker(tmp_path, len(kept) + MORE, "stay")
         done = stop(child, signum, after=chance.randrange(20), wait_s=chance.random() / 50)
         assert child.returncode == code
         data = (tmp_path / FILE).read_bytes()

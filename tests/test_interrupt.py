@@ -130,7 +130,7 @@ def test_exit_code_of_a_process_started_with_sigint_ignored(signum: int, code: i
         try:
             with trap():
                 print("ready", flush=True)
-                time.sleep(60)
+                time.sleep(600)
         except Interrupted as error:
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             sys.exit(error.exit_code)

@@ -33,6 +33,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "--no-verify", "-m", "one"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     monkeypatch.setattr(provenance, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(provenance, "GIT_TIMEOUT_S", 1e6)
     return tmp_path
 
 
@@ -212,7 +213,7 @@ def test_git_before_the_first_commit(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_git_that_hangs(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = tmp_path / "git"
-    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.write_text("#!/bin/sh\nexec sleep 600\n")
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(provenance, "GIT_TIMEOUT_S", 0.05)

@@ -28,18 +28,20 @@ from selfspec.types import Completion, Request
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py
 
 COUNTED = """
-import os, time
+import os, sys, time
 from selfspec.engine.fake import FakeEngine
 from selfspec.run import main
 generate = FakeEngine.generate
+said = sys.argv.pop(1)
 def counted(*args, **options):
     os.write(1, b"generated" + bytes([10]))
-    time.sleep(0.02)
+    while not os.stat(said).st_size:
+        time.sleep(0.01)
     return generate(*args, **options)
 FakeEngine.generate = counted
 main()
 """
-"""The command line with an engine that says when it works, and takes its time."""
+"""The command line with an engine that says when it works, and does so once there is something in a file."""
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -271,11 +273,14 @@ def test_a_sweep_whose_tracker_is_down(run: Run, tmp_path: Path, monkeypatch: py
 
 
 def test_two_processes_with_one_plan_share_its_work(fake: list[str], tmp_path: Path) -> None:
-    argv = [sys.executable, "-c", COUNTED, *fake, "scale.prompts=20", "scale.warmup=0"]
-    pair = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate() for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], said
-    assert sum(out.count("generated") for out, _ in said) == 2 * 20
+    said = tmp_path / "said"  # one works when the other has said that it waits
+    argv = [sys.executable, "-c", COUNTED, str(said), *fake, "scale.prompts=20", "scale.warmup=0"]
+    with said.open("a") as file:
+        pair = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=file, text=True) for _ in range(2)]
+    outs = [process.communicate()[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said.read_text()
+    assert said.read_text().count("\n") == 1 and "waiting for another process that runs the same" in said.read_text()
+    assert sum(out.count("generated") for out in outs) == 2 * 20
     assert set(journalled(tmp_path).values()) == {1} and len(journalled(tmp_path)) == 20
     one, other = results.find(tmp_path / "outputs" / "main")
     assert one["measurements"] == other["measurements"]
