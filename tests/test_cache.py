@@ -370,7 +370,7 @@ def look(
     assert next(positions, None) is None
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(rng=st.randoms(use_true_random=False), steps=st.integers(1, 25))
 def test_random_lives(rng: random.Random, steps: int) -> None:
     live(rng, steps)

@@ -195,7 +195,7 @@ def test_the_one_unused_for_longest_goes_first() -> None:
     assert [found(made, asking(text)) for text in ("one", "two", "three")] == ["exact", None, "exact"]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["find", "keep", "wait"]), st.integers(0, 5), st.sampled_from([None, "a", "b"])),
@@ -229,7 +229,6 @@ def test_it_is_an_lru_with_an_expiry_whatever_happens(events: list[tuple[str, in
         assert len(made) == len(model) == sum(map(len, made._groups.values())) <= entries
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_words_say_yes_only_to_the_same_words(one: str, two: str) -> None:
     """Without inflections: the same letters and digits in the same order, articles and politeness apart."""

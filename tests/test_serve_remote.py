@@ -11,7 +11,7 @@ import pytest
 from http_servers import Rogue, event, gateway, sse
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from selfspec import plan as plans
@@ -253,7 +253,6 @@ class Clock:
         return self.now
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["good", "bad", "left", "wait"]), max_size=60), st.integers(1, 4))
 def test_a_breaker_opens_after_so_many_failures_in_a_row_and_never_sooner(events: list[str], limit: int) -> None:
     clock = Clock()

@@ -11,7 +11,7 @@ import pytest
 from http_servers import Rogue, gateway
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from selfspec import plan as plans
@@ -142,7 +142,6 @@ def test_what_nobody_knows_is_tried() -> None:
     assert options[0].backend.expected(10) == 0
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 50), st.floats(0.01, 5), st.booleans()), min_size=1, max_size=5),
     st.floats(0.01, 600) | st.none(),

@@ -200,7 +200,7 @@ class TestProgress:
         told = [checked(session), checked(session)]  # whoever decodes has a cycle between two readings
         assert [[one.number for one in step] for step in told] == [[0], [1]]
 
-    def test_times(self, model: Llama) -> None:
+    def test_times(self, model: Llama, ticking: None) -> None:
         one, other = opened(speculation(model), 1).run([Request(prompt(5), 9)] * 2)
         assert 0 <= one.queue_s < one.ttft_s < one.total_s < other.queue_s < other.ttft_s < other.total_s
 

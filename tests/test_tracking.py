@@ -179,7 +179,11 @@ def test_runs_of_jobs_that_died_are_ended(tracker: MLflowTracker, client: "Mlflo
     assert [client.get_run(run).info.status for run in runs] == ["FAILED", "FINISHED"]
 
 
-def test_jobs_that_ask_at_once_get_one_parent(client: "MlflowClient", uri: str, root: Path) -> None:
+def test_jobs_that_ask_at_once_get_one_parent(
+    client: "MlflowClient", uri: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_LOCK_S", 1e6)
+
     def ask(_: int) -> str | None:
         return MLflowTracker(uri, "tests", root / "mlartifacts").sweep_parent("at once", "sweep")
 

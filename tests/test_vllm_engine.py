@@ -3,11 +3,13 @@
 One vLLM drafts and one does not, for all tests here; starting them takes most of the time.
 """
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from test_hf import build
 
 from selfspec import job, plan, workload
 from selfspec.config import EngineName, Order
-from selfspec.engine import factory
+from selfspec.engine import factory, vllm_session
 from selfspec.engine.base import Engine
 from selfspec.engine.torch_engine import TorchEngine
 from selfspec.errors import ConfigError
@@ -232,7 +234,11 @@ def test_sampled_tokens_are_of_the_requests_seed(engine: Engine, requests: list[
     assert drawn.finish == "stop" or len(drawn.tokens) == NEW
 
 
-def test_a_session_takes_requests_as_they_come(engine: Engine, ours: TorchEngine, requests: list[Request]) -> None:
+def test_a_session_takes_requests_as_they_come(
+    engine: Engine, ours: TorchEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()  # a look at the clock each: no pause between two requests makes the first one wait
+    monkeypatch.setattr(vllm_session, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 1e3))
     session = engine.open(2, 256, Order.fcfs)
     numbers = [session.submit(replace(request, logprobs=2, max_new_tokens=8)) for request in requests[:4]]
     with pytest.raises(ValueError, match="new ones of 256"):
