@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -50,11 +50,15 @@ class Rogue:
     """A server whose answers a test writes: one behaviour a call, the last of them for all that follow.
 
     ``"ok"``, ``"hang"``, ``"reset"``, ``"endless"``, an integer (that status), ``(status, body)``, or a list of what
-    is sent after a 200: bytes, ``"hang"``, ``"close"``.
+    is sent after a 200: bytes, ``"hang"``.
+
+    Who has a limit on waiting for it finds that it runs out when the server hangs, and not by a clock: the n-th of
+    ``limits`` does at its n-th hang.
     """
 
-    def __init__(self, *behaviours: Any) -> None:
+    def __init__(self, *behaviours: Any, limits: Sequence[asyncio.Timeout] = ()) -> None:
         self.behaviours, self.calls, self.asked = list(behaviours), 0, list[dict[str, Any]]()
+        self.limits, self.hangs = limits, 0
         self.headers = ""
         self.well = True
         self.left = asyncio.Event()
@@ -94,7 +98,7 @@ class Rogue:
         if behaviour == "ok":
             behaviour = [event("a"), event("b", "stop"), sse("[DONE]")]
         if behaviour == "hang":
-            await asyncio.sleep(60)
+            await self._hang()
         elif behaviour == "reset":
             writer.transport.abort()
         elif isinstance(behaviour, int):
@@ -116,9 +120,16 @@ class Rogue:
             return
         for each in events:
             if each == "hang":
-                await asyncio.sleep(60)
+                await self._hang()
             writer.write(each)
             await writer.drain()
+
+    async def _hang(self) -> None:
+        self.hangs += 1
+        while len(self.limits) < self.hangs:  # nobody waits yet; or nobody will ever find it too long
+            await asyncio.sleep(0.01)
+        self.limits[self.hangs - 1].reschedule(0.0)
+        await asyncio.Event().wait()
 
     def _reply(self, writer: asyncio.StreamWriter, status: int, body: Any) -> None:
         text = json.dumps(body).encode()

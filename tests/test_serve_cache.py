@@ -308,7 +308,7 @@ def test_through_the_gateway(served: Callable[..., Any]) -> None:
                 )  # fmt: skip
                 return told.choices[0].message.content, told.selfspec["cache"]
 
-            async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=None) as client:
                 text, cached = await ask("a model drafts tokens")
                 assert cached == "miss"
                 assert await ask("a model drafts tokens") == (text, "hit")

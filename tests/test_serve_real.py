@@ -55,7 +55,7 @@ def test_what_is_served_is_what_the_engine_generates(made: Plan, engine: TorchEn
     requests = [Request(tuple(engine.encode(question, chat=True)), NEW) for question in QUESTIONS]
     wanted = [engine.decode(done.tokens) for done in engine.generate(requests, plain=True)]
     with serving(replace(made, serve=replace(made.serve, scheduler=order, chunk=16)), lambda: engine) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=None)
 
         def ask(question: str) -> tuple[str, Any]:
             asked: Any = {"model": made.model.name, "messages": [{"role": "user", "content": question}]}

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,11 +27,24 @@ from selfspec.serve.errors import Failed, Invalid, Overloaded, RequestError, Too
 from selfspec.serve.remote import Remote
 
 CALL = Call("c1", "m", prompt="hello", max_tokens=8, temperature=0.0)
+LIMIT, NONE = 1e5, 1e6
+"""Seconds that a server may take, where it hangs and where it does not: neither runs out by the clock."""
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Timeout]:
+    """Those of LIMIT seconds, as they begin: it is the server that lets them run out (see ``Rogue``)."""
+    found = list[asyncio.Timeout]()
+
+    def timeout(seconds: float) -> asyncio.Timeout:
+        limit = asyncio.timeout(None)
+        if seconds == LIMIT:
+            found.append(limit)
+        return limit
+
+    monkeypatch.setattr(remote, "asyncio", SimpleNamespace(**vars(asyncio) | {"timeout": timeout}))
     monkeypatch.setattr(remote, "_PAUSE", 0.001)
+    return found
 
 
 @pytest.fixture
@@ -41,7 +55,8 @@ def served(fake: list[str]) -> Plan:
 
 
 def config(url: str, **settings: Any) -> BackendConfig:
-    return BackendConfig(**{"name": "other", "url": url, "model": "m", "retries": 1, **settings})
+    waits = dict.fromkeys(("connect_s", "first_s", "read_s"), NONE)
+    return BackendConfig(**{"name": "other", "url": url, "model": "m", "retries": 1, **waits, **settings})
 
 
 async def said(back_end: Remote, call: Call = CALL) -> list[Chunk]:
@@ -91,8 +106,7 @@ def test_leaving_closes_the_upstream_connection() -> None:
     async def body(back_end: Remote) -> None:
         async with aclosing(back_end.stream(CALL)) as chunks:
             assert (await anext(chunks)).text == "a"
-        async with asyncio.timeout(10):
-            await rogue.left.wait()
+        await rogue.left.wait()
         assert back_end.breaker.state == "closed"
 
     rogue = Rogue("endless")
@@ -129,9 +143,9 @@ def test_cancelling_while_waiting_for_the_first_token_says_nothing_of_the_server
     ],
     ids=str,
 )
-def test_before_the_first_token_a_call_is_tried_again(first: Any) -> None:
-    rogue = Rogue(first, "ok")
-    chunks = against(rogue, said, first_s=0.3)
+def test_before_the_first_token_a_call_is_tried_again(first: Any, limits: list[asyncio.Timeout]) -> None:
+    rogue = Rogue(first, "ok", limits=limits)
+    chunks = against(rogue, said, first_s=LIMIT)
     assert [c.text for c in chunks] == ["a", "b", ""] and rogue.calls == 2
     assert chunks[-1].finish == "stop" and chunks[-1].usage == Usage(0, 2)
 
@@ -154,11 +168,13 @@ def test_before_the_first_token_a_call_is_tried_again(first: Any) -> None:
     ],
     ids=str,
 )
-def test_what_goes_wrong_is_told_apart(behaviour: Any, kind: type[RequestError], calls: int) -> None:
+def test_what_goes_wrong_is_told_apart(
+    behaviour: Any, kind: type[RequestError], calls: int, limits: list[asyncio.Timeout]
+) -> None:
     """A broken answer is never begun again, and what the caller did wrong is not tried twice."""
-    rogue = Rogue(behaviour)
+    rogue = Rogue(behaviour, limits=limits)
     with pytest.raises(RequestError) as caught:
-        against(rogue, said, retries=2, first_s=0.2, read_s=0.2)
+        against(rogue, said, retries=2, **{"first_s" if behaviour == "hang" else "read_s": LIMIT})
     assert type(caught.value) is kind and rogue.calls == calls
 
 

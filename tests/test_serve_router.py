@@ -19,7 +19,8 @@ from selfspec.config import RouteName, RouterConfig
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.run import CONF
-from selfspec.serve import wiring
+from selfspec.serve import remote, wiring
+from selfspec.serve import router as module
 from selfspec.serve.backend import Call, Chunk, Price, Usage
 from selfspec.serve.difficulty import difficulty
 from selfspec.serve.errors import Unavailable
@@ -197,8 +198,9 @@ def test_an_answer_that_is_left_teaches_nothing() -> None:
     assert not asyncio.run(run()).latency.known(stub.now)
 
 
-def test_health_is_asked_beside_the_calls() -> None:
+def test_health_is_asked_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once before the first call, then not again for some seconds; who is not well comes last."""
+    monkeypatch.setattr(module, "_HEALTH_S", 1e6)
 
     async def run() -> None:
         made = router([option(sick), option(well)])
@@ -230,12 +232,13 @@ def served(fake: list[str]) -> Any:
         yield lambda *more: plans.make(compose("config", [*fake, *more]))
 
 
-def test_through_the_gateway_a_dead_back_end_is_stood_in_for(served: Any) -> None:
+def test_through_the_gateway_a_dead_back_end_is_stood_in_for(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The API is named first by the policy and refuses: our engine answers, and both choices are counted."""
+    monkeypatch.setattr(remote, "_HEALTH_S", 1e6)
 
     async def run() -> None:
         async with rogue.serving() as url:
-            back_ends = f"serve.backends=[{{name: api, url: '{url}', retries: 0}}]"
+            back_ends = f"serve.backends=[{{name: api, url: '{url}', retries: 0, connect_s: 1e6, first_s: 1e6}}]"
             plan: Plan = served(back_ends, "serve.router.policy=length", "serve.router.longest=1")
             async with gateway(plan) as (_, ours):
                 call = replace(CALL, prompt="hello", max_tokens=5, stats=True)
@@ -318,9 +321,8 @@ def test_local_full_local_quantised_and_the_cache_on_the_real_model() -> None:
     async def run() -> None:
         async with gateway(plan) as (_, ours):
             int8 = ours.router.backends[1]
-            async with asyncio.timeout(120):
-                while not await int8.healthy():
-                    await asyncio.sleep(0.1)
+            while not await int8.healthy():
+                await asyncio.sleep(0.1)
             for model in ("local", "int8"):
                 text, stats = await answer(ours, asking(model, "What is the capital of France?"))
                 assert text and stats["backend"] == model
