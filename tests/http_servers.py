@@ -22,7 +22,8 @@ async def gateway(plan: Plan, key: str | None = None) -> AsyncIterator[tuple[str
     metrics = Metrics()
     local = wiring.local(plan, metrics)
     made = wiring.gateway(plan, local, metrics)
-    server = _Server(uvicorn.Config(app.make(made, key), log_level="error", timeout_graceful_shutdown=1))
+    how: Any = {"log_level": "error", "timeout_graceful_shutdown": 1, "timeout_keep_alive": 10**6}
+    server = _Server(uvicorn.Config(app.make(made, key), **how))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.ensure_future(server.serve([listener]))
         try:

@@ -1,19 +1,24 @@
 """The real gateway over the fake engine, with faults planted in the latter.
 
-    PLANTED=FILE python tests/planted.py leak,slow,drift,sentinel,errors,death [overrides of selfspec.serve]
+    PLANTED=FILE python tests/planted.py leak,hold,narrow,drift,sentinel,errors,death [overrides of selfspec.serve]
 
 "Then" is when FILE is there.
 """
 
 import os
 import runpy
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from selfspec.config import Serve
 from selfspec.engine import fake_session as fake
+from selfspec.serve import server
 
 BEGAN = time.monotonic()
 KEPT = list[bytes]()
@@ -32,15 +37,29 @@ def leak() -> None:
     fake.FakeSession._cycle = leaking  # type: ignore[method-assign]
 
 
-def slow() -> None:
-    """Each cycle takes two milliseconds: whoever breaks off does so in the middle of an answer."""
+def hold() -> None:
+    """Nothing is decoded then."""
     cycle = fake.FakeSession._cycle
 
-    def slowly(self: fake.FakeSession, rows: Any) -> None:
-        time.sleep(0.002)
+    def held(self: fake.FakeSession, rows: Any) -> None:
+        while THEN.exists():
+            time.sleep(0.005)
         cycle(self, rows)
 
-    fake.FakeSession._cycle = slowly  # type: ignore[method-assign]
+    fake.FakeSession._cycle = held  # type: ignore[method-assign]
+
+
+def narrow() -> None:
+    """The system takes next to nothing of what a client does not read."""
+    listening = server._listening
+
+    @contextmanager
+    def narrowly(settings: Serve) -> Iterator[socket.socket]:
+        with listening(settings) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            yield listener
+
+    server._listening = narrowly
 
 
 def drift() -> None:

@@ -26,7 +26,8 @@ from selfspec.types import Request
 @contextmanager
 def listening(gateway: Gateway, key: str | None = None) -> Iterator[str]:
     """A real server in a thread: its address. Closes the gateway."""
-    config = uvicorn.Config(app.make(gateway, key), log_level="critical", access_log=False, timeout_graceful_shutdown=1)
+    how: Any = {"log_level": "critical", "access_log": False, "timeout_graceful_shutdown": 1}
+    config = uvicorn.Config(app.make(gateway, key), timeout_keep_alive=10**6, **how)
     server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

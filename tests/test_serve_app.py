@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
 import openai
@@ -40,7 +40,10 @@ def hydra() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made() -> Plan:
-    limits = ("max_positions=200", "max_tokens=100", "max_streams=4", "max_body_bytes=5000", "max_batch=2")
+    limits = (
+        *("max_positions=200", "max_tokens=100", "max_streams=4", "max_body_bytes=5000", "max_batch=2"),
+        "patience_s=1e6",
+    )
     fake = ("engine=fake", "draft=layerskip", "model.name=tiny", "model.layers=16")
     return plan.make(compose("config", [*fake, *(f"serve.{limit}" for limit in limits)]))
 
@@ -52,7 +55,7 @@ def server(made: Plan) -> Iterator[Serving]:
 
 
 def client(url: str, key: str = "any") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=None)
 
 
 def answered(prompt: str, new: int, plan: Plan) -> str:
@@ -68,16 +71,21 @@ def post(url: str, path: str, body: bytes | dict[str, Any], **headers: str) -> t
 
 def raw(url: str, body: dict[str, Any]) -> socket.socket:
     """A connection on which a completion has been asked for."""
-    host, port = url.removeprefix("http://").split(":")
     told = json.dumps(body).encode()
+    return opened(url, told, len(told))
+
+
+def opened(url: str, told: bytes, length: int) -> socket.socket:
+    """A connection on which the head of a request and so much of its body have been sent, at once."""
+    host, port = url.removeprefix("http://").split(":")
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
-    connection = socket.create_connection((host, int(port)), 60)
-    connection.sendall(f"{head}content-length: {len(told)}\r\n\r\n".encode() + told)
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(f"{head}content-length: {length}\r\n\r\n".encode() + told)
     return connection
 
 
 def sent(url: str, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes, dict[str, str]]:
-    connection = HTTPConnection(url.removeprefix("http://"), timeout=60)
+    connection = HTTPConnection(url.removeprefix("http://"))
     try:
         named = {"content-type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
         connection.request(method, path, body, named)
@@ -187,7 +195,7 @@ class TestOpenAIClient:
     def test_many_streams_at_once(self, made: Plan) -> None:
         prompts = [f"prompt {i}" for i in range(16)]
         with serving(replace(made, serve=replace(made.serve, max_streams=16))) as server:
-            api = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+            api = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=None)
 
             async def one(prompt: str, new: int) -> str:
                 asked: Any = {"model": MODEL, "prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True}
@@ -309,7 +317,7 @@ class TestRefusals:
         """Whether it says so beforehand or not."""
         long = json.dumps(OK | {"prompt": "x" * 5000}).encode()
         assert post(server.url, "/v1/completions", long)[0] == 413
-        connection = HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+        connection = HTTPConnection(server.url.removeprefix("http://"))
         connection.putrequest("POST", "/v1/completions")
         connection.putheader("transfer-encoding", "chunked")
         connection.endheaders()
@@ -319,13 +327,9 @@ class TestRefusals:
 
     def test_a_body_that_does_not_come(self, made: Plan) -> None:
         with over(says("a"), replace(made.serve, patience_s=0.05)) as (url, backend, gateway):
-            connection = HTTPConnection(url.removeprefix("http://"), timeout=60)
-            connection.putrequest("POST", "/v1/completions")
-            connection.putheader("content-length", "100")
-            connection.endheaders(b'{"model"')
-            response = connection.getresponse()
-            assert response.status == 408 and json.loads(response.read())["error"]["code"] == "request_timeout"
-            connection.close()
+            with opened(url, b'{"model"', 100) as connection, HTTPResponse(connection) as response:
+                response.begin()
+                assert response.status == 408 and json.loads(response.read())["error"]["code"] == "request_timeout"
             assert not backend.calls and gateway.active == 0
 
     def test_keys(self, made: Plan) -> None:
@@ -484,6 +488,7 @@ class TestLeaving:
                     engine.go_on(2)
                     while server.local._load.rows != 1:
                         time.sleep(0.001)
+                    engine.waits.wait()  # or it may be gone before another step has begun
                     if stream:
                         assert connection.recv(1000).startswith(b"HTTP/1.1 200")
             while server.gateway.active:

@@ -85,7 +85,7 @@ class Lease:
         seen: tuple[int, dict[str, Any]] | None = None
         since, said = 0.0, False
         while True:
-            at, looked = self.clock.now(), self.clock.elapsed()  # a pause of ours after the look is no silence of theirs
+            at, looked = self.clock.now(), self.clock.elapsed()  # our pause after a look is not their silence
             now = self._latest()
             if now != seen:
                 seen, since = now, self.clock.elapsed()
