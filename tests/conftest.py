@@ -1,17 +1,22 @@
 """Shared by all tests: a tiny random Llama in float32, a tiny prompt file, and a cache of their own."""
 
 import itertools
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 import tiny
 from gcs import Proxy, emulator
+
+if TYPE_CHECKING:
+    from selfspec.soak.server import Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # each computes on its share of the cores
@@ -68,6 +73,39 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interval of a soak lasts until it has enough answers, however slow this machine is just now.
+
+    The server's memory is read as answers come: it does not grow while the server is stopped, and that is no news.
+    """
+    from selfspec.soak import load
+    from selfspec.stages import soak
+
+    watch, take, enough = soak._watch, load.Load.take, 12
+
+    def answered(calling: load.Load) -> int:
+        """Since the last interval's end."""
+        lines = (calling._folder / "samples.jsonl").read_bytes()[calling._read :].rpartition(b"\n")[0].splitlines()
+        return [json.loads(line)["error"] for line in lines].count(None)
+
+    def tabled(calling: load.Load) -> bool:
+        """Whether Locust has written down what it has seen, which it does once a second."""
+        path = calling._folder / "locust_stats.csv"
+        return path.exists() and "\nGAP," in path.read_text().replace("\r", "")
+
+    def watching(server: "Server", calling: load.Load, until: float, interval: float) -> list[tuple[float, float]]:
+        readings, seen = list[tuple[float, float]](), 0
+        while time.time() < until or seen < enough or len(readings) < 2 or not tabled(calling):
+            latest = watch(server, calling, time.time() + interval / 20, interval)
+            if latest and (now := answered(calling)) > seen:
+                readings, seen = [*readings, latest[-1]], now
+        return readings
+
+    monkeypatch.setattr(soak, "_watch", watching)
+    monkeypatch.setattr(load.Load, "take", lambda self, until: take(self, max(until, time.time())))
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from locust import HttpUser, events, task
+from locust import HttpUser, events, stats, task
 
 PATH = "/v1/completions"
 AFTER_AN_ERROR_S = 0.5
 """Whoever is refused waits a little: a server in trouble is not to be flooded."""
+stats.CSV_STATS_FLUSH_INTERVAL_SEC = 0  # so its tables lack the last second at most, however it ends
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]

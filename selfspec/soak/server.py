@@ -21,7 +21,6 @@ from selfspec.engine import factory, vllm_args
 from selfspec.errors import StageError
 from selfspec.interrupt import shield
 from selfspec.plan import Plan
-from selfspec.soak.guard import GRACE_S
 from selfspec.stages.fit import head_path
 
 KEY = "SELFSPEC_API_KEY"
@@ -113,7 +112,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     assert process.stdin is not None
     with shield():  # what is left half-way here goes on running
         process.stdin.close()
-        process.wait(GRACE_S + 5)
+        process.wait()  # it kills what does not end, and then ends itself
 
 
 def last_words(process: "subprocess.Popen[bytes]", log: Path) -> str:
