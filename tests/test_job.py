@@ -34,18 +34,26 @@ from selfspec.types import Completion, Request
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py
 
 SLOW = """
-import itertools, sys, time
-from selfspec.engine import factory
+import itertools, os, signal, sys, time
 from selfspec.engine.fake import FakeEngine
 from selfspec.run import main
+from selfspec.tracking import MLflowTracker
 generate, calls, most = FakeEngine.generate, itertools.count(), int(sys.argv.pop(1))
 def slow(*args, **options):
     time.sleep(0.01 if next(calls) < most else 600)
     return generate(*args, **options)
 FakeEngine.generate = slow
+finish = MLflowTracker.finish
+def interrupted(*args, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return finish(*args, **options)
+MLflowTracker.finish = interrupted
 main()
 """
-"""The command line with an engine slow enough to be killed at work: after so many calls it waits for that."""
+"""The command line with an engine slow enough to be killed at work: after so many calls it waits for that.
+
+Where it is interrupted, it is so again while it cleans up.
+"""
 
 Make = Callable[..., Plan]
 MEASURED_ON_A_REAL_CLOCK = "bench/cpu_utilisation"
@@ -228,8 +236,7 @@ def test_interrupted_and_resumed_in_one_tracker_run(
     made = make(*more)
     with slow(13, *fake, *more) as process:
         wait_for(made, process, 5)
-        process.send_signal(signum)
-        process.send_signal(signal.SIGTERM)  # a second one must not break the clean-up
+        process.send_signal(signum)  # the one that follows must not break the clean-up
         out, err = process.communicate()
     assert (process.returncode, out) == (code, "")
     assert err == f"{signum.name}: finished work is kept; the same command carries on\n"
