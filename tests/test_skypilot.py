@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,12 +65,6 @@ def launched(tmp_path: Path) -> list[dict[str, object]]:
     return [json.loads(path.read_text()) for path in sorted((tmp_path / "sky").glob("*/job.json"))]
 
 
-def until(reached: Callable[[], object]) -> None:
-    end = time.monotonic() + 120
-    while not reached() and time.monotonic() < end:
-        time.sleep(0.05)
-
-
 def test_a_job_that_loses_its_machine_carries_on_and_the_sweep_comes_back_whole(
     sweep: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,14 +74,19 @@ def test_a_job_that_loses_its_machine_carries_on_and_the_sweep_comes_back_whole(
     monkeypatch.setenv("SELFSPEC_SWEEP_RUN", "")
     argv = ("K=2,3", f"hydra.launcher.envs={{HOLD: '{hold}'}}", "hydra.launcher.secrets=[A_SECRET]")
 
+    over = threading.Event()
+
     def lose() -> None:
-        until(lambda: len({unit.split()[0] for unit in journalled(tmp_path)}) == 2)
+        while len({unit.split()[0] for unit in journalled(tmp_path)}) < 2:
+            if over.wait(0.05):
+                return
         os.killpg(int((tmp_path / "sky" / "1" / "pid").read_text()), signal.SIGKILL)
         hold.unlink()
 
     loser = threading.Thread(target=lose)
     loser.start()
     code, out, err = sweep(*argv)
+    over.set()
     loser.join()
     assert code == 0, err
     assert "job 0 | layerskip3 K=2 | SkyPilot 1 | SUCCEEDED | slurm/local | recovered 1x" in err

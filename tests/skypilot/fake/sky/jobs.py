@@ -90,11 +90,11 @@ def _start(folder, secrets):
 def _record(folder):
     job = json.loads((folder / "job.json").read_text())
     lost, code, status = folder / "lost", folder / "code", Status.RUNNING
-    reason = None
+    alive, reason = _alive(int((folder / "pid").read_text())), None  # first: one that has ended has left its code
     if code.exists():
         status = Status.FAILED if int(code.read_text()) else Status.SUCCEEDED
         reason = f"exit code {code.read_text().strip()}" if status is Status.FAILED else None
-    elif not _alive(int((folder / "pid").read_text())):
+    elif not alive:
         status = Status.RECOVERING
         with lost.open("a") as file:
             file.write("once\n")
