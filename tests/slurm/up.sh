@@ -109,15 +109,15 @@ if ! running mariadbd; then
   mariadbd --no-defaults --user=mysql --datadir="$home/mysql" --socket="$home/run/mysql.socket" \
     --pid-file="$home/run/mariadbd.pid" --port=3307 --bind-address=127.0.0.1 --innodb-buffer-pool-size=64M \
     > "$home/log/mariadbd.log" 2>&1 < /dev/null &
-  until_true 60 mariadbd database -e 'select 1'
+  until_true 600 mariadbd database -e 'select 1'
   database -e "create database if not exists slurm; grant all on slurm.* to 'slurm'@'127.0.0.1' identified by 'test';
     grant all on slurm.* to 'slurm'@'localhost' identified by 'test'"
 fi
 
 running slurmdbd || slurmdbd
-until_true 60 slurmdbd sacctmgr -n show cluster
+until_true 600 slurmdbd sacctmgr -n show cluster
 running slurmctld || slurmctld
 running slurmd || slurmd
-until_true 30 slurmctld scontrol ping
-until_true 30 "the node $node" sh -c 'sinfo -h -o %t | grep -Eq "^(idle|mix|alloc)$"'
+until_true 600 slurmctld scontrol ping
+until_true 600 "the node $node" sh -c 'sinfo -h -o %t | grep -Eq "^(idle|mix|alloc)$"'
 sinfo
