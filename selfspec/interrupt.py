@@ -86,9 +86,9 @@ def shield() -> Iterator[None]:
         _state.deliver()
 
 
-def pending() -> bool:
-    """Whether a trapped signal waits for the end of a ``shield``: what takes long in there had better give up."""
-    return _state.signum is not None and not _state.raised
+def told_to_end() -> bool:
+    """Whether a trapped signal has arrived: what takes long in a ``shield``, or in clearing up, had better give up."""
+    return _state.signum is not None
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:

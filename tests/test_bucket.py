@@ -1,6 +1,7 @@
 """Objects in a bucket: over real HTTP, with the real client, and with all that can go wrong on the way."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from gcs import NO_RIGHT, Proxy
 
 from selfspec.checkpoint import bucket as module
 from selfspec.checkpoint.bucket import Bucket
-from selfspec.errors import ConfigError, StorageError
+from selfspec.errors import ConfigError, Interrupted, StorageError
+from selfspec.interrupt import trap
 
 URL = "gs://bucket/some where"
 
@@ -41,6 +43,18 @@ def test_objects(url: str, gcs: Proxy) -> None:
     bucket.check_exclusive("x/1", b"")
     for name in ("x/1", "x/y/3", "x2/4"):
         bucket.remove(name)
+
+
+def test_who_was_told_to_end_does_not_wait_for_a_bucket_to_clear_up(bucket: Bucket, gcs: Proxy) -> None:
+    gcs.plant("GET", 503, times=99)
+    gcs.seen.clear()
+    with pytest.raises(Interrupted), trap():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            with pytest.raises(StorageError):
+                bucket.read("x/1")
+    assert len(gcs.seen) == 6, "the client's own tries, and none of ours"
 
 
 def test_eight_create_one_object(gcs: Proxy) -> None:

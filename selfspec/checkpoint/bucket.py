@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from selfspec.errors import ConfigError, StorageError, one_line
-from selfspec.interrupt import pending
+from selfspec.interrupt import told_to_end
 
 TRIES = 6
 """Of ours; each stands for as many of the client's own, so that an outage of minutes ends no job of hours."""
@@ -219,7 +219,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _enough(state: RetryCallState) -> bool:
-    return pending() or stop_after_attempt(TRIES)(state)  # who was told to end does not wait for a bucket
+    return told_to_end() or stop_after_attempt(TRIES)(state)
 
 
 def _may_pass(error: BaseException) -> bool:
