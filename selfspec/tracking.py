@@ -44,6 +44,7 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 
 _BATCH = 1000  # MLflow takes no more metrics in one call
 _PARAM_BATCH = 100  # ... and no more params or tags
+_NAME = 250  # what a run's name may have in a database that heeds its columns' widths, as PostgreSQL does
 _FLUSH_S = 30.0  # how far a live view may lag behind
 _LOCK_S = 60.0
 _ENVIRONMENT = {
@@ -179,6 +180,8 @@ class MLflowTracker:
         can be locked, each looks again after creating one and the oldest stands, which two machines with
         clocks apart may still see differently.
         """
+        if len(name) > _NAME:
+            name = f"{name[: _NAME - 3]}..."
         with self._lock():
             runs = self._search(SWEEP_TAG, sweep_id)
             if runs:

@@ -58,6 +58,15 @@ def start(tracker: Tracker, run_id: str | None = None, parent: str | None = None
     return started
 
 
+def test_a_long_command_line_makes_no_name_that_a_database_refuses(
+    tracker: MLflowTracker, client: "MlflowClient"
+) -> None:
+    parent = tracker.sweep_parent("long", "main: seed=" + ",".join(map(str, range(400))))
+    assert parent is not None
+    name = client.get_run(parent).info.run_name
+    assert name.startswith("main: seed=0,1,2") and name.endswith("...") and len(name) <= 250
+
+
 def exercise(tracker: Tracker, folder: Path) -> None:
     """Everything a job and a sweep do."""
     parent = tracker.sweep_parent("sweep", "sweep")
