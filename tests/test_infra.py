@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from http_servers import gateway
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -166,6 +167,20 @@ def test_a_real_prometheus_scrapes_a_real_gateway(served: Plan, prometheus: Any)
                 assert await asyncio.to_thread(ask, watching, name), name
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_run_in_the_cloud_keeps_its_files_and_says_how_it_ended(tmp_path: Path, code: int) -> None:
+    python = tmp_path / "selfspec" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" > "$HOME/given"\nmkdir outputs\ntouch outputs/result.json\nexit {code}\n')
+    python.chmod(0o755)
+    (tmp_path / "ckpt").mkdir()
+    script = yaml.safe_load((INFRA / "selfspec.yaml").read_text())["run"].replace("/ckpt/", f"{tmp_path}/ckpt/")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "BUCKET": "mine", "ARGS": "gate=varH tau_v=4"}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment)
+    assert done.returncode == code and (tmp_path / "ckpt" / "outputs" / "result.json").exists()
+    assert "checkpoint.dir=gs://mine/selfspec gate=varH tau_v=4" in (tmp_path / "given").read_text()
 
 
 def test_the_container_starts_what_there_is(served: Plan) -> None:
