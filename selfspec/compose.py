@@ -6,14 +6,17 @@ composed: a handle is a plain value at the root, and what refers to it is resolv
 """
 
 import copy
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from selfspec.config import HANDLES
 
@@ -53,6 +56,32 @@ class Composer(ConfigLoaderImpl):
         )
         OmegaConf.copy_cache(from_config=master_config, to_config=config)  # what time it is, among others
         return config
+
+
+def job(loader: ConfigLoader, sweep: DictConfig, overrides: Sequence[str], number: int) -> tuple[DictConfig, Path]:
+    """The config of a job of ``sweep``, as Hydra's own launcher composes it, and the folder the job is given."""
+    config = loader.load_sweep_config(sweep, list(overrides))
+    with open_dict(config):
+        config.hydra.job.id, config.hydra.job.num = str(number), number
+    return config, Path(sweep.hydra.sweep.dir) / config.hydra.sweep.subdir
+
+
+def given(overrides: ListConfig) -> list[str]:
+    """Overrides as they were given: what they refer to is for the job to look up, and may be a secret."""
+    return cast("list[str]", OmegaConf.to_container(overrides, resolve=False))
+
+
+def task(config: DictConfig) -> DictConfig:
+    """A config less Hydra's own part."""
+    ours = config.copy()
+    with open_dict(ours):
+        del ours["hydra"]
+    return ours
+
+
+def quoted(value: object) -> str:
+    """Any text as the value of an override."""
+    return QuotedString(str(value), Quote.single).with_quotes()
 
 
 def _is_handle(override: Override) -> bool:

@@ -19,19 +19,31 @@ from selfspec.tracking import Tracker
 from selfspec.types import Measurements
 
 
-def check(plan: Plan) -> None:
-    """Refuses, before anything is written, what would make the job fail later.
+def check(*plans: Plan, here: bool = True) -> None:
+    """Refuses, before anything is written, what would make a job fail later.
+
+    Args:
+        here: they run on this machine, which must have what they need installed.
 
     Raises:
-        UserError: an unreadable journal, a head that is corrupt or of another model, a missing head.
+        UserError: an unreadable journal, a head that is corrupt or of another model, a missing head or package.
     """
-    factory.check(plan)
+    for plan in plans:
+        tracking.make(plan.tracking, plan.output_dir)
+        for stage in plan.stages:
+            stages.ask(stage, "check", plan, otherwise=None)
+        if here:
+            factory.check(plan)
+            for stage in plan.stages:
+                stages.ask(stage, "installed", plan, otherwise=None)
+    checkpoint.ask_of_each(_check_kept, plans)
+
+
+def _check_kept(plan: Plan) -> None:
+    """What the checkpoint holds of a plan."""
     new = not checkpoint.inspect(place(plan), plan.id, plan.checkpoint.resume)
-    tracking.make(plan.tracking, plan.output_dir)
     if plan.draft.fitted and (fit.fitted(plan) or (new and not fit.may_fit(plan))):
         fit.check_head(plan)
-    for stage in plan.stages:
-        stages.ask(stage, "check", plan, otherwise=None)
 
 
 def fetch(plan: Plan) -> None:
@@ -49,12 +61,11 @@ def fetch(plan: Plan) -> None:
         stages.ask(stage, "fetch", plan, otherwise=None)
 
 
-def run(plan: Plan, folder: Path, sweep: str | None = None, launch: str | None = None) -> results.Result:
+def run(plan: Plan, folder: Path, sweep: results.Sweep = results.ALONE) -> results.Result:
     """Runs a plan to its end and leaves its result in ``folder``, and beside its journal.
 
     Args:
-        sweep: the tracker's run of the sweep this job belongs to.
-        launch: names that sweep: what it has begun is carried on with, even with ``checkpoint.resume=never``.
+        sweep: the one that it is part of.
 
     Returns:
         The result, as written to ``result.json``; its status is ``failed`` where a stage says so
@@ -68,8 +79,8 @@ def run(plan: Plan, folder: Path, sweep: str | None = None, launch: str | None =
     resume, lease_s = plan.checkpoint.resume, plan.checkpoint.lease_s
     with (
         trap(),
-        Journal.open(place(plan), plan.id, plan.settings(), resume, launch=launch, lease_s=lease_s) as journal,
-        _tracked(plan, journal, sweep) as tracker,
+        Journal.open(place(plan), plan.id, plan.settings(), resume, launch=sweep.launch, lease_s=lease_s) as journal,
+        _tracked(plan, journal, sweep.run_id) as tracker,
     ):
         engine = cache(lambda: factory.make(plan))
         measured: Measurements = {}
@@ -81,7 +92,7 @@ def run(plan: Plan, folder: Path, sweep: str | None = None, launch: str | None =
         report.write(folder, [result])
         for stage in plan.stages:
             stages.ask(stage, "write", folder, plan, journal, otherwise=None)
-        provenance.write_atomic(folder / results.FILE, json.dumps(result, indent=1))
+        results.leave(folder, result)
 
         ended = max((record.at for stage in plan.stages for record in journal.records(stage)), default=0)
         tracker.log(measured, 0, ended)
@@ -96,14 +107,14 @@ def run(plan: Plan, folder: Path, sweep: str | None = None, launch: str | None =
 
 
 @contextmanager
-def _tracked(plan: Plan, journal: Journal, sweep: str | None) -> Iterator[Tracker]:
+def _tracked(plan: Plan, journal: Journal, parent: str | None) -> Iterator[Tracker]:
     """The plan's run of the tracker, resumed where there is one; units are logged as they finish."""
     tracker = tracking.make(plan.tracking, plan.output_dir)
     known = journal.notes.get("run_id")
     try:
         tags = _tags(plan) | {tracking.JOURNAL_TAG: f"{plan.id} {journal.created}"}
         with shield():  # should we be killed before it is noted, the run is found by its tag
-            run_id = tracker.start(plan.label, tags, plan.settings(), known, sweep)
+            run_id = tracker.start(plan.label, tags, plan.settings(), known, parent)
             if run_id not in (None, known):
                 journal.note("run_id", run_id)
         for stage in plan.stages:

@@ -1,23 +1,32 @@
-"""What jobs leave: the form of ``result.json``, how it is read, and what a reader makes of one."""
+"""What jobs leave: the form of ``result.json``, how it is read, and what a reader makes of one.
+
+And :class:`Sweep`, what a job is told of the sweep that it is part of.
+"""
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, Self, TypedDict, cast
 
 from selfspec.errors import UserError, one_line
 from selfspec.plan import Plan
-from selfspec.provenance import write_atomic
+from selfspec.provenance import storing, write_atomic
 from selfspec.tracking import flatten
 
 VERSION = 1
 """Of the form of ``result.json``."""
 FILE = "result.json"
+SWEEP = "sweep.json"
+"""In a sweep's folder: what its jobs are told of it."""
 EXACT = ("longest_prefix", "rejection")
 """The policies under which nothing but speed changes."""
 
+_LAUNCH, _RUN = "SELFSPEC_SWEEP", "SELFSPEC_SWEEP_RUN"
+"""The environment variables that tell it to a job which cannot see that folder."""
 _VERDICTS = {
     "yes": "yes",
     "ties": "ties",
@@ -63,6 +72,49 @@ class Result(TypedDict):
     error: str | None
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What a job is told of the sweep that it is part of; nothing where it is part of none.
+
+    Attributes:
+        launch: names this launch of the sweep in journals. Jobs of one that come to the same plan, and one that was
+            killed and comes back, carry on with a journal that it has begun, even with ``checkpoint.resume=never``.
+        run_id: the tracker's run of the sweep.
+        plans: the identities of what it runs, where that is known from the start.
+    """
+
+    launch: str | None = None
+    run_id: str | None = None
+    plans: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The sweep in a folder."""
+        try:
+            noted = json.loads((folder / SWEEP).read_text())
+        except FileNotFoundError:
+            return cls()
+        return cls(noted["launch"], noted["run_id"], tuple(noted["plans"]))
+
+    @classmethod
+    def told(cls) -> Self:
+        """The one that a job which runs alone was told of by its launcher."""
+        return cls(os.environ.get(_LAUNCH) or None, os.environ.get(_RUN) or None)
+
+    def environment(self) -> dict[str, str]:
+        """What tells it to such a job."""
+        return {key: value for key, value in ((_LAUNCH, self.launch), (_RUN, self.run_id)) if value}
+
+    def note(self, folder: Path) -> None:
+        """Leaves it in the sweep's folder, which is made if need be."""
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / SWEEP, json.dumps(asdict(self)))
+
+
+ALONE = Sweep()
+
+
 def nothing(plan: Plan, where: dict[str, Any]) -> Result:
     """The result of a plan that has measured nothing yet; ``where`` is the provenance of what will be."""
     return {
@@ -83,9 +135,29 @@ def nothing(plan: Plan, where: dict[str, Any]) -> Result:
 
 def failed(plan: Plan, folder: Path, error: BaseException, where: dict[str, Any]) -> None:
     """Leaves a result that says why there is none, unless the job wrote one before it failed."""
-    path = folder / FILE
-    known = dict(read(path)) if path.exists() else nothing(plan, where)
-    write_atomic(path, json.dumps({**known, "status": "failed", "error": one_line(error)}, indent=1))
+    known = read(folder / FILE) if (folder / FILE).exists() else nothing(plan, where)
+    leave(folder, {**known, "status": "failed", "error": one_line(error)})
+
+
+def leave(folder: Path, result: Result) -> None:
+    """Writes a job's result into its folder, which is made if need be.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / FILE, json.dumps(result, indent=1))
+
+
+def clear(folder: Path) -> None:
+    """Removes a result that an earlier job has left in a folder: it would stand for one that dies without a word.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with storing(folder / FILE):
+        (folder / FILE).unlink(missing_ok=True)
 
 
 def read(path: Path) -> Result:
@@ -133,6 +205,12 @@ def distinct(results: Iterable[Result]) -> list[Result]:
         if earlier is None or result["status"] == "finished" or earlier["status"] != "finished":
             chosen[result["plan_id"]] = result
     return list(chosen.values())
+
+
+def speedup(folder: Path) -> float | None:
+    """Of the job whose folder this is: what sweepers are told; ``None`` where it has come to none."""
+    path = folder / FILE
+    return value(read(path), "bench/speedup") if path.exists() else None
 
 
 def value(result: Result, key: str) -> float | None:

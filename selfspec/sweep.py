@@ -1,18 +1,16 @@
 """What happens once for all jobs: checks before anything is written, the sweep's run, its table at the end.
 
-Hydra calls this as a callback, in the process that the user started. The jobs, wherever they run, find the
-sweep's tracker run in ``sweep.json`` in the sweep's folder.
+Hydra calls this as a callback, in the process that the user started. The jobs, wherever they run, are told of their
+sweep by :class:`selfspec.results.Sweep`.
 """
 
 import hashlib
-import json
-import os
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,23 +19,23 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from selfspec import job, plan, report, results, tracking
-from selfspec.compose import Composer
+from selfspec import compose, job, plan, report, results, tracking
 from selfspec.config import HANDLES, Resume
-from selfspec.errors import ConfigError, SelfspecError
+from selfspec.errors import ConfigError, Interrupted, LaunchError, SelfspecError
+from selfspec.interrupt import shield
 from selfspec.plan import Plan
-from selfspec.provenance import storing, write_atomic
+from selfspec.provenance import storing
 from selfspec.refusal import leave
-
-FILE = "sweep.json"
-RUN = "SELFSPEC_SWEEP_RUN"
-"""The environment variable that names a sweep's tracker run to a job that cannot see the sweep's folder."""
-LAUNCH = "SELFSPEC_SWEEP"
-"""The one that names the sweep itself to it: its folder, which no other sweep has."""
 
 
 class Sweep(Callback):
     """Hydra turns what a callback raises into a warning, so refusals leave by ``sys.exit``."""
+
+    def __init__(self) -> None:
+        self._first: Plan | None = None
+        """Of its plans. The sweep's own config need be no job's: what it leaves open may be swept over."""
+        self._folders: list[Path] = []
+        """Of its jobs, in order, where they are known from the start. An earlier sweep may have had them, and more."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One job: refuses a plan that cannot work, before Hydra makes its folder."""
@@ -46,7 +44,7 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: refuses all of it if one of its plans cannot work; else opens its tracker run."""
         _pin_folder(config)
-        _or_leave(lambda: _open(config))
+        _or_leave(lambda: self._open(config))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Lets go of the job's configs, which every launcher would keep until the last job has ended."""
@@ -54,13 +52,54 @@ class Sweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """One table over all jobs; exits with 1 if any failed."""
-        _or_leave(lambda: _close(config))
+        _or_leave(lambda: self._close(Path(config.hydra.sweep.dir)))
 
+    def _open(self, config: DictConfig) -> None:
+        _refuse_chdir(config)
+        jobs = list[tuple[Plan, Path]]()
+        if config.hydra.sweeper._target_.endswith(".BasicSweeper"):  # another chooses its jobs as it goes
+            jobs = _jobs(config)
+        if config.hydra.launcher.get("dryrun"):
+            return
+        folder = Path(config.hydra.sweep.dir)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._folders = [own for _, own in jobs]
+        for own in self._folders:
+            results.clear(own)
+        plans, run_id = tuple(sorted({made.id for made, _ in jobs})), None
+        if jobs:
+            self._first = jobs[0][0]
+            sweep_id = hashlib.sha256(",".join(plans).encode()).hexdigest()[:16]
+            tracker = tracking.make(self._first.tracking, self._first.output_dir)
+            run_id = tracker.sweep_parent(
+                sweep_id, f"{self._first.name}: {' '.join(compose.given(config.hydra.overrides.task))}"
+            )
+        results.Sweep(secrets.token_hex(8), run_id, plans).note(folder)
 
-def parent_run(folder: Path) -> str | None:
-    """The tracker run of the sweep in ``folder``, or of the one that a job elsewhere was told it belongs to."""
-    run_id: str | None = os.environ.get(RUN) or _noted(folder).get("run_id")
-    return run_id
+    def _close(self, folder: Path) -> None:
+        paths = [own / results.FILE for own in self._folders]
+        found = [results.read(path) for path in paths if path.exists()] if paths else results.find(folder)
+        lost = sum(not path.exists() for path in paths)
+        files = report.write(folder, found)
+        report.show(found)
+        failed = {result["plan_id"] for result in found if result["status"] == "failed"}
+        run_id = results.Sweep.of(folder).run_id
+        if self._first is not None and run_id is not None:
+            tracker = tracking.make(self._first.tracking, self._first.output_dir)
+            try:
+                with shield():
+                    tracker.start("", {}, {}, run_id, None)
+                tracker.artifacts(files)
+                tracker.bury(run_id, failed)
+            except Interrupted:
+                tracker.finish("KILLED")
+                raise
+            tracker.finish("FAILED" if failed or lost else "FINISHED")
+        if lost:
+            raise LaunchError(f"{folder}: {lost} of {len(paths)} jobs have left no result")
+        if failed:
+            sys.exit(SelfspecError.exit_code)
 
 
 def _or_leave(action: Callable[[], object]) -> None:
@@ -70,91 +109,61 @@ def _or_leave(action: Callable[[], object]) -> None:
         leave(error)
 
 
-def launch(folder: Path | None = None) -> str | None:
-    """What names the sweep in ``folder`` in journals, or the one that a job elsewhere was told it belongs to.
-
-    Jobs of one sweep that come to the same plan, and one that was killed and comes back, carry on with a journal
-    that their sweep has begun, even with ``checkpoint.resume=never``.
-    """
-    return os.environ.get(LAUNCH) or (None if folder is None else str(folder))
-
-
-def _noted(folder: Path) -> dict[str, Any]:
-    """What is in ``sweep.json``."""
-    try:
-        noted: dict[str, Any] = json.loads((folder / FILE).read_text())
-        return noted
-    except FileNotFoundError:  # another sweeper than Hydra's own
-        return {}
-
-
 def _begin(config: DictConfig) -> None:
     _refuse_alone(config)
-    _check([config], fetch=True)
+    _refuse_chdir(config)
     folder = Path(config.hydra.run.dir)
+    _check([(config, folder)], here=True)
     with storing(folder):  # Hydra makes it next, and would not say why it cannot
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def _pin_folder(config: DictConfig) -> None:
     """One folder for all jobs: a sweep over experiments would otherwise put each under its own experiment's name."""
-    quoted = config.hydra.sweep.dir.replace("\\", "\\\\").replace("'", "\\'")
     with read_write(config), open_dict(config):
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={compose.quoted(config.hydra.sweep.dir)}")
 
 
-def _open(config: DictConfig) -> None:
-    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
-        return  # another sweeper chooses its jobs as it goes: they are checked one by one
+def _jobs(config: DictConfig) -> list[tuple[Plan, Path]]:
+    """The plan and the folder of every job of a sweep, checked."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None, "a callback is called by it"
-    hydra.config_loader = Composer(hydra.config_loader.get_search_path())
+    hydra.config_loader = compose.Composer(hydra.config_loader.get_search_path())
     launcher = get_class(config.hydra.launcher._target_)
-    plans = _check(_jobs(config), fetch=getattr(launcher, "shares_disk", launcher.__name__ == BasicLauncher.__name__))
+    jobs = _check(_composed(config), here=not getattr(launcher, "elsewhere", False))
+    if len({folder for _, folder in jobs}) < len(jobs):
+        raise ConfigError("hydra.sweep.subdir: gives jobs a folder in common; ${hydra.job.num} tells them apart")
     check = getattr(launcher, "check", None)
     if check is not None:  # a launcher of ours
-        check(config.hydra.launcher, plans)
-    if config.hydra.launcher.get("dryrun"):
-        return
-    identities = sorted({p.id for p in plans})
-    sweep_id = hashlib.sha256(",".join(identities).encode()).hexdigest()[:16]
-    folder = Path(config.hydra.sweep.dir)
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    tracker = tracking.make(plans[0].tracking, plans[0].output_dir)
-    run_id = tracker.sweep_parent(sweep_id, f"{plans[0].name}: {' '.join(config.hydra.overrides.task)}")
-    write_atomic(folder / FILE, json.dumps({"sweep": sweep_id, "run_id": run_id, "plans": identities}))
+        check(config, [made for made, _ in jobs])
+    return jobs
 
 
-def _close(config: DictConfig) -> None:
-    folder = Path(config.hydra.sweep.dir)
-    found = results.find(folder)
-    files = report.write(folder, found)
-    report.show(found)
-    failed = {result["plan_id"] for result in found if result["status"] == "failed"}
-    run_id = parent_run(folder)
-    if run_id is not None:
-        settings = plan.make(_task(config))
-        tracker = tracking.make(settings.tracking, settings.output_dir)
-        tracker.start("", {}, {}, run_id, None)
-        tracker.artifacts(files)
-        tracker.bury(run_id, failed)
-        tracker.finish("FAILED" if failed else "FINISHED")
-    if failed:
-        sys.exit(SelfspecError.exit_code)
-
-
-def _jobs(config: DictConfig) -> Iterator[DictConfig]:
-    """The config of every job of a sweep, composed as Hydra's own sweeper will compose it."""
+def _composed(config: DictConfig) -> Iterator[tuple[DictConfig, Path]]:
+    """The config and the folder of every job of a sweep, in the order in which Hydra's own sweeper has them."""
     loader = GlobalHydra.instance().config_loader()
     params = config.hydra.sweeper.params or {}
-    asked = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+    asked = [f"{key}={value}" for key, value in params.items()] + compose.given(config.hydra.overrides.task)
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(asked)
     swept = {each.get_key_element() for each in overrides if each.is_sweep_override()}
-    for job_overrides in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]:
-        composed = loader.load_sweep_config(config, list(job_overrides))
+    for number, job_overrides in enumerate(BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]):
+        composed, folder = compose.job(loader, config, job_overrides, number)
         _refuse_dropped(config, composed, [each for each in job_overrides if each.split("=", 1)[0] in swept])
-        yield composed
+        yield composed, folder
+
+
+def _refuse_chdir(config: DictConfig) -> None:
+    """A job would look for its checkpoint, and for what paths in its config name, in a folder that is new each time."""
+    if config.hydra.job.chdir:
+        raise ConfigError("hydra.job.chdir=true: paths are meant from where the command is given; must be false")
+
+
+def _refuse_key(config: DictConfig) -> None:
+    """Hydra keeps a job's config as it was given in the job's folder, which the tracker is given."""
+    if not OmegaConf.is_interpolation(config.serve, "api_key") and config.serve.api_key is not None:
+        raise ConfigError(
+            "serve.api_key: would be kept with the results; give it as SELFSPEC_API_KEY, in the environment"
+        )
 
 
 def _refuse_alone(config: DictConfig) -> None:
@@ -184,30 +193,28 @@ def _refuse_dropped(config: DictConfig, composed: DictConfig, swept: list[str]) 
     )
 
 
-def _task(config: DictConfig) -> DictConfig:
-    """The config less Hydra's own part."""
-    ours = config.copy()
-    with open_dict(ours):
-        del ours["hydra"]
-    return ours
+def _check(jobs: Iterable[tuple[DictConfig, Path]], here: bool) -> list[tuple[Plan, Path]]:
+    """The plan of each job, and its folder.
 
+    All are made before the first is checked, and those of one identity are checked once.
 
-def _check(configs: Iterable[DictConfig], fetch: bool) -> list[Plan]:
-    """The plan of each job. All are made before the first is checked, and those of one identity are checked once."""
-    plans, known = list[Plan](), dict[tuple[str, Resume], Plan]()
+    Args:
+        here: on this machine they run, so what they need must be on it.
+    """
+    made, known = list[tuple[Plan, Path]](), dict[tuple[str, Resume], Plan]()
     idle: set[str] | None = None
-    for config in configs:
-        ours = _task(config)
-        made = plan.make(ours)
-        plans.append(known.setdefault((made.id, made.checkpoint.resume), made))
+    for config, folder in jobs:
+        _refuse_key(config)
+        ours = compose.task(config)
+        one = plan.make(ours)
+        made.append((known.setdefault((one.id, one.checkpoint.resume), one), folder))
         if idle is None:
-            idle = {o.split("=", 1)[0] for o in config.hydra.overrides.task} & set(HANDLES)
+            idle = {o.split("=", 1)[0] for o in compose.given(config.hydra.overrides.task)} & set(HANDLES)
         if idle:
             idle &= set(plan.idle_handles(ours, idle))
-    for distinct in known.values():
-        job.check(distinct)
-        if fetch:
-            job.fetch(distinct)
+    job.check(*known.values(), here=here)
+    for distinct in known.values() if here else ():
+        job.fetch(distinct)
     for handle in sorted(idle or ()):
         print(f"warning: {handle} has no effect in this combination", file=sys.stderr)
-    return plans
+    return made

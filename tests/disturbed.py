@@ -69,7 +69,8 @@ class Sweep:
         """
         places = [f"output_dir={self.folder / 'outputs'}", f"checkpoint.dir={self.checkpoint}"]
         places += [f"tracking.uri={self.uri}"] * ("tracking=mlflow" in self.overrides)
-        env = os.environ | {"PYTHONPATH": str(WITNESS), "ENGINE_CALLS": str(self.folder / "calls")}
+        path = f"{WITNESS}:{os.environ.get('PYTHONPATH', '')}"
+        env = os.environ | {"PYTHONPATH": path, "ENGINE_CALLS": str(self.folder / "calls")}
         env |= {"ENGINE_HOLD": str(self.hold), "ENGINE_HOLD_AT": str(hold_at)}
         env |= {"ENGINE_SLEEP": str(self.sleep), "OMP_NUM_THREADS": "1", **self.environment}
         with self.log.open("ab") as said:

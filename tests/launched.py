@@ -31,7 +31,8 @@ class Sweep:
     def __init__(self, folder: Path, *argv: str, dies: str = "") -> None:
         """``dies``: the override of a job that does, as it starts."""
         self.hold, self.outputs = folder / "hold", folder / "outputs"
-        self.environment = os.environ | {"PYTHONPATH": str(WITNESS), "ENGINE_CALLS": str(folder / "calls")}
+        path = os.pathsep.join(filter(None, (str(WITNESS), os.environ.get("PYTHONPATH"))))
+        self.environment = os.environ | {"PYTHONPATH": path, "ENGINE_CALLS": str(folder / "calls")}
         self.environment |= {"ENGINE_HOLD": str(self.hold), "ENGINE_HOLD_AT": str(_HELD_AT), "ENGINE_DIES": dies}
         self.argv = [sys.executable, "-m", "selfspec.run", "-m", *argv]
         self.log = folder / "launcher.log"

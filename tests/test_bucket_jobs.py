@@ -153,6 +153,29 @@ def test_a_zombie_job_leaves_nothing(gcs: Proxy, fake: list[str], run: Run, monk
     assert finished(DIR, todo.id) is None and units(todo) == []
 
 
+def test_a_sweeps_checks_wait_for_a_bucket_together(gcs: Proxy, fake: list[str]) -> None:
+    """One whose answer is late keeps no other waiting; none costs more than alone; the first error counts."""
+    plans = [made(*fake, *ON_GCS, f"seed={seed}") for seed in range(8)]
+    gcs.seen.clear()
+    job.check(plans[0])
+    assert len(gcs.seen) == 2
+    late = gcs.plant(f"GET.*{plans[0].id}", "late")
+    checks = threading.Thread(target=lambda: job.check(*plans))
+    checks.start()
+    assert late.met.wait(60)
+    while not all(any(each.id in request for request in gcs.seen) for each in plans):
+        assert checks.is_alive()
+        time.sleep(0.01)
+    late.released.set()
+    checks.join()
+    assert len(gcs.seen) == 2 + 2 * len(plans)
+
+    for damaged in (5, 2):
+        Bucket(job.place(plans[damaged])).create("journal/00000000.jsonl", b"nonsense")
+    with pytest.raises(JournalError, match=f"{plans[2].id}.*: is no segment"):
+        job.check(*plans)
+
+
 def test_a_sweep_that_begins_anew(gcs: Proxy, fake: list[str], run: Run) -> None:
     """With ``never``, what an earlier sweep left is set aside; a plan that two of its jobs ask for runs once."""
     argv = ["-m", *fake, *ON_GCS, "checkpoint.resume=never", "tau=0.1,0.2"]  # no gate looks at tau

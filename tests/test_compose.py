@@ -7,6 +7,7 @@ import pytest
 from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -68,6 +69,12 @@ def test_as_hydra_does(loader: ConfigLoaderImpl, master: DictConfig, order: int)
     composer = Composer(loader.get_search_path())
     for job in JOBS[::order]:
         assert outcome(composer, master, job) == outcome(loader, master, job), job
+
+
+@pytest.mark.parametrize("text", ["a b,c=d", "it's", '"', "back\\slash", "its' \\'", "end\\", "[x]", "", "${seed}"])
+def test_any_text_as_a_value(text: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([f"hydra.sweep.dir={compose.quoted(text)}"])
+    assert override.value() == text
 
 
 @pytest.mark.parametrize("wrong", ["K=many", "tau=[1]", "sead=1", "gate=nope", "seed=", "seed='", "seed@there=1"])

@@ -30,7 +30,7 @@ FRONT_DOORS = ("selfspec.run", "selfspec.serve.__main__")
 # `run` is what a Slurm job calls; no launcher does.
 LAUNCHERS_MAY = tuple(
     f"selfspec.{name}"
-    for name in ("plan", "checkpoint", "errors", "config", "results", "provenance", "interrupt", "run")
+    for name in ("plan", "compose", "checkpoint", "errors", "config", "results", "provenance", "interrupt", "run")
 )
 
 

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from launched import Sweep, until
 
-from selfspec import results
+from hydra_plugins.selfspec_launcher._jobs import Job
+from hydra_plugins.selfspec_launcher.local import LocalLauncher
+from selfspec import plan, results
 from selfspec.checkpoint import FILE
+from selfspec.errors import StorageError
 from selfspec.provenance import hardware
+from selfspec.run import CONF
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py
 
@@ -94,6 +100,15 @@ def test_jobs_of_a_launcher_that_is_killed_end_too(fake: list[str], tmp_path: Pa
         job.wait()
         (log,) = tmp_path.rglob("log.txt")
         assert log.read_text().endswith("SIGTERM: finished work is kept; the same command carries on\n")
+
+
+def test_a_job_whose_log_cannot_be_written(fake: list[str]) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        made = plan.make(compose("config", fake))
+    launcher = LocalLauncher(n_jobs=1, gpus=[], poll_s=0.1)
+    with pytest.raises(StorageError, match=r"^/dev/null/0/log\.txt: cannot be written: not a directory"):
+        launcher.start([Job(0, "job 0", made, [], Path("/dev/null/0"))])
 
 
 @pytest.mark.parametrize(

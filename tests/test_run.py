@@ -80,6 +80,8 @@ BAD = [
     ("engine=torch draft=lsq draft.head={no_facts}", "{no_facts}: corrupt head"),
     ("engine=torch draft=lsq draft.head={no_offsets}", "{no_offsets}: corrupt head"),
     ("output_dir={file}/x checkpoint.resume=never", "{file}/x"),
+    ("hydra.job.chdir=true", "hydra.job.chdir=true: paths are meant from where the command is given; must be false"),
+    ("serve.api_key=hush", "serve.api_key: would be kept with the results; give it as SELFSPEC_API_KEY, in the"),
 ]
 
 
@@ -118,6 +120,9 @@ def test_bad_input_costs_one_line_and_writes_nothing(
         ("checkpoint.resume=auto,require", "checkpoint.resume=require: there is no journal"),
         ("engine=torch draft=layerskip,lsq stages=[bench]", "draft=lsq needs a head and none is fitted yet"),
         ("output_dir=/dev/null/x seed=0,1", "/dev/null/x"),
+        ("hydra.job.chdir=true seed=0,1", "hydra.job.chdir=true: paths are meant"),
+        ("hydra.sweep.subdir=${gate.name} seed=0,1", "hydra.sweep.subdir: gives jobs a folder in common"),
+        ("hydra/launcher=local hydra.launcher.poll_s=-1 seed=0,1", "hydra.launcher.poll_s=-1.0: must be >= 0"),
     ],
 )
 def test_one_bad_job_stops_a_sweep_before_it_starts(
@@ -174,6 +179,16 @@ def test_as_a_module_from_anywhere(tmp_path: Path) -> None:
 def test_a_run_shows_its_table(fake: list[str], run: Run) -> None:
     code, out, err = run(*fake)
     assert (code, err) == (0, "") and "| layerskip3 K=4 |" in out
+
+
+def test_a_key_of_the_environment_is_kept_nowhere(
+    fake: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "hush-hush")
+    code, out, err = run(*fake, "serve.api_key=${oc.env:MY_KEY}")
+    assert (code, err) == (0, "") and "hush" not in out
+    kept = [content for content in tree(tmp_path).values() if content is not None]
+    assert b"serve.api_key=${oc.env:MY_KEY}" in b"".join(kept) and not any(b"hush" in content for content in kept)
 
 
 def test_full_errors_where_asked_for(fake: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """The SkyPilot launcher against a SkyPilot of our own (``skypilot/fake``), whose managed jobs are processes here."""
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,6 +17,7 @@ import yaml
 from hydra_plugins.skypilot_launcher import _bridge
 from selfspec import checkpoint
 from selfspec.errors import ConfigError, LaunchError
+from selfspec.vllm_plugin import versions
 
 HERE = Path(__file__).parent / "skypilot"
 Run = Callable[..., tuple[int, str, str]]
@@ -44,8 +47,10 @@ def sweep(run: Run, fake: list[str], sky: Path, tmp_path: Path) -> Run:
     settings = [f"hydra.launcher.{key}={value}" for key, value in launcher.items()]
 
     def call(*argv: str) -> tuple[int, str, str]:
-        asked = ("-m", "hydra/launcher=skypilot", *fake, f"checkpoint.dir={tmp_path / 'store'}", *settings)
-        return run(*asked, f"hydra.launcher.command='{command}'", *argv)
+        options = [each for each in argv if each.startswith("-")]
+        asked = ("hydra/launcher=skypilot", *fake, f"checkpoint.dir={tmp_path / 'store'}", *settings)
+        rest = (each for each in argv if each not in options)
+        return run("-m", *options, *asked, f"hydra.launcher.command='{command}'", *rest)
 
     return call
 
@@ -194,6 +199,55 @@ def test_the_one_liner_says_what_is_missing(
     code, out, err = run(*argv.split())
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: {says}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_only_jobs_need_need_not_be_on_this_machine(sweep: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    argv = ("draft=none", "engine=vllm", "stages=[bench,quality,soak]", "quality.gate_prompts=0")
+    code, out, err = sweep("hydra.launcher.dryrun=true", *argv, "model.source=file:/there", "K=2,3")
+    assert code == 0 and "error" not in err and "# 1 managed jobs, none of them launched" in out
+
+
+def test_a_job_is_told_all_that_was_said_here(sweep: Run, tmp_path: Path) -> None:
+    mine = tmp_path / "my configs"
+    (mine / "gate").mkdir(parents=True)
+    (mine / "gate" / "mine.yaml").write_text("name: maxp\nthreshold: 0.25\n")
+    argv = (f"--config-dir={mine}", "gate=mine", "K=2", "+hydra.job.env_set.MY='a b'")
+    code, _, err = sweep(*argv)
+    assert code == 2 and f"--config-dir={mine}: jobs elsewhere have no such folder; must lie in" in err
+    code, out, err = sweep(*argv, f"hydra.launcher.workdir={tmp_path}")
+    assert code == 0 and "| layerskip3 maxp=0.25 K=2 |" in out, err
+    (job,) = launched(tmp_path)
+    assert "'--config-dir=my configs' --config-name=config " in str(job["run"]) and "env_set.MY=" in str(job["run"])
+
+
+@pytest.mark.parametrize("launched_by_then", [True, False])
+def test_who_interrupts_is_told_what_goes_on(
+    sweep: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched_by_then: bool
+) -> None:
+    ask = _bridge.Bridge.ask
+
+    def interrupted(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupted_while_launching(bridge: _bridge.Bridge, do: str, **request: object) -> object:
+        return interrupted() if do == "launch" else ask(bridge, do, **request)
+
+    with monkeypatch.context() as patch:
+        if launched_by_then:
+            patch.setattr(time, "sleep", interrupted)  # between two looks at the jobs
+        else:
+            patch.setattr(_bridge.Bridge, "ask", interrupted_while_launching)
+        code, _, err = sweep("K=2,3", "hydra.launcher.command='sleep 600;'")
+    told, last = err.splitlines()[-2:]
+    assert code == 130 and last.startswith("SIGINT: ")
+    if not launched_by_then:
+        assert re.fullmatch("jobs go on; to end them: (sky jobs cancel -n selfspec-[0-9a-f]{16}(; |$)){2}", told)
+        return
+    assert told == "jobs go on; to end them: sky jobs cancel 1 2"
+    for number in (1, 2):
+        os.killpg(int((tmp_path / "sky" / str(number) / "pid").read_text()), signal.SIGKILL)
 
 
 def test_without_skypilot(sweep: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -231,8 +231,8 @@ def test_where_jobs_elsewhere_are_tracked(
     said = _task.untracked(made)
     assert (said is None) == (why is None) and (why or "") in (said or "")
     assert _task.secrets(SETTINGS, made) == secrets
-    task = _task.make(SETTINGS, made, ["K=2"], "run-id")
-    assert task["run"].endswith(" output_dir=outputs hydra/launcher=basic hydra.mode=RUN")
+    task = _task.make(SETTINGS, made, ["K=2"], results.Sweep("launch", "run-id"))
+    assert task["run"].endswith(" output_dir=outputs")
     assert override in task["run"] and ("envs" in task) == (why is None and "none" not in overrides)
     assert not any(secret in json.dumps(task) for secret in environment.values() if secret != "http://x")
 
@@ -262,9 +262,9 @@ def test_settings_that_cannot_work(jobs: list[Job], settings: dict[str, Any], sa
 
 def test_a_pools_machines_are_set_up_by_the_pool(jobs: list[Job]) -> None:
     settings = replace(SETTINGS, setup="pip install x", mounts={"/data": "gs://b"})
-    assert {"setup", "file_mounts"} <= _task.make(settings, jobs[0].plan, [], None).keys()
+    assert {"setup", "file_mounts"} <= _task.make(settings, jobs[0].plan, []).keys()
     pooled = replace(settings, pool="spot-gpus")
-    assert not {"setup", "file_mounts"} & _task.make(pooled, jobs[0].plan, [], None).keys()
+    assert not {"setup", "file_mounts"} & _task.make(pooled, jobs[0].plan, []).keys()
     assert _task.left_to_the_pool(settings) is None and "left out: setup, mounts" in (
         _task.left_to_the_pool(pooled) or ""
     )

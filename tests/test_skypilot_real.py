@@ -46,7 +46,7 @@ def h100_spot(*overrides: str) -> dict[str, Any]:
         config = compose("config", asked, return_hydra_config=True)
         made = plan.make(compose("config", asked))
     launcher = {key: value for key, value in config.hydra.launcher.items() if key != "_target_"}
-    return _task.make(_typed(launcher), made, asked, "run-id")
+    return _task.make(_typed(launcher), made, asked)
 
 
 def test_a_job_of_the_h100_preset(sky: _bridge.Bridge) -> None:

@@ -112,6 +112,20 @@ def test_what_sbatch_would_refuse_is_refused_before_anything_is_written(
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_command_that_fails_without_a_word(
+    run: Run, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    for command in ("sbatch", "squeue", "scancel", "srun"):
+        assert (code := run("-m", "hydra/launcher=slurm", *fake, "K=1,2"))[0] == 2, code
+        (commands / command).write_text("#!/bin/sh\nexit 1\n")
+        (commands / command).chmod(0o755)
+    code, _, err = run("-m", "hydra/launcher=slurm", *fake, "K=1,2")
+    assert (code, err) == (2, "error: hydra.launcher: sbatch refuses it: and says nothing\n")
+
+
 def test_without_slurm(run: Run, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     code, _, err = run("-m", "hydra/launcher=slurm", *fake, "K=1,2")

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -11,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import launched
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
 
-from selfspec import job, plan, results, sweep
+from selfspec import job, plan, results, sweep, tracking
 from selfspec.checkpoint import FILE
 from selfspec.engine.fake import FakeEngine
 from selfspec.results import Result
@@ -44,6 +47,7 @@ main()
 """The command line with an engine that says when it works, and does so once there is something in a file."""
 
 Run = Callable[..., tuple[int, str, str]]
+leave = results.leave
 
 
 @pytest.fixture
@@ -97,7 +101,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def folders(tmp_path: Path) -> list[Path]:
     """Of the sweeps, in the order they began."""
-    return sorted(file.parent for file in tmp_path.rglob(sweep.FILE))
+    return sorted(file.parent for file in tmp_path.rglob(results.SWEEP))
 
 
 def journalled(tmp_path: Path) -> Counter[str]:
@@ -126,7 +130,7 @@ def test_one_parent_three_children_and_the_same_ones_again(
     parent, children = tracked(uri, "three")
     assert [child.data.params["controller.K"] for child in children] == ["1", "2", "3"]
     assert {found.info.status for found in (parent, *children)} == {"FINISHED"}
-    assert json.loads((folder / sweep.FILE).read_text())["run_id"] == parent.info.run_id
+    assert json.loads((folder / results.SWEEP).read_text())["run_id"] == parent.info.run_id
     assert files <= {path.name for path in (Path(parent.info.artifact_uri.removeprefix("file://"))).iterdir()}
     before = {child.info.run_id: child.data for child in children}
 
@@ -238,10 +242,10 @@ def test_a_job_alone_that_changes_tokens(run: Run, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.filterwarnings("ignore:Callback Sweep.on_multirun_end raised")
 def test_a_report_that_fails_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(folder: Path) -> None:
+    def broken(path: Path) -> None:
         raise ZeroDivisionError("no pixels")
 
-    monkeypatch.setattr(results, "find", broken)
+    monkeypatch.setattr(results, "read", broken)
     code, _, err = run("-m", "K=1,2")
     assert code == 1 and "no pixels" in err
 
@@ -270,6 +274,80 @@ def test_a_sweep_whose_tracker_is_down(run: Run, tmp_path: Path, monkeypatch: py
         "warning: not tracking to http://127.0.0.1:9: ConnectionError: the server is down"
     }
     assert len(rows(folders(tmp_path)[0])) == 2
+
+
+def test_what_an_override_refers_to_is_the_jobs_to_look_up(
+    run: Run, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "hush-hush")
+    monkeypatch.setattr(tracking, "_NAME", 8000)
+    to = ("tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=secret")
+    code, out, err = run("-m", *to, "serve.api_key=${oc.env:MY_KEY}", "exit_layer=${K}", "K=1,2")
+    assert (code, err) == (0, "") and all(f"layerskip{k} K={k}" in out for k in (1, 2))
+    (folder,) = folders(tmp_path)
+    noted = json.loads((folder / results.SWEEP).read_text())
+    assert set(noted["plans"]) == {found["plan_id"] for found in results.find(folder)}
+    parent, _ = tracked(uri, "secret")
+    assert "serve.api_key=${oc.env:MY_KEY}" in parent.info.run_name and "hush" not in out
+    files = [path for path in (*tmp_path.rglob("*"), *Path(uri.removeprefix("sqlite:///")).parent.rglob("*"))]
+    assert not [path for path in files if path.is_file() and b"hush-hush" in path.read_bytes()]
+
+
+def test_interrupted_at_its_report(run: Run, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ("-m", "tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=interrupted", "K=1,2")
+    with monkeypatch.context() as patch:
+        patch.setattr(MLflowTracker, "bury", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        code, _, err = run(*argv)
+    assert (code, err) == (130, "SIGINT: finished work is kept; the same command carries on\n")
+    parent, children = tracked(uri, "interrupted")
+    assert [found.info.status for found in (parent, *children)] == ["KILLED", "FINISHED", "FINISHED"]
+    assert run(*argv)[0] == 0 and tracked(uri, "interrupted")[0].info.status == "FINISHED"
+
+
+@pytest.mark.filterwarnings("ignore:Callback Sweep.on_multirun_end raised")
+def test_a_job_without_a_result_is_missed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "leave", lambda folder, result: "K=2" in result["label"] or leave(folder, result))
+    code, out, err = run("-m", "K=1,2")
+    assert code == 1 and "| layerskip3 K=1 |" in out
+    assert err == f"error: {folders(tmp_path)[0]}: 1 of 2 jobs have left no result\n"
+
+
+def test_what_is_swept_over_need_not_work_without_it(fake: list[str], uri: str, tmp_path: Path) -> None:
+    """The config of the sweep itself, with the draft that is none of its jobs', is no job's."""
+    ours = [each for each in fake if not each.startswith(("draft=", "tracking="))]
+    tracking = ("tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=swept")
+    argv = [sys.executable, "-m", "selfspec.run", "-m", *ours, *tracking, "draft=layerskip,none"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    parent, children = tracked(uri, "swept")
+    assert [found.info.status for found in (parent, *children)] == ["FINISHED"] * 3
+    assert "summary.csv" in {path.name for path in Path(parent.info.artifact_uri.removeprefix("file://")).iterdir()}
+
+
+@pytest.mark.parametrize("launcher", ["basic", "local"])
+def test_a_folder_that_an_earlier_sweep_has_used(run: Run, tmp_path: Path, generated: list[int], launcher: str) -> None:
+    """Its jobs are in no table but its own, and ``never`` begins anew."""
+    mine = (f"hydra.sweep.dir={tmp_path / 'mine'}", "hydra.sweep.subdir='${hydra.job.num} of K=${K}'")
+    argv = ("-m", *mine, f"hydra/launcher={launcher}", "checkpoint.resume=never")
+    code, _, err = run(*argv, "K=1,2,3")
+    assert code == 0, err
+    before = {path: path.read_text() for path in tmp_path.rglob(FILE)}
+    code, out, err = run(*argv, "K=2,1")
+    assert code == 0, err
+    assert [row["label"] for row in rows(tmp_path / "mine")] == ["layerskip3 K=2", "layerskip3 K=1"]
+    assert [path.parent.name for path in sorted((tmp_path / "mine").rglob(results.FILE))] == [
+        *("0 of K=1", "0 of K=2", "1 of K=1", "1 of K=2", "2 of K=3"),
+    ]
+    assert "K=3" not in out and len(list(tmp_path.rglob("journal.1.jsonl"))) == 2
+    assert [path.read_text() == text for path, text in before.items()].count(True) == 1
+
+
+def test_a_job_that_dies_is_not_hidden_by_what_was_in_its_folder(fake: list[str], tmp_path: Path) -> None:
+    argv = ["hydra/launcher=local", *fake, f"hydra.sweep.dir={tmp_path / 'mine'}", "K=1,2"]
+    assert launched.Sweep(tmp_path, *argv).run()[0] == 0
+    code, said = launched.Sweep(tmp_path, *argv, "tau=0.1", "scale.prompts=5", dies="K=2").run()
+    assert code == 1 and "job 1 K=2: killed by SIGKILL" in said
+    assert [row["status"] for row in rows(tmp_path / "mine")] == ["finished", "failed"]
 
 
 def test_two_processes_with_one_plan_share_its_work(fake: list[str], tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ fit/<answers id>/   the journal of the answers that heads are fitted on
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from filelock import FileLock
 
@@ -19,8 +20,14 @@ from selfspec.checkpoint.segments import scratch
 from selfspec.errors import JournalError
 from selfspec.provenance import reason, storing, write_atomic
 
+AT_ONCE = 16
+"""Questions to a store under way together."""
 RESULT = "result.json"
 """Beside a plan's journal: what came of it, left there at its end."""
+
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -90,6 +97,12 @@ def finished(place: str, plan_id: str) -> dict[str, Any] | None:
     except ValueError:
         raise JournalError(f"{trimmed(place)}/{name}: is no result; delete it, and the job writes it again") from None
     return result
+
+
+def ask_of_each(question: Callable[[A], T], those: Iterable[A]) -> list[T]:
+    """The answers, in order: a bucket takes its time for each, and none to answer several. Raises the first's error."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(question, those))
 
 
 class OnDisk:

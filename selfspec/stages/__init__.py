@@ -3,6 +3,7 @@
 A stage may also define any of these; what it does not define, :func:`ask` answers for it:
 
     check(plan) -> None                     refuses, before anything is written, what would fail later
+    installed(plan) -> None                 refuses what it needs and is not installed on the machine it is to run on
     fetch(plan) -> None                     has the sources it alone needs on this disk
     per_unit(data) -> Measurements          what a tracker is shown of a unit (its record's data) as it finishes
     write(folder, plan, journal) -> None    files of its own in the result folder

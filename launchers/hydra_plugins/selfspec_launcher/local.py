@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from hydra_plugins.selfspec_launcher._jobs import Job, ProcessLauncher, State, environment
+from hydra_plugins.selfspec_launcher._jobs import Job, ProcessLauncher, State
 
 if TYPE_CHECKING:
     from selfspec.plan import Plan
@@ -33,7 +33,7 @@ class LocalLauncher(ProcessLauncher):
         self._place_of: dict[int, int] = {}
 
     @staticmethod
-    def check(launcher: DictConfig, plans: "Sequence[Plan]") -> None:
+    def check(config: DictConfig, plans: "Sequence[Plan]") -> None:
         """Refuses what cannot work.
 
         Raises:
@@ -41,17 +41,21 @@ class LocalLauncher(ProcessLauncher):
         """
         from selfspec.errors import ConfigError
 
-        if launcher.n_jobs < 1:
-            raise ConfigError(f"hydra.launcher.n_jobs={launcher.n_jobs}: must be >= 1")
+        for key, least in (("n_jobs", 1), ("poll_s", 0)):
+            if config.hydra.launcher[key] < least:
+                raise ConfigError(f"hydra.launcher.{key}={config.hydra.launcher[key]}: must be >= {least}")
 
     def start(self, todo: Sequence[Job]) -> int:
         """Starts jobs while there is a place for one more."""
+        from selfspec.provenance import storing
+
         started = todo[: len(self._places)]
         for job in started:
-            place = self._places.pop(0)
-            job.folder.mkdir(parents=True, exist_ok=True)
-            log = job.folder / LOG
-            with log.open("ab") as file:
+            place, log = self._places.pop(0), job.folder / LOG
+            with storing(log):
+                job.folder.mkdir(parents=True, exist_ok=True)
+                file = log.open("ab")
+            with file:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "selfspec.run", *job.arguments],
                     stdin=subprocess.DEVNULL,
@@ -98,13 +102,15 @@ class LocalLauncher(ProcessLauncher):
 
         The last job too, alone as it may be: what is compared in one table is measured with as many threads.
         """
+        from selfspec import results
         from selfspec.provenance import hardware
 
         cores = hardware()["physical_cores"]
         assert isinstance(cores, int), "it is a number"
         threads = {"OMP_NUM_THREADS": str(max(1, cores // min(self.n_jobs, self.count)))}
         gpu = {"CUDA_VISIBLE_DEVICES": str(self.gpus[place % len(self.gpus)])} if self.gpus else {}
-        return {**threads, **os.environ, **gpu, **environment(self.config)}
+        told = results.Sweep.of(Path(self.config.hydra.sweep.dir)).environment()
+        return {**threads, **os.environ, **gpu, **told}
 
 
 def _why(code: int) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.selfspec_launcher._jobs import Job, ProcessLauncher, State, environment
+from hydra_plugins.selfspec_launcher._jobs import Job, ProcessLauncher, State
 
 if TYPE_CHECKING:
     import submitit
@@ -46,7 +46,7 @@ class SlurmLauncher(ProcessLauncher):
         self._silent = False
 
     @staticmethod
-    def check(launcher: DictConfig, plans: "Sequence[Plan]") -> None:
+    def check(config: DictConfig, plans: "Sequence[Plan]") -> None:
         """Refuses what cannot work.
 
         Raises:
@@ -54,10 +54,12 @@ class SlurmLauncher(ProcessLauncher):
         """
         from selfspec.errors import ConfigError
 
-        for command in ("sbatch", "squeue", "scancel"):
+        launcher = config.hydra.launcher
+        for command in ("sbatch", "srun", "squeue", "scancel"):
             if shutil.which(command) is None:
                 raise ConfigError(f"hydra/launcher=slurm: there is no {command} here; needs a machine of a Slurm")
-        for key, least in (("timeout_min", 1), ("signal_delay_s", 1), ("max_num_timeout", 0), ("array_parallelism", 1)):
+        least_of = {"timeout_min": 1, "signal_delay_s": 1, "max_num_timeout": 0, "array_parallelism": 1, "poll_s": 0}
+        for key, least in least_of.items():
             if launcher[key] < least:
                 raise ConfigError(f"hydra.launcher.{key}={launcher[key]}: must be >= {least}")
         if launcher.signal_delay_s >= 60 * launcher.timeout_min:
@@ -79,13 +81,15 @@ class SlurmLauncher(ProcessLauncher):
         import submitit
 
         from hydra_plugins.selfspec_launcher._slurm_job import Run
+        from selfspec import results
         from selfspec.errors import LaunchError
 
-        jobs, known = todo[:ARRAY], environment(self.config)
-        executor = _executor(self._settings, Path(self.config.hydra.sweep.dir) / FOLDER)
+        jobs, sweep = todo[:ARRAY], Path(self.config.hydra.sweep.dir)
+        told = results.Sweep.of(sweep).environment()
+        executor = _executor(self._settings, sweep / FOLDER)
         try:
             with executor.batch():  # one array
-                submitted = [executor.submit(Run(job.arguments, known)) for job in jobs]
+                submitted = [executor.submit(Run(job.arguments, told)) for job in jobs]
         except (submitit.core.utils.FailedJobError, subprocess.SubprocessError) as error:
             raise LaunchError(f"sbatch refuses: {_words(str(error))}") from error
         self._running.update(zip((job.number for job in jobs), submitted, strict=True))
@@ -173,7 +177,8 @@ def _executor(settings: Mapping[str, Any], folder: Path) -> "submitit.SlurmExecu
 
 def _words(said: str) -> str:
     """The last of what a command of Slurm's says."""
-    return said.strip().splitlines()[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
+    *_, last = ["and says nothing", *said.strip().splitlines()]
+    return last.removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
 
 
 def _plain(value: Any) -> Any:

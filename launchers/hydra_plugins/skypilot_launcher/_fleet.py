@@ -1,23 +1,22 @@
 """The managed jobs of a sweep: which are left alone, attached to or launched; and watching them until they are over."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from hydra_plugins.skypilot_launcher._task import PREFIX
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
 from selfspec import checkpoint, results
 from selfspec.errors import LaunchError, SelfspecError
 from selfspec.plan import Plan
-from selfspec.provenance import write_atomic
 
 BATCH = 8
 """Jobs launched between two looks at those that run; each takes some ten seconds, all at once."""
 RAN = ("SUCCEEDED", "FAILED", "FAILED_SETUP")
 """How a job can end that has a log; else SkyPilot's reason says it all."""
+LAUNCHING = "launching"
 PATIENCE = 10
 """How often in a row SkyPilot may fail to say how jobs are."""
 
@@ -53,6 +52,11 @@ class Job:
     log: list[str] = field(default_factory=list)
 
     @property
+    def under_way(self) -> bool:
+        """Whether SkyPilot has it, or is about to."""
+        return not self.over and (self.id is not None or self.state == LAUNCHING)
+
+    @property
     def failed(self) -> bool:
         """Whether it is over and did not bring what was asked for."""
         return self.over and (self.result is None or self.result["status"] != "finished")
@@ -77,8 +81,8 @@ class Fleet:
             LaunchError: SkyPilot does not say which jobs there are.
             ConfigError: it refuses what was asked for.
         """
-        for job in self._jobs:
-            self._take(job)
+        for job, result in zip(self._jobs, checkpoint.ask_of_each(_result, self._jobs), strict=True):
+            self._take(job, result)
         if any(not job.over for job in self._jobs):
             self._attach()
         self._show(self._jobs)
@@ -118,7 +122,7 @@ class Fleet:
             if not batch:
                 return
             for job in batch:
-                job.state = "launching"
+                job.state = LAUNCHING
             self._show(self._jobs)
             tasks = [job.task for job in batch]
             launched = self._sky.ask("launch", tasks=tasks, secrets=list(secrets), pool=self._settings.pool)
@@ -151,9 +155,8 @@ class Fleet:
     def _update(self, job: Job, known: dict[str, Any]) -> None:
         job.id, job.state, job.where, job.recoveries = (known[key] for key in ("id", "state", "where", "recoveries"))
 
-    def _take(self, job: Job) -> None:
+    def _take(self, job: Job, result: dict[str, Any] | None) -> None:
         """Takes the result that a job has left in the store, if it has."""
-        result = checkpoint.finished(job.plan.checkpoint.dir, job.plan.id)
         if result is None:
             return
         job.result, job.over = result, True
@@ -161,14 +164,13 @@ class Fleet:
         if job.failed:
             job.note = str(result["error"])
         for folder in job.folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / results.FILE, json.dumps(result, indent=1))
+            results.leave(folder, cast(results.Result, result))
 
     def _settle(self, job: Job, known: dict[str, Any]) -> None:
         """A job is over: its result, or why there is none. One that failed hides no other."""
         state, reason = known["state"], known["reason"]
         try:
-            self._take(job)
+            self._take(job, _result(job))
         except SelfspecError as error:
             reason = str(error)
         if job.over:
@@ -186,5 +188,8 @@ class Fleet:
         job.state, job.over, job.note = state, True, reason
         words = ": ".join(filter(None, (f"SkyPilot job {job.id or ''} {state}".replace("  ", " "), reason)))
         for folder in job.folders:
-            folder.mkdir(parents=True, exist_ok=True)
             results.failed(job.plan, folder, LaunchError(words), {})
+
+
+def _result(job: Job) -> dict[str, Any] | None:
+    return checkpoint.finished(job.plan.checkpoint.dir, job.plan.id)

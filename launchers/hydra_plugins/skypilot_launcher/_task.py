@@ -3,22 +3,20 @@
 import os
 import re
 import shlex
-from collections.abc import Sequence
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
+from selfspec import compose
 from selfspec.config import Resume, TrackerName
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
+from selfspec.results import ALONE, Sweep
 
 PREFIX = "selfspec-"
 """Of the names of our managed jobs; the plan's identity follows."""
-SWEEP_RUN = "SELFSPEC_SWEEP_RUN"
-"""Tells a job elsewhere the tracker's run of its sweep."""
 _MLFLOW = tuple(f"MLFLOW_TRACKING_{key}" for key in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
-_THERE = ("output_dir=outputs", "hydra/launcher=basic", "hydra.mode=RUN")
-"""A job is one run there, whatever launches it from here; its folder is none of ours: what counts is in the store."""
 
 
 def check(settings: SkyPilotConf, plan: Plan) -> None:
@@ -59,6 +57,20 @@ def check(settings: SkyPilotConf, plan: Plan) -> None:
             raise ConfigError(f"hydra.launcher.secrets={name}: is not set in the environment")
 
 
+def check_config_dirs(settings: SkyPilotConf, folders: Iterable[Path]) -> None:
+    """Refuses configs that jobs elsewhere would not find.
+
+    Raises:
+        ConfigError: one does not lie in what they get a copy of.
+    """
+    for folder in folders:
+        if settings.workdir is None or not folder.is_relative_to(Path(settings.workdir).resolve()):
+            raise ConfigError(
+                f"--config-dir={folder}: jobs elsewhere have no such folder; must lie in "
+                f"hydra.launcher.workdir={settings.workdir}, of which they get a copy"
+            )
+
+
 def name(plan: Plan) -> str:
     """Of the managed job that runs a plan: the same one wherever and whenever it is asked for."""
     return PREFIX + plan.id
@@ -88,16 +100,16 @@ def left_to_the_pool(settings: SkyPilotConf) -> str | None:
     return said if idle else None
 
 
-def make(settings: SkyPilotConf, plan: Plan, overrides: Sequence[str], sweep_run: str | None) -> dict[str, Any]:
+def make(settings: SkyPilotConf, plan: Plan, arguments: Sequence[str], sweep: Sweep = ALONE) -> dict[str, Any]:
     """The task of one job.
 
     Args:
-        overrides: of this job, as given to Hydra here; the job is composed from them again.
-        sweep_run: the tracker's run of the sweep.
+        arguments: of ``python -m selfspec.run``, to run it alone: the job is composed from them again.
+        sweep: the one that it is part of.
     """
-    tracks = _tracks(plan)
-    place = plan.checkpoint.dir.replace("\\", "\\\\").replace("'", "\\'")  # there, the environment is another
-    more = [f"checkpoint.dir='{place}'", *([] if untracked(plan) is None else ["tracking.name=none"]), *_THERE]
+    there = [f"checkpoint.dir={compose.quoted(plan.checkpoint.dir)}"]  # it may be of the environment, which is another
+    there += [] if untracked(plan) is None else ["tracking.name=none"]
+    there += ["output_dir=outputs"]  # no folder of ours: what counts is in the store
     recovery = {
         "strategy": settings.recovery,
         "max_restarts_on_errors": settings.max_restarts or None,
@@ -119,9 +131,9 @@ def make(settings: SkyPilotConf, plan: Plan, overrides: Sequence[str], sweep_run
         "workdir": settings.workdir,
         "resources": _given(resources),
         "file_mounts": settings.mounts if settings.pool is None else None,
-        "envs": {**settings.envs, **({SWEEP_RUN: sweep_run} if tracks and sweep_run else {})},
+        "envs": {**settings.envs, **(sweep.environment() if _tracks(plan) else {})},
         "setup": settings.setup if settings.pool is None else None,
-        "run": f"{settings.command} {shlex.join([*overrides, *more])}",
+        "run": f"{settings.command} {shlex.join([*arguments, *there])}",
     }
     return _given(task)
 

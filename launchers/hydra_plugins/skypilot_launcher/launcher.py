@@ -1,6 +1,5 @@
 """The launcher that Hydra finds: a sweep's jobs as managed jobs of SkyPilot's, wherever there is a machine for them."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.selfspec_launcher._jobs import arguments, config_dirs
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
 
 if TYPE_CHECKING:
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 class SkyPilotLauncher(Launcher):
     """Hydra imports this file whatever is run, so all that costs time is imported within functions."""
 
+    elsewhere = True
+    """Jobs run on machines of their own: what is installed or fetched on this one is nothing to them."""
+
     def __init__(self, **settings: Any) -> None:
         self._settings = _typed(settings)
         self._config = DictConfig({})
         self._context: HydraContext | None = None
 
     @staticmethod
-    def check(launcher: DictConfig, plans: "Sequence[Plan]") -> None:
+    def check(config: DictConfig, plans: "Sequence[Plan]") -> None:
         """Refuses, before anything is written, what cannot work elsewhere or what SkyPilot will not take.
 
         Raises:
@@ -35,10 +38,11 @@ class SkyPilotLauncher(Launcher):
         """
         from hydra_plugins.skypilot_launcher import _bridge, _task
 
-        settings = _typed({key: value for key, value in launcher.items() if key != "_target_"})
+        settings = _typed({key: value for key, value in config.hydra.launcher.items() if key != "_target_"})
+        _task.check_config_dirs(settings, config_dirs(config))
         for plan in plans:
             _task.check(settings, plan)
-        prepared = _bridge.connect(settings.python).ask("prepare", task=_task.make(settings, plans[0], [], None))
+        prepared = _bridge.connect(settings.python).ask("prepare", task=_task.make(settings, plans[0], []))
         notes = [*prepared["said"], _task.left_to_the_pool(settings), *map(_task.untracked, plans)]
         for words in dict.fromkeys(filter(None, notes)):
             print(f"note: {words}", file=sys.stderr)
@@ -51,6 +55,7 @@ class SkyPilotLauncher(Launcher):
         """Runs all jobs; each returns its speed-up, one that failed None, and is told of at the end.
 
         Raises:
+            Interrupted: SIGTERM or SIGINT. Jobs go on.
             LaunchError: SkyPilot cannot be asked any more. Jobs go on.
             SystemExit: where jobs were only to be shown, or not to be waited for.
         """
@@ -58,6 +63,7 @@ class SkyPilotLauncher(Launcher):
 
         from hydra_plugins.skypilot_launcher import _bridge, _table, _task
         from hydra_plugins.skypilot_launcher._fleet import Fleet
+        from selfspec.errors import Interrupted
 
         sky, console = _bridge.connect(self._settings.python), Console(stderr=True)
         jobs = self._jobs(job_overrides, initial_job_idx)
@@ -68,11 +74,16 @@ class SkyPilotLauncher(Launcher):
             _show(jobs, prepared["hourly"])
             sys.exit(0)
         secrets = _task.secrets(self._settings, jobs[0].plan)
-        with _table.live(console) as show:
-            fleet = Fleet(sky, self._settings, jobs, show)
-            fleet.start(secrets)
-            if self._settings.wait:
-                fleet.watch(secrets)
+        try:
+            with _table.live(console) as show:
+                fleet = Fleet(sky, self._settings, jobs, show)
+                fleet.start(secrets)
+                if self._settings.wait:
+                    fleet.watch(secrets)
+        except Interrupted:
+            if commands := _ending(jobs):
+                print(f"jobs go on; to end them: {'; '.join(commands)}", file=sys.stderr)
+            raise
         for job in jobs:
             for line in job.log:
                 console.print(f"job {job.numbers[0]}: {line}", soft_wrap=True, markup=False, highlight=False)
@@ -89,26 +100,29 @@ class SkyPilotLauncher(Launcher):
         """One for each plan, in the order of the sweep."""
         from hydra_plugins.skypilot_launcher import _task
         from hydra_plugins.skypilot_launcher._fleet import Job
+        from selfspec import compose, results
         from selfspec import plan as plans
 
         assert self._context is not None, "Hydra calls setup() first"
-        folder = Path(self._config.hydra.sweep.dir)
-        noted = folder / "sweep.json"
-        sweep_run = json.loads(noted.read_text())["run_id"] if noted.exists() else None
+        sweep = results.Sweep.of(Path(self._config.hydra.sweep.dir))
         jobs: dict[str, Job] = {}
         for number, overrides in enumerate(job_overrides, first):
-            config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
-            with open_dict(config):
-                config.hydra.job.num, config.hydra.job.id = number, str(number)
-                own = folder / config.hydra.sweep.subdir
-                del config["hydra"]
-            plan = plans.make(config)
+            config, folder = compose.job(self._context.config_loader, self._config, overrides, number)
+            plan = plans.make(compose.task(config))
             _task.check(self._settings, plan)  # another sweeper than Hydra's own chooses its jobs as it goes
-            task = _task.make(self._settings, plan, overrides, sweep_run)
+            told = arguments(self._config, overrides, self._settings.workdir)
+            task = _task.make(self._settings, plan, told, sweep)
             job = jobs.setdefault(plan.id, Job(plan, task, [], []))
             job.numbers.append(number)
-            job.folders.append(own)
+            job.folders.append(folder)
         return list(jobs.values())
+
+
+def _ending(jobs: "Sequence[Job]") -> list[str]:
+    """The commands that end jobs which are under way; of one that is being launched, only the name is known."""
+    known = [str(job.id) for job in jobs if job.under_way and job.id is not None]
+    named = [f"sky jobs cancel -n {job.task['name']}" for job in jobs if job.under_way and job.id is None]
+    return [*([f"sky jobs cancel {' '.join(known)}"] if known else []), *named]
 
 
 def _show(jobs: "Sequence[Job]", hourly: float | None) -> None:
