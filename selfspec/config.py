@@ -2,7 +2,7 @@
 
 Hydra checks keys and types against these dataclasses while it composes. What one value alone can get
 wrong is checked here, when :func:`load` turns the composed config into objects; what only a combination
-can get wrong (a draft the engine cannot run, an exit layer beyond the model) is checked by ``plan.py``.
+can get wrong (a draft the engine cannot run, an exit layer beyond the model) is checked by ``rules.py``.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass

@@ -10,7 +10,7 @@ REPO = Path(__file__).parents[1]
 LAYERS: dict[str, int] = {
     **dict.fromkeys(("selfspec", "types", "errors", "config"), 0),
     **dict.fromkeys(("plan", "metrics", "tracking", "checkpoint", "assets"), 1),
-    **dict.fromkeys(("provenance", "workload", "heads", "interrupt", "progress", "vllm_rules"), 1),
+    **dict.fromkeys(("provenance", "workload", "heads", "interrupt", "progress", "rules", "vllm_rules"), 1),
     **dict.fromkeys(("engine", "vllm_plugin"), 2),
     **dict.fromkeys(("soak", "quality", "stages", "results", "plots", "report"), 3),
     **dict.fromkeys(("job", "sweep", "compose", "refusal", "serve"), 4),

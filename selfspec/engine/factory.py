@@ -10,7 +10,8 @@ from selfspec.config import EngineName
 from selfspec.engine.base import Engine
 from selfspec.engine.served import Server
 from selfspec.errors import ConfigError
-from selfspec.plan import REFERENCES, Plan
+from selfspec.plan import Plan
+from selfspec.rules import REFERENCES
 
 ENGINES = {
     EngineName.torch: "selfspec.engine.torch_engine:TorchEngine",

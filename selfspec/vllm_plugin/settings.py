@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from selfspec import config as schema
 from selfspec import vllm_rules
 from selfspec.errors import ConfigError, one_line
-from selfspec.plan import Plan, check_controller, check_gate
+from selfspec.plan import Plan
+from selfspec.rules import check_controller, check_gate
 
 KEY = "selfspec"
 PROPOSER = "selfspec.vllm_plugin.EarlyExit"
