@@ -132,6 +132,10 @@ def _check_checkpoint(place: str) -> None:
     if re.search(r"://[^/@]*:[^/@]*@", place):
         shown = re.sub(r"//[^/@]*@", "//", place)
         raise ConfigError(f"checkpoint.dir={shown}: must be without credentials, which belong in the environment")
+    if re.match(r"\w+:(?!//)|(gs|gcs|s3|s3a|az|abfs)://(/|$)", place):  # gs:/BUCKET; gs://$BUCKET/PREFIX, and no BUCKET
+        raise ConfigError(
+            f"checkpoint.dir={place}: names no bucket; must be a folder, or a URL such as gs://BUCKET/PREFIX"
+        )
 
 
 def _check_engine(config: schema.Config) -> None:

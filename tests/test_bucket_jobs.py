@@ -200,6 +200,9 @@ def test_a_sweep_that_begins_anew(gcs: Proxy, fake: list[str], run: Run) -> None
         ("-m checkpoint.dir=gs://typo/x seed=0,1", "there is no bucket gs://typo; make it"),
         ("checkpoint.dir=foo://x", "checkpoint.dir=foo://x/plans/{id}: Protocol not known: foo; must be a folder or"),
         ("checkpoint.dir='s3://me:secret@host/x'", "checkpoint.dir=s3://host/x: must be without credentials"),
+        ("checkpoint.dir=gs:///x", "checkpoint.dir=gs:///x: names no bucket; must be a folder, or a URL such as gs://"),
+        ("checkpoint.dir=gs://", "checkpoint.dir=gs://: names no bucket"),
+        ("checkpoint.dir=gs:/bucket/x", "checkpoint.dir=gs:/bucket/x: names no bucket"),
         (
             "checkpoint.dir=gs://bucket/x checkpoint.resume=require",
             "there is no journal gs://bucket/x/plans/{id}/journ",
