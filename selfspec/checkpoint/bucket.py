@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -163,15 +164,25 @@ class Bucket:
 
     def _ask(self, verb: str, name: str, call: Callable[[], Any]) -> Any:
         """Has the store do something; what it says of a file (there, not there) is passed on."""
+
+        def say(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            if error is not None and self._name not in _away:
+                _away.add(self._name)
+                print(f"warning: {self.where(name)}: {_reason(error)}; asked again", file=sys.stderr, flush=True)
+
         trying = Retrying(
             retry=retry_if_exception(_may_pass),
             stop=_enough,
             wait=wait_random_exponential(multiplier=2, max=30),
+            before_sleep=say,
             sleep=self._sleep,
             reraise=True,
         )
         try:
-            return trying(call)
+            answer = trying(call)
+            _away.discard(self._name)
+            return answer
         except (FileNotFoundError, FileExistsError):
             raise
         except Exception as error:
@@ -180,6 +191,8 @@ class Bucket:
 
 _there = set[str]()
 """Buckets that were seen by this process."""
+_away = set[str]()
+"""Those that did not answer when last asked; it has been said."""
 
 
 def trimmed(place: str) -> str:
