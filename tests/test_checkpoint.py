@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import selfspec
-from selfspec.checkpoint import FILE, Journal, Record, inspect
+from selfspec.checkpoint import FILE, Journal, Record, at, inspect
 from selfspec.config import Resume
 from selfspec.errors import Interrupted, JournalError, StorageError
 from selfspec.interrupt import trap
@@ -509,3 +510,28 @@ def test_two_processes_do_each_unit_once(tmp_path: Path) -> None:
         assert child.returncode == 0
         done += out.split()[1:]
     assert sorted(done, key=int) == units(tmp_path) == [str(n) for n in range(50)]
+
+
+def test_who_waits_for_a_head_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    building, built = threading.Event(), threading.Event()
+
+    def build(path: Path) -> None:
+        building.set()
+        assert built.wait(60)
+        path.write_bytes(b"head")
+
+    def never(path: Path) -> None:
+        raise AssertionError("it is there")
+
+    first = threading.Thread(target=at(str(tmp_path)).make, args=("heads/x", build))
+    first.start()
+    assert building.wait(60)
+    second = threading.Thread(target=at(str(tmp_path)).make, args=("heads/x", never))
+    second.start()
+    said = ""
+    while not said:
+        said = capsys.readouterr().err
+    built.set()
+    first.join()
+    second.join()
+    assert said == f"waiting for another process that makes {tmp_path}/heads/x\n"

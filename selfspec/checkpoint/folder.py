@@ -40,12 +40,7 @@ class FileLines:
         """Lock the folder, which is made if need be; waits for who has locked it."""
         with storing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(blocking=False)
-            except Timeout:
-                said = f"waiting for another process that runs the same plan: {self.folder}"
-                print(said, file=sys.stderr, flush=True)
-                self._lock.acquire()
+            acquire(self._lock, f"runs the same plan: {self.folder}")
 
     def where(self, number: int | None = None) -> str:
         """Names the journal, or a line of it (the first is 1), in a message."""
@@ -109,6 +104,15 @@ class FileLines:
                 os.close(self._fd)
                 self._fd = None
             self._lock.release()
+
+
+def acquire(lock: FileLock, what: str) -> None:
+    """Lock; if another process has, say what it does, and wait."""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"waiting for another process that {what}", file=sys.stderr, flush=True)
+        lock.acquire()
 
 
 def on_disk(place: Path | str) -> Path | None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from filelock import FileLock
 
 from selfspec.checkpoint.bucket import Bucket, trimmed
-from selfspec.checkpoint.folder import on_disk
+from selfspec.checkpoint.folder import acquire, on_disk
 from selfspec.checkpoint.lease import LEASE_S, Lease
 from selfspec.checkpoint.segments import scratch
 from selfspec.errors import JournalError
@@ -138,9 +138,13 @@ class OnDisk:
         path = self.path(name)
         with storing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+            lock = FileLock(path.with_suffix(".lock"))
+            acquire(lock, f"makes {path}")
+        try:
             if not path.exists():
                 build(path)
+        finally:
+            lock.release()
 
     def fetch(self, name: str) -> Path:
         """It is here."""
