@@ -27,7 +27,7 @@ TORCHLESS_ENGINE = (
 """What stages and job import of the engine, and what tests run without a model."""
 TORCH_MAY = ("selfspec.engine.", "selfspec.vllm_plugin.")
 FRONT_DOORS = ("selfspec.run", "selfspec.serve.__main__")
-# `run` is what a Slurm job calls; no launcher does.
+# `run` is what a Slurm job calls, and where the configs lie; no launcher runs it.
 LAUNCHERS_MAY = tuple(
     f"selfspec.{name}"
     for name in ("plan", "compose", "checkpoint", "errors", "config", "results", "provenance", "interrupt", "run")

@@ -1,6 +1,7 @@
 """``hydra/launcher=local``: jobs as processes that share fit and tracker, die without hiding others, and are ended."""
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -100,6 +101,17 @@ def test_jobs_of_a_launcher_that_is_killed_end_too(fake: list[str], tmp_path: Pa
         job.wait()
         (log,) = tmp_path.rglob("log.txt")
         assert log.read_text().endswith("SIGTERM: finished work is kept; the same command carries on\n")
+
+
+def test_jobs_have_the_configs_that_were_given(run: Run, fake: list[str], tmp_path: Path) -> None:
+    conf = tmp_path / "my conf"
+    shutil.copytree(CONF, conf)
+    (conf / "gate" / "maxp.yaml").write_text("name: maxp\nthreshold: 0.25\n")
+    (tmp_path / "more" / "gate").mkdir(parents=True)
+    (tmp_path / "more" / "gate" / "mine.yaml").write_text("name: maxp\nthreshold: 0.125\n")
+    given = (f"--config-path={conf}", f"--config-dir={tmp_path / 'more'}")
+    code, out, err = run("-m", *given, "hydra/launcher=local", *fake, "gate=maxp,mine")
+    assert code == 0 and all(f"| layerskip3 maxp={threshold} K=4 " in out for threshold in (0.25, 0.125)), err
 
 
 def test_a_job_whose_log_cannot_be_written(fake: list[str]) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ import yaml
 from hydra_plugins.skypilot_launcher import _bridge
 from selfspec import checkpoint
 from selfspec.errors import ConfigError, LaunchError
+from selfspec.run import CONF
 from selfspec.vllm_plugin import versions
 
 HERE = Path(__file__).parent / "skypilot"
@@ -216,6 +218,9 @@ def test_a_job_is_told_all_that_was_said_here(sweep: Run, tmp_path: Path) -> Non
     argv = (f"--config-dir={mine}", "gate=mine", "K=2", "+hydra.job.env_set.MY='a b'")
     code, _, err = sweep(*argv)
     assert code == 2 and f"--config-dir={mine}: jobs elsewhere have no such folder; must lie in" in err
+    shutil.copytree(CONF, tmp_path / "conf")
+    code, _, err = sweep(f"--config-path={tmp_path / 'conf'}", "K=2")
+    assert code == 2 and f"--config-path={tmp_path / 'conf'}: jobs elsewhere have selfspec's own" in err
     code, out, err = sweep(*argv, f"hydra.launcher.workdir={tmp_path}")
     assert code == 0 and "| layerskip3 maxp=0.25 K=2 |" in out, err
     (job,) = launched(tmp_path)

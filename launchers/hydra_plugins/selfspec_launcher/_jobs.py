@@ -146,20 +146,25 @@ def arguments(config: DictConfig, overrides: Sequence[str], root: str | None = N
     Args:
         config: of the sweep.
         overrides: of the job.
-        root: the folder that a job elsewhere starts in a copy of.
+        root: of a job elsewhere, the folder that it starts in a copy of.
     """
     from selfspec import compose
 
-    folders = [folder if root is None else folder.relative_to(Path(root).resolve()) for folder in config_dirs(config)]
-    found = [*(f"--config-dir={folder}" for folder in folders), f"--config-name={config.hydra.job.config_name}"]
+    main, more = config_folders(config)
+    if root is None:
+        found = [f"--config-path={main}", *(f"--config-dir={folder}" for folder in more)]
+    else:
+        found = [f"--config-dir={folder.relative_to(Path(root).resolve())}" for folder in more]
+    found.append(f"--config-name={config.hydra.job.config_name}")
     kept = [override for override in compose.given(config.hydra.overrides.hydra) if not _NOT_FOR_A_JOB.match(override)]
     return [*found, *overrides, *kept, "hydra/launcher=basic", "hydra.mode=RUN"]
 
 
-def config_dirs(config: DictConfig) -> list[Path]:
-    """What was given as ``--config-dir``."""
+def config_folders(config: DictConfig) -> tuple[Path, list[Path]]:
+    """Where configs are from: our folder of them, or what was given as ``--config-path``; and as ``--config-dir``."""
     sources = config.hydra.runtime.config_sources
-    return [Path(source.path).resolve() for source in sources if source.provider == "command-line"]
+    (main,) = [Path(source.path).resolve() for source in sources if source.provider == "main"]
+    return main, [Path(source.path).resolve() for source in sources if source.provider == "command-line"]
 
 
 def last_lines(log: Path | None) -> list[str]:

@@ -57,13 +57,21 @@ def check(settings: SkyPilotConf, plan: Plan) -> None:
             raise ConfigError(f"hydra.launcher.secrets={name}: is not set in the environment")
 
 
-def check_config_dirs(settings: SkyPilotConf, folders: Iterable[Path]) -> None:
+def check_configs(settings: SkyPilotConf, main: Path, more: Iterable[Path]) -> None:
     """Refuses configs that jobs elsewhere would not find.
 
+    Args:
+        main: ``--config-path``.
+        more: ``--config-dir``.
+
     Raises:
-        ConfigError: one does not lie in what they get a copy of.
+        ConfigError: some do not lie in what they get a copy of.
     """
-    for folder in folders:
+    from selfspec.run import CONF
+
+    if main != CONF.resolve():
+        raise ConfigError(f"--config-path={main}: jobs elsewhere have selfspec's own; use --config-dir")
+    for folder in more:
         if settings.workdir is None or not folder.is_relative_to(Path(settings.workdir).resolve()):
             raise ConfigError(
                 f"--config-dir={folder}: jobs elsewhere have no such folder; must lie in "

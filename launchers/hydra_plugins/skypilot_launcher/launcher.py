@@ -10,7 +10,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.selfspec_launcher._jobs import arguments, config_dirs
+from hydra_plugins.selfspec_launcher._jobs import arguments, config_folders
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class SkyPilotLauncher(Launcher):
         from hydra_plugins.skypilot_launcher import _bridge, _task
 
         settings = _typed({key: value for key, value in config.hydra.launcher.items() if key != "_target_"})
-        _task.check_config_dirs(settings, config_dirs(config))
+        _task.check_configs(settings, *config_folders(config))
         for plan in plans:
             _task.check(settings, plan)
         prepared = _bridge.connect(settings.python).ask("prepare", task=_task.make(settings, plans[0], []))
