@@ -112,7 +112,7 @@ def test_what_sbatch_would_refuse_is_refused_before_anything_is_written(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_command_that_fails_without_a_word(
+def test_what_sbatch_is_told_and_does_not_say(
     run: Run, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = tmp_path / "commands"
@@ -124,6 +124,15 @@ def test_a_command_that_fails_without_a_word(
         (commands / command).chmod(0o755)
     code, _, err = run("-m", "hydra/launcher=slurm", *fake, "K=1,2")
     assert (code, err) == (2, "error: hydra.launcher: sbatch refuses it: and says nothing\n")
+
+    asked = (
+        "hydra.launcher.setup=[module load cuda]",
+        "hydra.launcher.additional_parameters={mail-type: END, x: true}",
+    )
+    (commands / "sbatch").write_text(f"#!/bin/sh\ncat > {tmp_path}/script\nexit 1\n")
+    run("-m", "hydra/launcher=slurm", *fake, *asked, "K=1,2")
+    lines = (tmp_path / "script").read_text().splitlines()
+    assert {"#SBATCH --mail-type=END", "#SBATCH --x", "#SBATCH --requeue", "module load cuda"} <= set(lines)
 
 
 def test_without_slurm(run: Run, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

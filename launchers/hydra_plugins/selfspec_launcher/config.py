@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 
 @dataclass
@@ -51,9 +52,11 @@ class SlurmConf:
     """How often Slurm is asked how jobs are, in seconds."""
 
 
+_OPEN = OmegaConf.structured(SlurmConf)
+OmegaConf.set_struct(_OPEN.additional_parameters, False)  # Hydra would let nobody add a key: {mail-type: END}
 _STORE = ConfigStore.instance()
 _STORE.store(group="hydra/launcher", name="local_launcher", node=LocalConf, provider="selfspec")
-_STORE.store(group="hydra/launcher", name="slurm_launcher", node=SlurmConf, provider="selfspec")
+_STORE.store(group="hydra/launcher", name="slurm_launcher", node=_OPEN, provider="selfspec")
 # By the names that hydra-submitit-launcher has made known; where it is installed, ours take their place.
 _STORE.store(group="hydra/launcher", name="submitit_local", node={"defaults": ["local"]}, provider="selfspec")
 _STORE.store(group="hydra/launcher", name="submitit_slurm", node={"defaults": ["slurm"]}, provider="selfspec")
