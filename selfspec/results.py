@@ -74,7 +74,7 @@ class Result(TypedDict):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a job is told of the sweep that it is part of; nothing where it is part of none.
+    """What a job is told of the sweep that it is part of.
 
     Attributes:
         launch: names this launch of the sweep in journals. Jobs of one that come to the same plan, and one that was
@@ -106,13 +106,12 @@ class Sweep:
         return {key: value for key, value in ((_LAUNCH, self.launch), (_RUN, self.run_id)) if value}
 
     def note(self, folder: Path) -> None:
-        """Leaves it in the sweep's folder, which is made if need be."""
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        """Leaves it in the sweep's folder."""
         write_atomic(folder / SWEEP, json.dumps(asdict(self)))
 
 
 ALONE = Sweep()
+"""Of a job that is part of none."""
 
 
 def nothing(plan: Plan, where: dict[str, Any]) -> Result:
