@@ -188,6 +188,22 @@ def test_skypilot_may_be_away_for_a_while_and_not_for_ever(jobs: list[Job]) -> N
         run(sky, jobs[1:2])
 
 
+def test_one_that_skypilot_forgets_is_not_waited_for_for_ever(jobs: list[Job]) -> None:
+    sky = Script(jobs[:3], ["RUNNING"] * _fleet.PATIENCE, without=[1])
+    ask, looks = sky.ask, iter(range(99))
+
+    def forgetful(do: str, **request: Any) -> Any:
+        if do != "queue" or "ids" not in request:
+            return ask(do, **request)
+        forgotten = {100, 101} if next(looks) < _fleet.PATIENCE - 1 else {101}
+        return [known for known in ask(do, **request) if known["id"] not in forgotten]
+
+    sky.ask = forgetful  # type: ignore[method-assign]
+    run(sky, jobs[:3])
+    assert [job.failed for job in jobs[:3]] == [False, True, False]
+    assert (jobs[1].state, jobs[1].note) == ("GONE", "SkyPilot knows it no more")
+
+
 def test_at_a_terminal_there_is_one_table(jobs: list[Job]) -> None:
     said = StringIO()
     with _table.live(Console(file=said, force_terminal=True, width=200)) as show:

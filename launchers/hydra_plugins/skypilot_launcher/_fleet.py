@@ -18,7 +18,7 @@ RAN = ("SUCCEEDED", "FAILED", "FAILED_SETUP")
 """How a job can end that has a log; else SkyPilot's reason says it all."""
 LAUNCHING = "launching"
 PATIENCE = 10
-"""How often in a row SkyPilot may fail to say how jobs are."""
+"""How often in a row SkyPilot may fail to say how jobs are, or not list one."""
 
 
 class SkyPilot(Protocol):
@@ -36,6 +36,7 @@ class Job:
         numbers: of the sweep's jobs that come to this plan.
         folders: theirs, where results go.
         state: SkyPilot's word, or ours for what is not, or no longer, its affair.
+        missed: at how many looks in a row SkyPilot did not list it.
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class Job:
     recoveries: int = 0
     note: str = ""
     over: bool = False
+    missed: int = 0
     result: dict[str, Any] | None = None
     log: list[str] = field(default_factory=list)
 
@@ -144,12 +146,17 @@ class Fleet:
                 raise LaunchError(f"{error}; jobs go on, and the same command comes back to them") from error
             return
         self._failures = 0
-        for known in found:
-            job = ids.get(known["id"])
-            if job is not None:
-                self._update(job, known)
-                if known["over"]:
-                    self._settle(job, known)
+        listed = {known["id"]: known for known in found}
+        for id, job in ids.items():
+            if id in listed:
+                job.missed = 0
+                self._update(job, listed[id])
+                if listed[id]["over"]:
+                    self._settle(job, listed[id])
+                continue
+            job.missed += 1
+            if job.missed == PATIENCE:
+                self._settle(job, {"state": "GONE", "reason": "SkyPilot knows it no more"})
         self._show(self._jobs)
 
     def _update(self, job: Job, known: dict[str, Any]) -> None:
