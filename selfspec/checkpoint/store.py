@@ -6,7 +6,7 @@ fit/<answers id>/   the journal of the answers that heads are fitted on
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -99,8 +99,10 @@ def finished(place: str, plan_id: str) -> dict[str, Any] | None:
     return result
 
 
-def ask_of_each(question: Callable[[A], T], those: Iterable[A]) -> list[T]:
+def ask_of_each(question: Callable[[A], T], those: Sequence[A]) -> list[T]:
     """The answers, in order: a bucket takes its time for each, and none to answer several. Raises the first's error."""
+    if len(those) == 1:  # a client in another thread is another client, with a connection of its own
+        return [question(those[0])]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(question, those))
 
