@@ -62,25 +62,24 @@ class Sweep(Callback):
         if config.hydra.launcher.get("dryrun"):
             return
         folder = Path(config.hydra.sweep.dir)
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         self._folders = [own for _, own in jobs]
-        for own in self._folders:
+        with storing(folder):
+            used = folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+        for own in self._folders if used else ():
             results.clear(own)
         plans, run_id = tuple(sorted({made.id for made, _ in jobs})), None
         if jobs:
             self._first = jobs[0][0]
             sweep_id = hashlib.sha256(",".join(plans).encode()).hexdigest()[:16]
             tracker = tracking.make(self._first.tracking, self._first.output_dir)
-            run_id = tracker.sweep_parent(
-                sweep_id, f"{self._first.name}: {' '.join(compose.given(config.hydra.overrides.task))}"
-            )
+            said = " ".join(compose.given(config.hydra.overrides.task))
+            run_id = tracker.sweep_parent(sweep_id, f"{self._first.name}: {said}")
         results.Sweep(secrets.token_hex(8), run_id, plans).note(folder)
 
     def _close(self, folder: Path) -> None:
-        paths = [own / results.FILE for own in self._folders]
-        found = [results.read(path) for path in paths if path.exists()] if paths else results.find(folder)
-        lost = sum(not path.exists() for path in paths)
+        found = self._results(folder)
+        lost = max(0, len(self._folders) - len(found))
         files = report.write(folder, found)
         report.show(found)
         failed = {result["plan_id"] for result in found if result["status"] == "failed"}
@@ -97,9 +96,16 @@ class Sweep(Callback):
                 raise
             tracker.finish("FAILED" if failed or lost else "FINISHED")
         if lost:
-            raise LaunchError(f"{folder}: {lost} of {len(paths)} jobs have left no result")
+            raise LaunchError(f"{folder}: {lost} of {len(self._folders)} jobs have left no result")
         if failed:
             sys.exit(SelfspecError.exit_code)
+
+    def _results(self, folder: Path) -> list[results.Result]:
+        if not self._folders:
+            return results.find(folder)
+        paths = [own / results.FILE for own in self._folders]
+        listed = set(folder.rglob(results.FILE))  # what a network file system lists, it may yet say is not there
+        return [results.read(path) for path in paths if path in listed or path.exists()]
 
 
 def _or_leave(action: Callable[[], object]) -> None:
