@@ -1,6 +1,7 @@
 """What a user is told when Hydra, OmegaConf or selfspec refuses: one line with key, value and what is allowed."""
 
 import difflib
+import errno
 import sys
 import traceback
 from dataclasses import fields, is_dataclass
@@ -18,12 +19,13 @@ BY_USER = (UserError, HydraException, OmegaConfBaseException)
 def leave(error: Exception) -> NoReturn:
     """Says what happened and exits: with 2 for what the user can put right, else with 1."""
     say(error)
-    sys.exit(getattr(error, "exit_code", UserError.exit_code if isinstance(error, BY_USER) else 1))
+    foreseen = isinstance(error, BY_USER) or _of_the_disk(error)
+    sys.exit(getattr(error, "exit_code", UserError.exit_code if foreseen else 1))
 
 
 def say(error: Exception) -> None:
     """One line on stderr for what selfspec or Hydra refuse or find; a traceback for what nobody foresaw."""
-    if isinstance(error, (*BY_USER, SelfspecError)):
+    if isinstance(error, (*BY_USER, SelfspecError)) or _of_the_disk(error):
         print(f"error: {sentence(error)}", file=sys.stderr)
     else:
         traceback.print_exception(error)
@@ -45,7 +47,14 @@ def sentence(error: Exception) -> str:
         return f"{asked}: {str(cause).splitlines()[0]}"
     if isinstance(error, HydraException):
         return str(error).splitlines()[0]
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: cannot be written: {str(error.strerror).lower()}"
     return one_line(error)
+
+
+def _of_the_disk(error: Exception) -> bool:
+    """Whether a file of Hydra's could not be written; ours say so themselves."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _unknown_key(error: BaseException | None) -> str:

@@ -1,5 +1,6 @@
 """The command line: what the user gets wrong costs one line, exit code 2 and nothing written, and no wait for torch."""
 
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
 
 from selfspec import job
 from selfspec.assets import identity
@@ -203,6 +205,18 @@ def test_full_errors_where_asked_for(fake: list[str], run: Run, monkeypatch: pyt
 def test_what_only_the_job_finds_out_costs_one_line_too(fake: list[str], run: Run) -> None:
     code, out, err = run(*fake, "scale.prompts=500", "scale.warmup=0")
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: scale.prompts=500: must be at most ")
+
+
+@pytest.mark.parametrize("mode", [[], ["-m"]])
+def test_a_disk_that_is_full_when_hydra_writes(
+    fake: list[str], run: Run, monkeypatch: pytest.MonkeyPatch, mode: list[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OmegaConf, "save", full)
+    monkeypatch.setattr("hydra.core.utils._save_config", full)
+    assert run(*mode, *fake) == (2, "", "error: a file: cannot be written: no space left on device\n")
 
 
 def test_interrupted_before_the_job_began(fake: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
