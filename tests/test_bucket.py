@@ -122,8 +122,8 @@ def test_who_waits_is_told_once_what_for(bucket: Bucket, gcs: Proxy, capsys: pyt
     module._away.clear()
     for _ in range(2):
         gcs.plant("POST", 503, times=20)
-        bucket.write("x", b"")
-        assert capsys.readouterr().err == f"warning: {URL}/x: planted, 503; asked again\n"
+        bucket.write("waited for", b"")
+        assert capsys.readouterr().err == f"warning: {URL}/waited for: planted, 503; asked again\n"
 
 
 def test_what_does_not_pass_is_given_up(bucket: Bucket, gcs: Proxy, caplog: pytest.LogCaptureFixture) -> None:
