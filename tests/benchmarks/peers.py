@@ -16,19 +16,14 @@ ours / peer, the median of per-prompt ratios with a bootstrap 95% interval.
 """
 
 import argparse
-import json
-import os
-import signal
-import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import mean, median
-from tempfile import mkdtemp
 from typing import NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
+from worker import Worker
 
 from selfspec import metrics, plan, workload
 from selfspec.engine.torch_engine import TorchEngine
@@ -36,7 +31,6 @@ from selfspec.run import CONF
 from selfspec.stages import fit
 from selfspec.types import Request
 
-HERE = Path(__file__).parent
 OURS = ["draft=none", "draft=ngram K=8"]
 
 
@@ -55,53 +49,17 @@ class Answer(NamedTuple):
 Decode = Callable[[Sequence[int]], Answer]
 
 
-class Peer:
-    """A worker process that answers a line with a line, and is stopped while it is not asked."""
+class Peer(Worker):
+    """One that is asked for a prompt at a time."""
 
     def __init__(self, python: str, worker: str, options: dict[str, object], new_tokens: int, threads: int) -> None:
-        self.new_tokens, self.log = new_tokens, Path(mkdtemp()) / f"{worker}.log"
-        own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-        own |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        openmp = Path(python).parents[1] / "lib" / "libiomp5.so"
-        if openmp.exists():
-            own["LD_PRELOAD"] = str(openmp)
-        self._process = subprocess.Popen(
-            [python, str(HERE / f"worker_{worker}.py"), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            env=os.environ | own,
-            text=True,
-            start_new_session=True,
-        )
-        assert self._read() == "ready"
-        self._send(signal.SIGSTOP)
+        self.new_tokens = new_tokens
+        super().__init__(python, f"worker_{worker}", options, OMP_NUM_THREADS=str(threads), VLLM_CPU_KVCACHE_SPACE="1")
 
-    def __call__(self, prompt: Sequence[int]) -> Answer:
+    def decode(self, prompt: Sequence[int]) -> Answer:
         """Decodes ``prompt``."""
-        self._send(signal.SIGCONT)
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompt": list(prompt), "new_tokens": self.new_tokens}) + "\n")
-        self._process.stdin.flush()
-        answer = self._read()
-        self._send(signal.SIGSTOP)
-        assert isinstance(answer, dict)
-        return Answer(tuple(answer["tokens"]), answer["seconds"])
-
-    def close(self) -> None:
-        """Ends the worker and whatever it started."""
-        self._send(signal.SIGKILL)
-        self._process.wait()
-
-    def _read(self) -> object:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a worker ended with {self._process.wait()}; what it said is in {self.log}")
-        return json.loads(line)
-
-    def _send(self, number: int) -> None:
-        os.killpg(self._process.pid, number)
+        answer = self({"prompts": [list(prompt)], "new_tokens": self.new_tokens})
+        return Answer(tuple(answer["tokens"][0]), answer["seconds"])
 
 
 def main() -> None:
@@ -133,8 +91,9 @@ def main() -> None:
     mine = list(runs)
     with ExitStack() as stack:
         for name, start in peers(options, first).items():
-            runs[name] = peer = start()
+            peer = start()
             stack.callback(peer.close)
+            runs[name] = peer.decode
         for decode in runs.values():
             decode(prompts[0].tokens)
         answers = {name: [list[Answer]() for _ in prompts] for name in runs}
@@ -163,7 +122,8 @@ def ours(engine: TorchEngine, new_tokens: int) -> Decode:
 def peers(options: argparse.Namespace, engine: TorchEngine) -> dict[str, Callable[[], Peer]]:
     """What starts each peer, by name."""
     threads, folder = torch.get_num_threads(), str(engine.folder)
-    vllm = {"model": folder, "dtype": "bfloat16", "max_model_len": 2048}
+    vllm = {"model": folder, "dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 1}
+    vllm |= {"enable_prefix_caching": False}
     lookup = {"method": "ngram", "num_speculative_tokens": options.K, "prompt_lookup_min": 1}
     drafts: dict[str, dict[str, object]] = {
         "vllm": {},

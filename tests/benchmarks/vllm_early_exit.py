@@ -17,20 +17,16 @@ engine, whose acceptance must be the same within noise.
 """
 
 import argparse
-import atexit
-import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
-from tempfile import mkdtemp
 from typing import Any, NamedTuple
+
+from worker import Worker
 
 BATCH = 8
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -51,87 +47,15 @@ class Answer(NamedTuple):
         return self.counted / self.seconds
 
 
-class Worker:
+class Decoder(Worker):
     """A process that has one vLLM."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.log = Path(mkdtemp()) / "vllm.log"
-        own = {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        openmp = Path(sys.executable).parents[1] / "lib" / "libiomp5.so"
-        own |= {"LD_PRELOAD": str(openmp)} if openmp.exists() else {}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            env=os.environ | own,
-            text=True,
-            start_new_session=True,
-        )
-        self._read()
-        self._send(signal.SIGSTOP)
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__(sys.executable, "worker_vllm", arguments, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
-    def __call__(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Answer:
+    def decode(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Answer:
         """Decodes prompts together."""
-        self._send(signal.SIGCONT)
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": [[*p] for p in prompts], "new_tokens": new_tokens}) + "\n")
-        self._process.stdin.flush()
-        answer = Answer(*self._read())
-        self._send(signal.SIGSTOP)
-        return answer
-
-    def close(self) -> None:
-        """Ends it, if it has not ended."""
-        if self._process.poll() is None:
-            self._send(signal.SIGKILL)
-            self._process.wait()
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a worker ended with {self._process.wait()}; what it said is in {self.log}")
-        return json.loads(line)
-
-    def _send(self, number: int) -> None:
-        os.killpg(self._process.pid, number)
-
-
-def work(options: dict[str, Any]) -> None:
-    """The worker's side: JSON lines in and out."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what vLLM prints is no answer
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    llm = LLM(**options)
-    engine = llm.llm_engine
-    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    record = getattr(getattr(runner, "drafter", None), "record", None)
-    answers.write('"ready"\n')
-    for number, line in enumerate(sys.stdin):
-        asked = json.loads(line)
-        before = Counter(record.totals if record else {})
-        for place, prompt in enumerate(asked["prompts"]):
-            how = SamplingParams(
-                temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True, output_kind=RequestOutputKind.DELTA
-            )
-            engine.add_request(f"{number}.{place}", {"prompt_token_ids": prompt}, how)
-        tokens: list[list[int]] = [[] for _ in asked["prompts"]]
-        counted, steps, first = 0, 0, 0.0
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                new = output.outputs[0].token_ids
-                tokens[int(output.request_id.split(".")[1].split("-")[0])] += new
-                counted += len(new) if first else 0
-            steps += bool(first)
-            if not first and all(tokens):
-                first = time.perf_counter()
-        spent = time.perf_counter() - first
-        after = Counter(record.totals if record else {})
-        totals = {key: after[key] - before[key] for key in after}
-        answers.write(json.dumps(Answer(tokens, counted, spent, steps, totals)) + "\n")
+        return Answer(**self({"prompts": [[*prompt] for prompt in prompts], "new_tokens": new_tokens}))
 
 
 def gate_of(text: str | None) -> dict[str, Any]:
@@ -201,15 +125,15 @@ def compare(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         runs = {}
         for name, arguments in configurations(options, str(factory.weights(made))).items():
-            runs[name] = Worker(arguments)
+            runs[name] = Decoder(arguments)
             stack.callback(runs[name].close)
-            runs[name](prompts[:2], 8)
+            runs[name].decode(prompts[:2], 8)
         for size in options.batches:
             names, answers = list(runs), {name: list[Answer]() for name in runs}
             batches = [prompts[at : at + size] for at in range(0, len(prompts) - size + 1, size)] * options.rounds
             for turn, batch in enumerate(batches):
                 for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    answers[name].append(runs[name](batch, options.new_tokens))
+                    answers[name].append(runs[name].decode(batch, options.new_tokens))
             print(f"\nbatch {size}, {len(batches)} batches of {options.new_tokens} tokens, {options.dtype}", flush=True)
             print("| configuration | tok/s | of plain | acceptance | tokens per step | draft step ms | step ms |")
             print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -243,19 +167,17 @@ def check(options: argparse.Namespace) -> None:
     odd = {"enable_prefix_caching": True, "max_num_batched_tokens": 64, "block_size": 32}
     wanted = dict[int, list[list[int]]]()
     for name, arguments in configurations(options, str(factory.weights(made))).items():
-        worker = Worker(arguments if name == "plain" else arguments | odd)
-        atexit.register(worker.close)
-        for size in (1, BATCH):
-            answers = [worker(batch, options.new_tokens) for batch in in_batches(prompts, size)]
-            tokens = [tokens for answer in answers for tokens in answer.tokens]
-            totals: Counter[str] = Counter()
-            for answer in answers:
-                totals.update(answer.totals)
-            wanted.setdefault(size, tokens)
-            same = sum(a == b for a, b in zip(tokens, wanted[size], strict=True))
-            said = f"{name}, {size} at a time: {same} of {len(tokens)} prompts as plain"
-            print(said + (f"; {accepted(totals)}" if totals else ""), flush=True)
-        worker.close()
+        with closing(Decoder(arguments if name == "plain" else arguments | odd)) as decoder:
+            for size in (1, BATCH):
+                answers = [decoder.decode(batch, options.new_tokens) for batch in in_batches(prompts, size)]
+                tokens = [tokens for answer in answers for tokens in answer.tokens]
+                totals: Counter[str] = Counter()
+                for answer in answers:
+                    totals.update(answer.totals)
+                wanted.setdefault(size, tokens)
+                same = sum(a == b for a, b in zip(tokens, wanted[size], strict=True))
+                said = f"{name}, {size} at a time: {same} of {len(tokens)} prompts as plain"
+                print(said + (f"; {accepted(totals)}" if totals else ""), flush=True)
     for head in options.head or []:
         print(f"our engine, {ours(options, Path(head), prompts)}", flush=True)
 
@@ -300,7 +222,6 @@ def in_batches(prompts: list[tuple[int, ...]], size: int) -> Iterator[list[tuple
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--head", nargs="*", help="files that our fit stage made; none: the raw exit")
     parser.add_argument("--exit-layer", type=int, default=24, help="of the raw exit")
     parser.add_argument("-K", type=int, default=3)
@@ -315,12 +236,7 @@ def main() -> None:
     parser.add_argument("--overrides", nargs="*", default=[], help="for the prompts, as of selfspec.run")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and close the workers on the way
-    if options.worker:
-        work(options.worker)
-    elif options.check:
-        check(options)
-    else:
-        compare(options)
+    (check if options.check else compare)(options)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,55 @@
-"""A peer of ``peers.py``, run by an interpreter that has vLLM: one request at a time, JSON lines in and out.
+"""A worker (``worker.py``) run by an interpreter that has vLLM: it decodes prompts together, greedily, to one length.
 
-The first argument is JSON: ``{"model": folder, ...}``, further keyword arguments of ``vllm.LLM``. A line in is
-``{"prompt": [ids], "new_tokens": n}``, a line out ``{"tokens": [ids], "seconds": those after the first token}``.
+Its options are keyword arguments of ``vllm.LLM``. It is asked ``{"prompts": [[ids], ...], "new_tokens": n}``, and
+answers with the tokens of each prompt; how many came after all had one, in how many seconds and steps; and what our
+plugin counted of its drafts, where it drafts in this process.
 """
 
-import json
-import os
-import sys
 import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
-if __name__ == "__main__":  # vLLM starts processes of its own, which import this file
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what vLLM prints is no answer
+from worker import answer
+
+
+def make(options: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Starts vLLM."""
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    engine = LLM(enable_prefix_caching=False, max_num_seqs=1, **json.loads(sys.argv[1])).llm_engine
-    answers.write('"ready"\n')
-    for number, line in enumerate(sys.stdin):
-        asked = json.loads(line)
-        sampling = SamplingParams(
+    engine = LLM(**options).llm_engine
+    core = getattr(engine.engine_core, "engine_core", None)  # it may be in a process of its own
+    runner = None if core is None else core.model_executor.driver_worker.worker.model_runner
+    record = getattr(getattr(runner, "drafter", None), "record", None)
+    asked_before = 0
+
+    def decode(asked: dict[str, Any]) -> dict[str, Any]:
+        nonlocal asked_before
+        asked_before += 1
+        before = Counter(record.totals if record else {})
+        how = SamplingParams(
             temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True, output_kind=RequestOutputKind.DELTA
         )
-        engine.add_request(str(number), {"prompt_token_ids": asked["prompt"]}, sampling)
-        tokens, first = list[int](), 0.0
+        for place, prompt in enumerate(asked["prompts"]):
+            engine.add_request(f"{asked_before}.{place}", {"prompt_token_ids": prompt}, how)
+        tokens: list[list[int]] = [[] for _ in asked["prompts"]]
+        counted, steps, first = 0, 0, 0.0
         while engine.has_unfinished_requests():
             for output in engine.step():
-                tokens += output.outputs[0].token_ids
-            if tokens:
-                first = first or time.perf_counter()
-        answers.write(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - first}) + "\n")
+                new = output.outputs[0].token_ids
+                tokens[int(output.request_id.split(".")[1].split("-")[0])] += new
+                counted += len(new) if first else 0
+            steps += bool(first)
+            if not first and all(tokens):
+                first = time.perf_counter()
+        seconds = time.perf_counter() - first
+        after = Counter(record.totals if record else {})
+        totals = {key: after[key] - before[key] for key in after}
+        return {"tokens": tokens, "counted": counted, "seconds": seconds, "steps": steps, "totals": totals}
+
+    return decode
+
+
+if __name__ == "__main__":  # vLLM starts processes of its own, which import this file
+    answer(make)
