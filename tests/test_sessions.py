@@ -15,7 +15,7 @@ from selfspec import plan
 from selfspec.config import Order
 from selfspec.engine import admission
 from selfspec.engine.admission import STALL, Waiting
-from selfspec.engine.base import Load, Progress, Session
+from selfspec.engine.base import Load, Progress
 from selfspec.engine.cache import KVCache
 from selfspec.engine.controller import Fixed
 from selfspec.engine.decode import Speculation, Target
@@ -309,19 +309,12 @@ def test_some_sample_and_some_do_not(model: Llama) -> None:
 
 
 class TestEngines:
-    @staticmethod
-    def decoded(session: Session, asked: Sequence[Request]) -> list[Completion]:
-        numbers, done = [session.submit(request) for request in asked], dict[int, Completion]()
-        while session.busy:
-            done |= {told.number: told.completion for told in session.step() if told.completion}
-        return [done[number] for number in numbers]
-
     @pytest.mark.parametrize("order", Order)
     def test_torch_sessions_say_what_generate_says(self, overrides: list[str], order: Order) -> None:
         chosen = ("draft=layerskip", "K=3", "hardware.threads=1", "serve.chunk=4")
         engine = TorchEngine(plan.make(compose("config", [*overrides, *chosen])))
         asked = [Request(prompt(n, n), 12) for n in (5, 14, 2)]
-        got = self.decoded(engine.open(2, 40, order), asked)
+        got = engine.open(2, 40, order).run(asked)
         assert [one.tokens for one in got] == [one.tokens for one in engine.generate(asked)]
 
     def test_more_positions_than_the_model_has(self, overrides: list[str]) -> None:
@@ -340,6 +333,6 @@ class TestEngines:
     def test_fake_sessions_say_what_generate_says(self, fake: list[str], order: Order) -> None:
         made = plan.make(compose("config", [*fake, "serve.chunk=4"]))
         asked = [Request(prompt(n, n), 12 + n, logprobs=1) for n in (5, 14, 2, 30)]
-        got = self.decoded(FakeEngine(made).open(2, 80, order), asked)
+        got = FakeEngine(made).open(2, 80, order).run(asked)
         assert [one.tokens for one in got] == [one.tokens for one in FakeEngine(made).generate(asked)]
         assert FakeEngine(made).decode([104, 105, 255]) == "hi\N{REPLACEMENT CHARACTER}"

@@ -58,7 +58,7 @@ class Session(Protocol):
         """Puts a request in the queue: its number.
 
         Raises:
-            ValueError: its prompt and new tokens are more than a row has positions.
+            ValueError: it has no token, or prompt and new tokens are more than a row has positions.
         """
         ...
 
@@ -73,6 +73,24 @@ class Session(Protocol):
     def step(self) -> list[Progress]:
         """Admits what there is room for, runs one cycle: what is new, by request."""
         ...
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """Decodes all of them, in the order given."""
+        numbers = [self.submit(request) for request in requests]
+        done: dict[int, Completion] = {}
+        while self.busy:
+            done |= {told.number: told.completion for told in self.step() if told.completion}
+        return [done[number] for number in numbers]
+
+
+def check_room(request: Request, positions: int) -> None:
+    """Refuses a request that no row of a session can hold.
+
+    Raises:
+        ValueError: it has no token, or prompt and new tokens are more than a row has positions.
+    """
+    if not request.tokens or len(request.tokens) + request.max_new_tokens > positions:
+        raise ValueError(f"{len(request.tokens)} tokens and {request.max_new_tokens} new ones of {positions}")
 
 
 class Limits(NamedTuple):

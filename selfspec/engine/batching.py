@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 from selfspec.engine.admission import Admission, Waiting
-from selfspec.engine.base import Load, Progress
+from selfspec.engine.base import Load, Progress, Session, check_room
 from selfspec.types import Completion, Cycle, Logprob, Request
 
 
@@ -51,7 +51,7 @@ class Reading(Generic[R]):
     read: int = 0
 
 
-class Batching(ABC, Generic[R]):
+class Batching(Session, ABC, Generic[R]):
     """A :class:`~selfspec.engine.base.Session`; row r of the batch is its member r."""
 
     def __init__(self, capacity: int, positions: int, admission: Admission) -> None:
@@ -106,14 +106,8 @@ class Batching(ABC, Generic[R]):
         return Load(len(self.waiting) + (self.reading is not None), len(self.members), self._kv_used())
 
     def submit(self, request: Request) -> int:
-        """Puts a request in the queue: its number.
-
-        Raises:
-            ValueError: it has no token, or prompt and new tokens are more than a row has positions.
-        """
-        positions = len(request.tokens) + request.max_new_tokens
-        if not request.tokens or positions > self.positions:
-            raise ValueError(f"{len(request.tokens)} tokens and {request.max_new_tokens} new ones of {self.positions}")
+        """See :meth:`Session.submit <selfspec.engine.base.Session.submit>`."""
+        check_room(request, self.positions)
         self.waiting.append(Waiting(self._submitted, request, self._now()))
         self._submitted += 1
         return self._submitted - 1
@@ -138,14 +132,6 @@ class Batching(ABC, Generic[R]):
             new = sum(row.cycles[-1].new_tokens for row in rows)
             self.admission.has_decoded(new / len(rows), self._now() - began)
         return self._report()
-
-    def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Decodes all of them, in the order given."""
-        numbers = [self.submit(request) for request in requests]
-        done: dict[int, Completion] = {}
-        while self.busy:
-            done |= {told.number: told.completion for told in self.step() if told.completion}
-        return [done[number] for number in numbers]
 
     def _admit(self) -> bool:
         """Reads what may be read before the next cycle; whether anything was."""

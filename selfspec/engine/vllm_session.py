@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfspec.engine import vllm_cycles
-from selfspec.engine.base import Load, Progress
+from selfspec.engine.base import Load, Progress, Session, check_room
 from selfspec.types import Completion, Cycle, Logprob, Request, Score
 
 
@@ -53,7 +53,7 @@ class Row:
         )
 
 
-class VLLMSession:
+class VLLMSession(Session):
     """See the module's docstring. Up to ``rows`` requests are with vLLM, which batches them as it likes.
 
     A vLLM has one session at a time.
@@ -86,14 +86,8 @@ class VLLMSession:
         return Load(len(self._waiting), len(self._running), float(used))
 
     def submit(self, request: Request) -> int:
-        """Puts a request in the queue: its number.
-
-        Raises:
-            ValueError: it has no token, or prompt and new tokens are more than there are positions.
-        """
-        positions = len(request.tokens) + request.max_new_tokens
-        if not request.tokens or positions > self.positions:
-            raise ValueError(f"{len(request.tokens)} tokens and {request.max_new_tokens} new ones of {self.positions}")
+        """See :meth:`Session.submit <selfspec.engine.base.Session.submit>`."""
+        check_room(request, self.positions)
         self._waiting.append(Row(self._submitted, request, time.perf_counter()))
         self._submitted += 1
         return self._submitted - 1
@@ -125,14 +119,6 @@ class VLLMSession:
         for row in self._running.values():
             row.asked = self._drafting.asked(row.id) or (self.k, ())
         return sorted((one for one in told if one is not None), key=lambda one: one.number)
-
-    def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Decodes all of them, in the order given."""
-        numbers = [self.submit(request) for request in requests]
-        done: dict[int, Completion] = {}
-        while self.busy:
-            done |= {told.number: told.completion for told in self.step() if told.completion}
-        return [done[number] for number in numbers]
 
     def _admit(self, row: Row) -> None:
         id = str(row.number)
