@@ -20,6 +20,8 @@ _MAY = {"suffix": {"shared"}, "vanilla": {"sha256"}, "medusa": {"sha256"}, "eagl
 """Those they can be given besides."""
 EARLY = ("layerskip", "lsq")
 """The drafts that our plugin runs inside vLLM."""
+HOTTEST = 2.0
+"""The highest temperature that vLLM accepts."""
 OWN = ("kv_gib", "quantization", "tensor_parallel", "eager")
 """The settings of an engine that are vLLM's alone."""
 
@@ -44,6 +46,8 @@ def check(config: schema.Config) -> None:
     if config.policy.relaxed:
         said = f"policy={config.policy.name.name}" if config.policy.verify else "policy.verify=false"
         raise ConfigError(f"{said}: engine=vllm verifies what it drafts, and decodes exactly")
+    if config.policy.temperature > HOTTEST:
+        raise ConfigError(f"policy.temperature={config.policy.temperature:g}: engine=vllm draws at up to {HOTTEST:g}")
     if config.engine.kv_gib is None:
         raise ConfigError("engine.kv_gib=null: engine=vllm needs to know how much room keys and values have")
     if config.hardware.device is Device.mps:
@@ -63,6 +67,24 @@ def chain(draft: schema.Draft) -> None:
     for key, value in (("width", 1), ("budget", None), ("sample", False)):
         if getattr(draft, key) != value:
             raise ConfigError(f"draft.{key}={getattr(draft, key)}: inside vLLM a draft is a chain of likeliest tokens")
+
+
+def learning(gate: schema.Gate, controller: schema.Controller, ranks: int) -> None:
+    """Refuses an early exit whose gate or controller could not learn inside vLLM.
+
+    Args:
+        ranks: among how many devices layers are shared.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    if controller.name is ControllerName.autotune:
+        raise ConfigError("controller=autotune: inside vLLM one exit serves all; allowed are fixed, adaptive, cost")
+    if ranks > 1 and (gate.name is GateName.bandit or controller.name is ControllerName.cost):
+        raise ConfigError(
+            f"gate={gate.name.name}, controller={controller.name.name}: learns from times, which ranks measure "
+            f"differently, and so cannot run with tensor_parallel_size={ranks}"
+        )
 
 
 def _check_own(config: schema.Config) -> None:
@@ -91,7 +113,6 @@ def _check_early(config: schema.Config) -> None:
     """Of drafts that our plugin runs."""
     controller = config.controller
     chain(config.draft)
-    if controller.name is ControllerName.autotune:
-        raise ConfigError("controller=autotune: inside vLLM one exit serves all; allowed are fixed, adaptive, cost")
+    learning(config.gate, controller, config.engine.tensor_parallel or 1)
     if controller.name is not ControllerName.fixed and config.bench.fixed:
         raise ConfigError(f"bench.fixed={config.bench.fixed}: vLLM is started with one controller; use bench.fixed=[]")

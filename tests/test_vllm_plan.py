@@ -53,6 +53,14 @@ def made(*overrides: str) -> Plan:
             r"bench.fixed=\[1, 2, 4, 8\]: vLLM is started with one controller",
         ),
         (["draft=layerskip", "controller=autotune"], "controller=autotune: inside vLLM one exit serves all"),
+        (
+            ["draft=layerskip", "gate=bandit", "engine.tensor_parallel=2"],
+            "gate=bandit, controller=fixed: learns from times, .* tensor_parallel_size=2",
+        ),
+        (
+            ["draft=ngram", "policy=rejection", "temperature=3"],
+            "policy.temperature=3: engine=vllm draws at up to 2",
+        ),
         (["draft=layerskip", "exit_layer=30"], "exit_layer=30: SmolLM2-135M-Instruct has 30 layers"),
         (["draft=none", "hardware.device=mps"], "hardware.device=mps: engine=vllm runs on auto, cpu, cuda"),
         (["draft=none", "engine.weights=int8"], "engine.weights=int8: means nothing to engine=vllm"),

@@ -22,7 +22,6 @@ from selfspec.rules import check_controller, check_gate
 
 KEY = "selfspec"
 PROPOSER = "selfspec.vllm_plugin.EarlyExit"
-_TIMED = "learns from times, which ranks measure differently, and so cannot run with tensor_parallel_size"
 
 
 @dataclass
@@ -37,12 +36,6 @@ class Settings:
     controller: schema.Controller = field(default_factory=lambda: schema.Controller(K=0))
     """``K: 0``: as many as ``num_speculative_tokens``."""
     seed: int = 0
-
-    @property
-    def learns_from_times(self) -> bool:
-        """Whether what is drafted depends on how long things took."""
-        timed = self.controller.name is schema.ControllerName.cost
-        return timed or self.gate.name is schema.GateName.bandit
 
 
 def parse(asked: Any, most: int, ranks: int = 1) -> Settings:
@@ -71,10 +64,7 @@ def parse(asked: Any, most: int, ranks: int = 1) -> Settings:
         controller.K = min(most, controller.most or most)
     if settings.exit_layer < 1:
         raise ConfigError(f"{KEY}.exit_layer={settings.exit_layer}: must be >= 1")
-    if controller.name is schema.ControllerName.autotune:
-        raise ConfigError(
-            f"{KEY}.controller.name=autotune: inside vLLM one exit serves all; allowed are fixed, adaptive, cost"
-        )
+    vllm_rules.learning(settings.gate, controller, ranks)
     if not 0 < controller.most <= most:
         raise ConfigError(
             f"{KEY}.controller: asks for up to {controller.most}; must be from 1 to num_speculative_tokens={most}"
@@ -83,9 +73,6 @@ def parse(asked: Any, most: int, ranks: int = 1) -> Settings:
         raise ConfigError(f"{KEY}.controller.K={controller.K}: must be from {controller.low or 0} to {controller.most}")
     check_gate(settings.gate)
     check_controller(controller)
-    if ranks > 1 and settings.learns_from_times:
-        what = f"gate={settings.gate.name.name}, controller={controller.name.name}"
-        raise ConfigError(f"{KEY}: {what}: {_TIMED}={ranks}")
     return settings
 
 
@@ -112,7 +99,7 @@ def arguments(plan: Plan, head: Path | None = None) -> dict[str, Any]:
         "seed": plan.seed,
     }
     most = plan.controller.most
-    parse(given, most)
+    parse(given, most, plan.engine.tensor_parallel or 1)
     return {"speculative_config": {"model": PROPOSER, "num_speculative_tokens": most, KEY: given}}
 
 
