@@ -181,6 +181,10 @@ class TestCyclesOfAnAnswer:
         found = self.of([3, 3, 3], [2, 0, 1], [1, 4, 2], 20)
         assert [sum(column) for column in zip(*found, strict=True)] == [9, 9, 3, 6]
 
+    def test_a_first_piece_that_a_busy_server_joined(self) -> None:
+        assert self.of([3, 3], [1, 0], [3, 1], 20) == [(3, 3, 1, 2), (3, 3, 0, 1)]
+        assert self.of([3], [2], [4], 20) == [(3, 3, 2, 3)]
+
     def test_an_answer_of_one_token_has_none(self) -> None:
         assert vllm_cycles.of_answer({"num_spec_tokens": 3}, [1], 1, 0.0) == ()
 

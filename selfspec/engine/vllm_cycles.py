@@ -53,16 +53,16 @@ def of_answer(metrics: Mapping[str, Any], pieces: Sequence[int], most: int, seco
 
     Args:
         metrics: vLLM's ``metrics.speculative_decoding`` of the answer, with its per-step lists.
-        pieces: tokens of each piece; the first is of no cycle.
+        pieces: tokens of each piece; the first one's first is of no cycle.
         most: tokens that were asked for.
         seconds: from the first token to the last.
     """
     entries = list(zip(metrics.get("per_step_drafted") or (), metrics.get("per_step_accepted") or (), strict=True))
     first, *later = pieces
     entries.reverse()
-    steps: list[tuple[tuple[int, int] | None, int]] = [(None, 1)] * (first - 1)
-    for at, tokens in enumerate(later):
-        cut = at == len(later) - 1  # a stop, or the end, may have cut the last draft
+    steps: list[tuple[tuple[int, int] | None, int]] = []
+    for at, tokens in enumerate((first - 1, *later)):
+        cut = at == len(later)  # a stop, or the end, may have cut the last draft
         while tokens:
             fits = bool(entries) and (entries[-1][1] < tokens or (cut and len(entries) == 1))
             entry = entries.pop() if fits else None
