@@ -54,6 +54,12 @@ def test_what_is_wrong_is_named(asked: Any, says: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("most", [None, 0, "4"])
+def test_how_much_is_drafted_has_to_be_said(most: Any) -> None:
+    with pytest.raises(ConfigError, match=f"num_speculative_tokens={most!r}: must be a number >= 1"):
+        parse({"exit_layer": 3}, most)
+
+
 def test_what_learns_from_times_runs_on_one_rank() -> None:
     asked = {"exit_layer": 3, "gate": {"name": "bandit", "arms": [0.3]}}
     parse(asked, 4, ranks=1)

@@ -56,7 +56,7 @@ def _take_settings(original: Any) -> Any:
         if isinstance(asked, dict) and asked.get("model") == PROPOSER:
             versions.check()
             settings = asked.get(KEY, self.additional_config.get(KEY))  # there, if this is asked twice
-            parse(settings, asked.get("num_speculative_tokens") or 0, self.tensor_parallel_size)
+            parse(settings, asked.get("num_speculative_tokens"), self.tensor_parallel_size)
             self.additional_config = {**self.additional_config, KEY: settings}
             self.speculative_config = {key: value for key, value in asked.items() if key != KEY}
         return original(self, *args, **kwargs)

@@ -38,11 +38,11 @@ class Settings:
     seed: int = 0
 
 
-def parse(asked: Any, most: int, ranks: int = 1) -> Settings:
+def parse(asked: Any, most: Any, ranks: int = 1) -> Settings:
     """Typed settings from the JSON object.
 
     Args:
-        most: ``num_speculative_tokens``.
+        most: ``num_speculative_tokens``, as it was given.
         ranks: ``tensor_parallel_size``.
 
     Raises:
@@ -50,6 +50,8 @@ def parse(asked: Any, most: int, ranks: int = 1) -> Settings:
     """
     if not isinstance(asked, dict):
         raise ConfigError(f"{KEY}={asked!r}: must be a JSON object such as {{'exit_layer': 12}}")
+    if not isinstance(most, int) or most < 1:
+        raise ConfigError(f"num_speculative_tokens={most!r}: must be a number >= 1, the most tokens of a draft")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Settings), asked)
         missing = sorted(OmegaConf.missing_keys(merged))
