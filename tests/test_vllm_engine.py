@@ -1,6 +1,6 @@
 """engine=vllm with a real vLLM on the real model: its tokens, its figures and its probabilities are our engine's.
 
-One vLLM drafts and one does not, for all tests here; starting them takes most of the time.
+One vLLM drafts n-grams and one does not, for most tests here.
 """
 
 import itertools
@@ -17,10 +17,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from test_hf import build
+from vllm_inside import leave_unswept, look_at
 
 from selfspec import job, plan, workload
 from selfspec.config import EngineName, Order
-from selfspec.engine import factory, vllm_session
+from selfspec.engine import factory, vllm_engine, vllm_session
 from selfspec.engine.base import Engine
 from selfspec.engine.torch_engine import TorchEngine
 from selfspec.errors import ConfigError
@@ -33,8 +34,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; .ci/vllm has it 
 pytestmark = [pytest.mark.vllm, pytest.mark.real, pytest.mark.filterwarnings("default")]
 
 K, NEW, COUNT = 4, 40, 6
+EARLY = ("draft=layerskip", "exit_layer=26", "gate=maxp", "tau=0.4")
 CLOSE = 1e-3
 """Of two float32 logits: what two orders of summing explain."""
+Drafted = tuple[list[Completion], dict[int, list[tuple[int, int]]]]
+"""Answers, and by request what was verified in each step: drafted, and said."""
 
 
 def made(*overrides: str) -> Plan:
@@ -48,6 +52,13 @@ def hydra() -> Iterator[None]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unswept() -> Iterator[None]:
+    yield
+    for core in vllm_engine._STARTED.values():
+        leave_unswept(core)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +80,14 @@ def requests(ours: TorchEngine) -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def drafted(engine: Engine, requests: list[Request]) -> tuple[list[Completion], dict[int, list[tuple[int, int]]]]:
-    """One after the other; and what the scheduler was seen to have verified, by request: drafted, and said."""
+def plain(engine: Engine, requests: list[Request]) -> list[Completion]:
+    """By the vLLM that does not draft, one after the other."""
+    return engine.generate(requests, plain=True)
+
+
+@pytest.fixture(scope="module")
+def drafted(engine: Engine, requests: list[Request]) -> Drafted:
+    """By the one that does, one after the other; and what its scheduler was seen to have verified."""
     seen: dict[str, list[tuple[int, int]]] = defaultdict(list)
     scheduler = engine._core.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
     update = scheduler.update_from_output
@@ -113,6 +130,7 @@ class TestScout:
         folder = tmp_path_factory.mktemp("scout")
         with torch.no_grad():
             build("Llama4ForCausalLM", SCOUT, folder)
+        look_at("Llama4ForCausalLM")
         return folder
 
     @staticmethod
@@ -139,7 +157,7 @@ class TestScout:
 
 def test_an_early_exit_has_our_decoders_cycles(requests: list[Request]) -> None:
     """By our plugin inside vLLM, and by our own decoder: drafted, gated, verified and counted alike."""
-    asked = made("draft=layerskip", "exit_layer=26", "gate=maxp", "tau=0.4")
+    asked = made(*EARLY)
     theirs = factory.make(asked)
     ours = TorchEngine(replace(asked, engine=replace(asked.engine, name=EngineName.torch)))
     pairs = list(zip(theirs.generate(requests[:4], max_batch=2), ours.generate(requests[:4]), strict=True))
@@ -160,17 +178,19 @@ def explained(ours: TorchEngine, request: Request, one: Sequence[int], other: Se
     return at is None or ours.compare((*request.tokens, *one[:at]), one[at], other[at]).gap < CLOSE
 
 
-def test_plain_tokens_are_our_engines(engine: Engine, ours: TorchEngine, requests: list[Request]) -> None:
-    theirs, own = engine.generate(requests, plain=True), ours.generate(requests, plain=True)
-    for request, one, other in zip(requests, theirs, own, strict=True):
+def test_plain_tokens_are_our_engines(ours: TorchEngine, requests: list[Request], plain: list[Completion]) -> None:
+    own = ours.generate(requests, plain=True)
+    for request, one, other in zip(requests, plain, own, strict=True):
         assert explained(ours, request, one.tokens, other.tokens)
         assert one.finish == other.finish or one.tokens != other.tokens
-    assert sum(one.tokens == other.tokens for one, other in zip(theirs, own, strict=True)) >= COUNT - 1
+    assert sum(one.tokens == other.tokens for one, other in zip(plain, own, strict=True)) >= COUNT - 1
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_drafting_changes_no_token(engine: Engine, ours: TorchEngine, requests: list[Request], batch: int) -> None:
-    plain, drafting = engine.generate(requests, plain=True), engine.generate(requests, max_batch=batch)
+def test_drafting_changes_no_token(
+    engine: Engine, ours: TorchEngine, requests: list[Request], plain: list[Completion], drafted: Drafted, batch: int
+) -> None:
+    drafting = drafted[0] if batch == 1 else engine.generate(requests, max_batch=batch)
     for request, one, other in zip(requests, plain, drafting, strict=True):
         assert explained(ours, request, one.tokens, other.tokens)
     cycles = [cycle for one in drafting for cycle in one.cycles]
@@ -179,9 +199,7 @@ def test_drafting_changes_no_token(engine: Engine, ours: TorchEngine, requests: 
     assert all(c.proposed == c.k_asked == 0 for one in plain for c in one.cycles)
 
 
-def test_cycles_are_a_count_by_hand(
-    drafted: tuple[list[Completion], dict[int, list[tuple[int, int]]]], requests: list[Request]
-) -> None:
+def test_cycles_are_a_count_by_hand(drafted: Drafted, requests: list[Request]) -> None:
     done, seen = drafted
     assert len(seen) == COUNT
     for number, (request, one) in enumerate(zip(requests, done, strict=True)):
@@ -198,7 +216,7 @@ def test_cycles_are_a_count_by_hand(
     assert any(c.proposed == 0 for c in cycles) and any(c.accepted == K for c in cycles), "else nothing is proven"
 
 
-def test_times_add_up(drafted: tuple[list[Completion], dict[int, list[tuple[int, int]]]]) -> None:
+def test_times_add_up(drafted: Drafted) -> None:
     for one in drafted[0]:
         assert 0 <= one.queue_s < one.ttft_s < one.total_s
         cycles_s = sum(c.verify_ms + c.draft_ms for c in one.cycles) / 1e3
@@ -216,6 +234,15 @@ def test_scores_are_our_engines(engine: Engine, ours: TorchEngine, requests: lis
         assert [one.greedy for one in theirs] == [True, False, False]
 
 
+def test_what_a_broken_session_left_is_dropped(engine: Engine, requests: list[Request]) -> None:
+    (wanted,) = engine.score(requests[1].tokens, [requests[2].tokens[:4]])
+    session = engine.open(1, 256, Order.fcfs)
+    session.submit(requests[0])
+    session.step()
+    (found,) = engine.score(requests[1].tokens, [requests[2].tokens[:4]])
+    assert found.logprobs == pytest.approx(wanted.logprobs, abs=CLOSE)
+
+
 def test_a_stop_token_ends_an_answer(engine: Engine, ours: TorchEngine) -> None:
     request = Request(tuple(ours.encode("Say only the word yes.", True)), 60)
     (own,), (theirs,) = ours.generate([request], plain=True), engine.generate([request])
@@ -227,7 +254,7 @@ def test_a_stop_token_ends_an_answer(engine: Engine, ours: TorchEngine) -> None:
 
 def test_sampled_tokens_are_of_the_requests_seed(engine: Engine, requests: list[Request]) -> None:
     """Of plain decoding; where vLLM drafts, it draws of the same distribution, and others."""
-    asked = [replace(requests[0], sampling=Sampling(0.9, None, 0.95, seed)) for seed in (1, 1, 2)]
+    asked = [replace(requests[0], sampling=Sampling(0.9, None, 0.95, seed)) for seed in (-1, -1, 2)]
     one, same, other = (engine.generate([request], plain=True)[0].tokens for request in asked)
     assert one == same != other
     (drawn,) = engine.generate(asked[:1])
@@ -270,6 +297,11 @@ def test_too_long_a_request_is_refused_in_a_line(engine: Engine, requests: list[
         engine.generate([replace(requests[0], max_new_tokens=1 << 20)])
 
 
+def test_there_are_rows_for_all_whom_the_gateway_lets_in(engine: Engine) -> None:
+    asked: Any = factory.make(made("serve.max_batch=100"))
+    assert asked.arguments({}).max_num_seqs == 100 and engine.arguments({}).max_num_seqs == 64  # type: ignore[attr-defined]
+
+
 def test_a_bench_and_a_quality_stage(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality = ("quality.prompts=2", "quality.gate_prompts=0", "quality.tasks=[]", "quality.answer_tokens=24")
     small = ("scale.prompts=2", "scale.repeats=1", "scale.warmup=0", "stages=[bench,quality]")
@@ -286,9 +318,29 @@ def test_a_bench_and_a_quality_stage(engine: Engine, tmp_path: Path, monkeypatch
     assert found["quality/identical_texts"] == 1
 
 
-def test_the_next_job_of_a_sweep(engine: Engine, requests: list[Request]) -> None:
+def test_the_next_job_of_a_sweep(engine: Engine, requests: list[Request], plain: list[Completion]) -> None:
     """It has the same plain vLLM, and can start another that drafts although n-grams were drafted before."""
     other: Any = factory.make(made("K=2"))
     assert other._plain_core is engine._plain_core and other._core is not engine._core  # type: ignore[attr-defined]
-    (one,), (plain,) = other.generate(requests[:1]), engine.generate(requests[:1], plain=True)
-    assert one.tokens == plain.tokens and max(cycle.k_asked for cycle in one.cycles) == 2
+    (one,) = other.generate(requests[:1])
+    assert one.tokens == plain[0].tokens and max(cycle.k_asked for cycle in one.cycles) == 2
+
+
+def test_the_next_job_has_threads_of_its_own(engine: Engine) -> None:
+    assert engine.vocab  # vLLM has been started
+    threads = torch.get_num_threads()
+    try:
+        assert factory.make(made(f"hardware.threads={threads + 1}")).describe()["threads"] == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_next_job_learns_anew(requests: list[Request]) -> None:
+    """It may ask for the same vLLM, and so has the same proposer."""
+    asked = made(*EARLY)
+    one: Any = factory.make(asked)
+    drafter = one._core.model_executor.driver_worker.worker.model_runner.drafter
+    one.generate([replace(requests[0], max_new_tokens=8)])
+    gate, other = drafter.gate, factory.make(asked)
+    assert drafter.record.totals["proposed"] > 0
+    assert other._core is one._core and not drafter.record.totals and drafter.gate is not gate  # type: ignore[attr-defined]

@@ -26,11 +26,14 @@ from selfspec.engine.head import Head
 from selfspec.engine.llama import Llama
 from selfspec.engine.scheduler import Scheduler
 from selfspec.engine.tree import Tree
-from selfspec.types import Completion, Request, Sampling
+from selfspec.engine.vllm_session import VLLMSession
+from selfspec.errors import HeadError
+from selfspec.types import Completion, Cycle, Request, Sampling
 from selfspec.vllm_plugin import early_exit
 
+pytest.importorskip("vllm", reason="vLLM is not installed here; .ci/vllm has it in an environment of its own")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
-EXIT, K, NEW = 3, 4, 30
+EXIT, K, LONGEST, NEW = 3, 4, 6, 30
 _LSQ = DraftConfig("lsq", EXIT, HeadForm.affine, ridge=1e-3)
 HEADS = {
     "raw": DraftConfig("layerskip", EXIT),
@@ -40,16 +43,6 @@ HEADS = {
     "previous": replace(_LSQ, previous=True),
     "vocab": replace(_LSQ, vocab=24),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process() -> Iterator[None]:
-    pytest.importorskip("vllm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-        yield
 
 
 class Ours:
@@ -64,11 +57,7 @@ class Ours:
         requests = [Request(tuple(prompt), NEW, ignore_eos=True) for prompt in asked]
         cache = KVCache(shape.layers, 1, shape.kv_heads, 256, shape.head_dim, torch.float32, torch.device("cpu"), 512)
         target = Target(self.model, shape.layers, self.model.norm)
-        scheduler = Scheduler(Speculation(target, draft, reading, Fixed(k), policy.LongestPrefix()), cache)
-        numbers, done = [scheduler.submit(request) for request in requests], dict[int, Completion]()
-        while scheduler.busy:
-            done |= {told.number: told.completion for told in scheduler.step() if told.completion}
-        return [done[number] for number in numbers]
+        return Scheduler(Speculation(target, draft, reading, Fixed(k), policy.LongestPrefix()), cache).run(requests)
 
     def head(self, config: DraftConfig) -> Head | None:
         if not config.fitted:
@@ -92,10 +81,18 @@ def plain(ours: Ours) -> Inside:
     return Inside(ours.folder)
 
 
+@pytest.fixture(scope="module")
+def early(ours: Ours) -> Inside:
+    """The vLLM that all drafts here are made in, with room for the longest and for many at once."""
+    return Inside(ours.folder, {"exit_layer": EXIT}, LONGEST, max_num_seqs=64)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", HEADS)
-def test_drafts_are_those_of_our_own_engine(ours: Ours, plain: Inside, tmp_path: Path, name: str, gated: bool) -> None:
-    config, settings = HEADS[name], dict[str, Any](exit_layer=EXIT)
+def test_drafts_are_those_of_our_own_engine(
+    ours: Ours, plain: Inside, early: Inside, tmp_path: Path, name: str, gated: bool
+) -> None:
+    config, settings = HEADS[name], dict[str, Any](exit_layer=EXIT, controller={"K": K})
     if (head := ours.head(config)) is not None:
         head.facts |= {"exit_layer": EXIT, "draft": config.name}
         (tmp_path / "head").write_bytes(head.to_bytes())
@@ -106,7 +103,7 @@ def test_drafts_are_those_of_our_own_engine(ours: Ours, plain: Inside, tmp_path:
     draft = (lsq if config.name == "lsq" else layerskip).make(config, ours.model, head)
     wanted = ours.decode(draft, K, prompts(), gate.make(asked))
 
-    inside = Inside(ours.folder, settings, K)
+    inside = early.drafting(settings)
     assert inside(prompts(), NEW) == [list(done.tokens) for done in wanted] == plain(prompts(), NEW)
     cycles = [cycle for done in wanted for cycle in done.cycles]
     totals = Counter(
@@ -118,18 +115,18 @@ def test_drafts_are_those_of_our_own_engine(ours: Ours, plain: Inside, tmp_path:
     assert 0 < totals["accepted"] <= totals["proposed"] < K * totals["cycles"]
 
 
-def test_a_head_of_another_exit_is_refused(ours: Ours, tmp_path: Path) -> None:
+def test_a_head_of_another_exit_is_refused(ours: Ours, early: Inside, tmp_path: Path) -> None:
     head = ours.head(HEADS["affine"])
     assert head is not None
     head.facts |= {"exit_layer": EXIT, "draft": "lsq"}
     (tmp_path / "head").write_bytes(head.to_bytes())
-    with pytest.raises(Exception, match="fitted for exit_layer=3, but exit_layer=4 is asked for"):
-        Inside(ours.folder, {"exit_layer": 4, "head": str(tmp_path / "head")})
+    with pytest.raises(HeadError, match="fitted for exit_layer=3, but exit_layer=4 is asked for"):
+        early.drafting({"exit_layer": 4, "head": str(tmp_path / "head")})
 
 
 @pytest.mark.parametrize(("name", "never"), [("maxp", 1.0), ("entropy", 0.0), ("varH", 0.0)])
-def test_gates_stop_drafts(ours: Ours, plain: Inside, name: str, never: float) -> None:
-    inside = Inside(ours.folder, {"exit_layer": EXIT, "gate": {"name": name, "threshold": never}})
+def test_gates_stop_drafts(plain: Inside, early: Inside, name: str, never: float) -> None:
+    inside = early.drafting({"exit_layer": EXIT, "gate": {"name": name, "threshold": never}})
     assert inside(prompts(), NEW) == plain(prompts(), NEW)
     assert inside.totals["proposed"] == 0
     assert inside.totals["cycles"] == len(prompts()) * (NEW - 1)
@@ -139,14 +136,14 @@ def test_gates_stop_drafts(ours: Ours, plain: Inside, name: str, never: float) -
 @pytest.mark.parametrize(
     "controller",
     [
-        {"name": "adaptive", "low": 0, "high": 6, "step": 1, "window": 8, "target": 0.9, "K": 6},
-        {"name": "cost", "window": 16, "K": 6},
+        {"name": "adaptive", "low": 0, "high": LONGEST, "step": 1, "window": 8, "target": 0.9, "K": LONGEST},
+        {"name": "cost", "window": 16, "K": LONGEST},
     ],
 )
 def test_controllers_choose_k(
-    ours: Ours, plain: Inside, controller: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    plain: Inside, early: Inside, controller: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside, looks = Inside(ours.folder, {"exit_layer": EXIT, "controller": controller}, 6), itertools.count()
+    inside, looks = early.drafting({"exit_layer": EXIT, "controller": controller}), itertools.count()
 
     def clock() -> float:
         """By which a verification takes a millisecond, and a draft step half of one, on every machine."""
@@ -159,14 +156,77 @@ def test_controllers_choose_k(
     assert 0 < inside.totals["proposed"] < 5 * inside.totals["cycles"]
 
 
-def test_a_bandit_is_paid(ours: Ours, plain: Inside) -> None:
-    inside = Inside(ours.folder, {"exit_layer": EXIT, "gate": {"name": "bandit", "arms": [0.1, 0.9]}})
+def test_controllers_are_not_told_that_they_asked_for_what_there_was_no_room_for(
+    early: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, seen = early.drafting({"exit_layer": EXIT}), list[Cycle]()
+    monkeypatch.setattr(inside.runner.drafter.controller, "observe", seen.extend)
+    inside(prompts(), 5)
+    assert max(cycle.k_asked for cycle in seen) == 3, "of the four after the first, verification gives one"
+    assert all(cycle.proposed == cycle.k_asked for cycle in seen)
+
+
+def test_a_bandit_is_paid(plain: Inside, early: Inside) -> None:
+    inside = early.drafting({"exit_layer": EXIT, "gate": {"name": "bandit", "arms": [0.1, 0.9]}})
     assert inside(prompts(), NEW) == plain(prompts(), NEW)
     assert inside.runner.drafter.gate.state() != gate.make(GateConfig(GateName.bandit, arms=[0.1, 0.9])).state()
 
 
-def test_nothing_is_kept_of_requests_that_are_done(ours: Ours) -> None:
-    inside = Inside(ours.folder, {"exit_layer": EXIT})
+GREEDY = {"temperature": 1.0, "top_p": 1e-6}, {"temperature": 1.0, "top_k": 1}
+"""Ways to draw that leave nothing to chance: what is drawn by rejection must be the likeliest token, too."""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *GREEDY,
+        {"repetition_penalty": 1.3},
+        {"frequency_penalty": 0.5, "presence_penalty": 0.5},
+        {"stop_token_ids": [*range(2, 8)]},
+        {"min_tokens": 12, "stop_token_ids": [*range(2, 40)]},
+    ],
+    ids=lambda how: "+".join(how),
+)
+def test_what_requests_ask_for_is_kept_to(plain: Inside, early: Inside, how: dict[str, Any]) -> None:
+    inside = early.drafting({"exit_layer": EXIT})
+    assert inside(prompts(), NEW, **how) == plain(prompts(), NEW, **how)
+    assert 0 < inside.totals["accepted"] < inside.totals["proposed"]
+    usual = plain(prompts(), NEW)
+    assert (plain(prompts(), NEW, **how) == usual) == (how in GREEDY), "else nothing is proven"
+
+
+def test_requests_that_are_taken_back_leave_the_others_alone(plain: Inside, early: Inside) -> None:
+    session = VLLMSession(early.drafting({"exit_layer": EXIT}).llm.llm_engine, 8, 256, frozenset(), LONGEST)
+    asked = [Request(tuple(prompt), NEW, ignore_eos=True) for prompt in prompts()]
+    numbers, done = [session.submit(request) for request in asked], dict[int, Completion]()
+    while session.busy:
+        done |= {told.number: told.completion for told in session.step() if told.completion}
+        for number in numbers[1::2]:
+            if number not in done and (left := session.cancel(number)):
+                done[number] = left
+    wanted = plain(prompts(), NEW)
+    assert [list(done[number].tokens) for number in numbers[::2]] == wanted[::2]
+    for number in numbers[1::2]:
+        told = list(done[number].tokens)
+        assert told == wanted[number][: len(told)] and len(told) < NEW
+
+
+def test_what_vllm_verifies_at_its_end_is_no_draft_of_ours(ours: Ours) -> None:
+    """Near its greatest length vLLM asks for no drafts, and verifies zeros."""
+    end, gate = 128, {"name": "maxp", "threshold": 0.2}
+    options = {"max_model_len": end, "per_request_spec_decode_metrics": "detailed"}
+    inside = Inside(ours.folder, {"exit_layer": EXIT, "gate": gate}, K, **options)
+    asked = [Request(tuple(prompt), end - len(prompt), ignore_eos=True) for prompt in prompts()]
+    done = VLLMSession(inside.llm.llm_engine, 8, end, frozenset(), K).run(asked)
+    zeros, ours_own = [], []
+    for cycle in (cycle for one in done for cycle in one.cycles):
+        (ours_own if cycle.signals else zeros).append(cycle)
+    assert all(c.proposed <= len(c.signals) <= c.proposed + 1 for c in ours_own)
+    assert any(c.proposed for c in zeros) and len(zeros) < len(ours_own)
+
+
+def test_nothing_is_kept_of_requests_that_are_done(early: Inside) -> None:
+    inside = early.drafting({"exit_layer": EXIT})
     for _ in range(3):
         inside(prompts(), NEW)
     record = inside.runner.drafter.record
@@ -208,12 +268,14 @@ def surprise(inside: Inside, exact: torch.Tensor) -> float:
     return float((((counts - means) ** 2 / means).sum() - freedom) / (2 * freedom) ** 0.5)
 
 
-def test_sampled_tokens_have_the_targets_distribution(ours: Ours, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_tokens_have_the_targets_distribution(
+    ours: Ours, early: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm.v1.sample import rejection_sampler
 
     exact = truth(ours)
     assert len(exact.nonzero()) > 10
-    inside = Inside(ours.folder, {"exit_layer": EXIT}, max_num_seqs=64)
+    inside = early.drafting({"exit_layer": EXIT})
     assert surprise(inside, exact) < 5
     assert 0 < inside.totals["accepted"] < inside.totals["proposed"]
     with monkeypatch.context() as planted:

@@ -11,11 +11,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 LAYERS, VOCABULARY = 6, 64
 BLOCK = 32
+IN_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 _KEPT: list[Any] = []
 
 
@@ -58,12 +64,22 @@ def prompts(count: int = 8) -> list[list[int]]:
     return [shared + prompt if i % 2 else prompt for i, prompt in enumerate(own)]
 
 
+def look_at(family: str) -> None:
+    """Imports a model's code here and now; vLLM would do it for each model in a process of its own, for 10 seconds."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(family, ModelRegistry.models[family].load_model_cls())
+
+
+def leave_unswept(engine: Any) -> None:
+    """Spares the process's end what vLLM does of every engine then: to search all memory for garbage, for 2 seconds."""
+    engine.engine_core._finalizer.atexit = False
+
+
 class Inside:
     """vLLM in this process; with ``settings``, an early exit drafts in it."""
 
     def __init__(self, folder: Path, settings: dict[str, Any] | None = None, k: int = 4, **options: Any) -> None:
-        from vllm import LLM
-
         speculative = {"model": "selfspec.vllm_plugin.EarlyExit", "num_speculative_tokens": k, "selfspec": settings}
         defaults: dict[str, Any] = {
             "dtype": "float32",
@@ -77,10 +93,29 @@ class Inside:
             "disable_log_stats": False,
         }
         drafted = {} if settings is None else {"speculative_config": speculative}
-        self.llm = LLM(model=str(folder), **(defaults | drafted | options))
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in IN_PROCESS.items():
+                patch.setenv(name, value)
+            patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # which vLLM takes away
+            from vllm import LLM
+
+            look_at(folder.name)
+            self.llm = LLM(model=str(folder), **(defaults | drafted | options))
         self.core: Any = self.llm.llm_engine.engine_core.engine_core
         self.runner: Any = self.core.model_executor.driver_worker.worker.model_runner
         _KEPT.append(self)
+        leave_unswept(self.llm.llm_engine)
+
+    def drafting(self, settings: dict[str, Any]) -> "Inside":
+        """Drafts so from now on: with another proposer, made and given the model as vLLM does, and the same vLLM."""
+        from selfspec.vllm_plugin import EarlyExit
+
+        config = self.runner.vllm_config
+        config.additional_config["selfspec"] = settings
+        proposer = EarlyExit(config)
+        proposer.load_model(self.runner.model)
+        self.runner.drafter = proposer
+        return self
 
     def __call__(self, asked: Sequence[Sequence[int]], new: int | Sequence[int] = 40, **how: Any) -> list[list[int]]:
         """The new tokens of each prompt."""

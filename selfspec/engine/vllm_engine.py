@@ -61,18 +61,20 @@ class VLLMEngine(TorchEngine):
         return self._start(vllm_args.speculation(self.plan, factory.drafter(self.plan), self._head_path))
 
     def _start(self, more: Mapping[str, Any]) -> Any:
-        """A vLLM, or the one of this process that was started so.
+        """A vLLM, or the one of this process that was started so, as if it were new.
 
         Raises:
             ConfigError: it refuses, in its own words.
         """
         asked = self.arguments(more)
         if (known := _STARTED.get(repr(asked))) is not None:
+            vllm_session.Drafting(known).reset()
             return known
         from vllm.v1.engine.llm_engine import LLMEngine
 
         from selfspec.vllm_plugin.mend import mend
 
+        set_threads = torch.set_num_threads
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # advice to those who develop it
@@ -82,6 +84,8 @@ class VLLMEngine(TorchEngine):
             return started
         except (ValueError, TypeError, NotImplementedError, ImportError, RuntimeError) as error:
             raise ConfigError(f"engine=vllm: {self.plan.model.name}: {one_line(error)}") from error
+        finally:
+            torch.set_num_threads = set_threads  # it takes this away, as it may bind threads; the next job wants others
 
     def arguments(self, more: Mapping[str, Any]) -> Any:
         """``vllm.EngineArgs`` of plain decoding, and ``more``.
@@ -103,7 +107,7 @@ class VLLMEngine(TorchEngine):
         asked = {
             **vllm_args.arguments(self.plan, self.folder),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "max_num_seqs": max(_ROWS, self.plan.engine.max_batch),
+            "max_num_seqs": max(_ROWS, self.plan.engine.max_batch, self.plan.serve.max_batch),
             "gpu_memory_utilization": 0.01,  # two start beside each other; kv_gib alone says what is taken
             "max_model_len": -1,  # as long as the room for keys and values allows
             "enable_prefix_caching": False,  # a prompt that is decoded again is read again, as by our own engine

@@ -72,7 +72,7 @@ class VLLMSession(Session):
         self._running: dict[str, Row] = {}
         self._submitted = 0
         self._drafting = Drafting(core)
-        core.abort_request(list(core.output_processor.request_states), internal=True)  # left by a session that broke
+        _clear(core)
 
     @property
     def busy(self) -> bool:
@@ -174,11 +174,24 @@ class Drafting:
         ms, self.ms = self.ms, 0.0
         return ms
 
+    @property
+    def _plugin(self) -> Any:
+        """Our plugin's proposer; ``None``: something else drafts, or nothing."""
+        drafter = getattr(self._runner, "drafter", None)
+        return drafter if hasattr(drafter, "record") else None
+
     def asked(self, id: str) -> tuple[int, tuple[float, ...]] | None:
-        """How many tokens a request's draft was asked for, and the gate's signals; our plugin's drafts alone tell."""
-        record = getattr(getattr(self._runner, "drafter", None), "record", None)
-        drafted = None if record is None else record.pending.get(id)
+        """How many tokens a request's draft was asked for, and the gate's signals; our plugin's drafts alone tell.
+
+        Near the model's greatest length vLLM asks for none, and verifies zeros: what was drafted before is not those.
+        """
+        drafted = self._plugin.record.pending.get(id) if self._plugin is not None and self.ms else None
         return None if drafted is None else (drafted.k_asked, tuple(drafted.signals))
+
+    def reset(self) -> None:
+        """Forgets what our plugin's gate and controller have learned."""
+        if self._plugin is not None:
+            self._plugin.reset()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -212,7 +225,7 @@ def parameters(request: Request, stops: frozenset[int]) -> Any:
         temperature=sampling.temperature,
         top_k=sampling.top_k or 0,
         top_p=1.0 if sampling.top_p is None else sampling.top_p,
-        seed=sampling.seed if sampling.temperature > 0 else None,
+        seed=sampling.seed % 2**63 if sampling.temperature > 0 else None,  # of vLLM's own, -1 is none
         max_tokens=request.max_new_tokens,
         ignore_eos=request.ignore_eos,
         stop_token_ids=None if request.ignore_eos else sorted(stops),
@@ -226,6 +239,7 @@ def score(core: Any, context: Sequence[int], continuations: Sequence[Sequence[in
     """How likely each continuation is, each read in one go (vLLM gives probabilities of prompts that it reads)."""
     from vllm import SamplingParams
 
+    _clear(core)
     asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     for number, continuation in enumerate(continuations):
         core.add_request(str(number), {"prompt_token_ids": [*context, *continuation]}, asked)
@@ -233,6 +247,11 @@ def score(core: Any, context: Sequence[int], continuations: Sequence[Sequence[in
     while core.has_unfinished_requests():
         done |= {int(output.request_id): output.prompt_logprobs for output in core.step() if output.finished}
     return [_score(done[number][len(context) :], tokens) for number, tokens in enumerate(continuations)]
+
+
+def _clear(core: Any) -> None:
+    """Drops what a session that broke has left."""
+    core.abort_request(list(core.output_processor.request_states), internal=True)
 
 
 def _score(read: Sequence[Any], tokens: Sequence[int]) -> Score:

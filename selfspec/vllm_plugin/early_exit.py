@@ -45,6 +45,10 @@ class EarlyExit:
         self.most: int = vllm_config.speculative_config.num_speculative_tokens
         ranks = vllm_config.parallel_config.tensor_parallel_size
         self.settings = parse(vllm_config.additional_config.get(KEY), self.most, ranks)
+        self.reset()
+
+    def reset(self) -> None:
+        """Gate, controller and record as they were before anything was drafted."""
         self.gate = gates.make(self.settings.gate, self.settings.seed)
         self.controller = controllers.make(self.settings.controller, self.settings.seed)
         self.record = Record()
@@ -93,13 +97,13 @@ class EarlyExit:
 
         slots = Slots(runner)
         rows = [row for row, tokens in enumerate(sampled) if tokens]
-        drafts = {row: Drafted(self.controller.ask(self.record.history(ids[row]), len(rows))) for row in rows}
-        limits = {row: min(most, draft.k_asked, self._room(runner, slots, row)) for row, draft in drafts.items()}
-        going = [row for row in rows if limits[row] > 0]
+        asked = {row: self.controller.ask(self.record.history(ids[row]), len(rows)) for row in rows}
+        drafts = {row: Drafted(min(most, k, self._room(runner, slots, row))) for row, k in asked.items()}
+        going = [row for row in rows if drafts[row].k_asked > 0]
         if going:
             last = torch.tensor([sampled[row][-1] for row in going])
             at = torch.tensor([int(runner.input_batch.num_tokens_no_spec[row]) - 1 for row in going])
-            self._chains(slots, going, drafts, limits, last, at, self._known(states, sampled, counts, going))
+            self._chains(slots, going, drafts, last, at, self._known(states, sampled, counts, going))
         self.record.drafted({ids[row]: draft for row, draft in drafts.items()}, began, time.perf_counter())
         return [drafts[row].tokens if row in drafts else [] for row in range(len(ids))]
 
@@ -108,12 +112,11 @@ class EarlyExit:
         slots: Slots,
         going: list[int],
         drafts: dict[int, Drafted],
-        limits: dict[int, int],
         tokens: Tensor,
         positions: Tensor,
         states: Tensor,
     ) -> None:
-        """Drafts for rows ``going`` until each has its limit or the gate doubts its next token; such rows drop out."""
+        """Drafts for rows ``going`` until each has what it was asked for or the gate doubts its next token."""
         device = slots.device
         tokens, positions, furthest = tokens.to(device), positions.to(device), int(positions.max())
         slots.look(torch.tensor(going, device=device))
@@ -131,7 +134,7 @@ class EarlyExit:
                     if self.gate.stops(signals[place]):
                         continue
                 draft.tokens.append(token)
-                if len(draft.tokens) < limits[row]:
+                if len(draft.tokens) < draft.k_asked:
                     stay.append(place)
             if len(stay) < len(going):
                 left = torch.tensor(stay, device=device, dtype=torch.int64)
@@ -175,7 +178,7 @@ class EarlyExit:
         asked = request.sampling_params.max_tokens if request.sampling_params else None
         remaining = self.most + 1 if asked is None else asked - len(request.output_token_ids)
         rooms: tuple[int, ...] = (slots.room(row) - (tokens - 1), runner.max_model_len - tokens, remaining - 1)
-        return min(rooms)
+        return max(0, min(rooms))
 
     def _head(self) -> tuple[dict[str, Tensor], bool]:
         """The fitted head's tensors, ready to run, and whether it reads the previous final state."""

@@ -13,7 +13,7 @@ from selfspec.types import Cycle
 
 @dataclass(slots=True)
 class Drafted:
-    """What was drafted for a request and not yet judged; times in seconds."""
+    """What was drafted for a request and not yet judged; ``k_asked``: how much was to be, where there was room."""
 
     k_asked: int
     tokens: list[int] = field(default_factory=list)
