@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,9 +116,9 @@ def test_what_sbatch_would_refuse_is_refused_before_anything_is_written(
 def test_what_sbatch_is_told_and_does_not_say(
     run: Run, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands = tmp_path / "commands"
+    commands, cat = tmp_path / "commands", shutil.which("cat")
     commands.mkdir()
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", str(commands))  # a real Slurm may be on the other
     for command in ("sbatch", "squeue", "scancel", "srun"):
         assert (code := run("-m", "hydra/launcher=slurm", *fake, "K=1,2"))[0] == 2, code
         (commands / command).write_text("#!/bin/sh\nexit 1\n")
@@ -129,7 +130,7 @@ def test_what_sbatch_is_told_and_does_not_say(
         "hydra.launcher.setup=[module load cuda]",
         "hydra.launcher.additional_parameters={mail-type: END, x: true}",
     )
-    (commands / "sbatch").write_text(f"#!/bin/sh\ncat > {tmp_path}/script\nexit 1\n")
+    (commands / "sbatch").write_text(f"#!/bin/sh\n{cat} > {tmp_path}/script\nexit 1\n")
     run("-m", "hydra/launcher=slurm", *fake, *asked, "K=1,2")
     lines = (tmp_path / "script").read_text().splitlines()
     assert {"#SBATCH --mail-type=END", "#SBATCH --x", "#SBATCH --requeue", "module load cuda"} <= set(lines)
