@@ -1,8 +1,8 @@
 """Matrix products with weights laid out once as the CPU's kernel wants them.
 
 In bf16 on a CPU, ``F.linear`` on a plain weight cannot use such a layout. One token's products with all of
-SmolLM2-135M's weights take 20 ms that way, 17 ms laid out for oneDNN (through the operators that ``torch.compile``
-emits), and 10 ms by our own kernel, which is what reading them takes (``tests/benchmarks/plain.py``).
+SmolLM2-135M's weights take 23 ms that way, 14 ms laid out for oneDNN (through the operators that ``torch.compile``
+emits), and 7 ms by our own kernel, which is what reading them takes (``tests/benchmarks/plain.py``).
 
 Weights can be rounded to int8, too, with a scale for each output; activations then are, with a scale for each token,
 so that what a token comes to does not depend on its neighbours in a pass, and sums are exact. ``docs/routing.md`` says
