@@ -35,7 +35,8 @@ KEPT = 16
 """Followers of a context of the fit data: a common token has hundreds, and a tree has no use for them."""
 WORTH = 0.05
 """A token less likely than this, times the requests that share a pass, costs more to verify than it brings: of a pass
-of SmolLM2-135M that brings 2.7 tokens in 13 ms, one more token to verify takes 0.27 (0.53 beyond the eighth)."""
+of SmolLM2-135M that brings 2.4 tokens in 12 ms, one more token to verify takes 0.3 to 0.6, the less the slower memory
+is (``docs/results.md``). Around the best, speed hardly depends on it."""
 
 
 class Suffix(Draft):
