@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from hydra_plugins.skypilot_launcher import _bridge
-from selfspec import checkpoint
+from selfspec import checkpoint, compose
 from selfspec.errors import ConfigError, LaunchError
 from selfspec.run import CONF
 from selfspec.vllm_plugin import versions
@@ -30,7 +31,8 @@ Run = Callable[..., tuple[int, str, str]]
 def sky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Python that imports our SkyPilot."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={HERE / "fake"} exec {sys.executable} "$@"\n')
+    path, ours = shlex.quote(str(HERE / "fake")), shlex.quote(sys.executable)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={path} exec {ours} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv("FAKE_SKY", str(tmp_path / "sky"))
     known = [key for key in os.environ if key.startswith("MLFLOW_")]
@@ -45,15 +47,17 @@ def sky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def sweep(run: Run, fake: list[str], sky: Path, tmp_path: Path) -> Run:
     """A sweep by the launcher, of jobs that are slow when told to be."""
-    command = f"SELFSPEC_CACHE={os.environ['SELFSPEC_CACHE']} {sys.executable} {HERE / 'slow.py'}"
-    launcher = {"python": sky, "infra": "slurm/local", "workdir": HERE.parents[1], "setup": "null", "poll_s": 0.1}
-    settings = [f"hydra.launcher.{key}={value}" for key, value in launcher.items()]
+    cache = f"SELFSPEC_CACHE={os.environ['SELFSPEC_CACHE']}"
+    command = shlex.join(["env", cache, sys.executable, str(HERE / "slow.py")])
+    launcher = {"python": sky, "infra": "slurm/local", "workdir": HERE.parents[1], "command": command}
+    settings = [f"hydra.launcher.{key}={compose.quoted(value)}" for key, value in launcher.items()]
+    settings += ["hydra.launcher.setup=null", "hydra.launcher.poll_s=0.1"]
 
     def call(*argv: str) -> tuple[int, str, str]:
         options = [each for each in argv if each.startswith("-")]
         asked = ("hydra/launcher=skypilot", *fake, f"checkpoint.dir={tmp_path / 'store'}", *settings)
         rest = (each for each in argv if each not in options)
-        return run("-m", *options, *asked, f"hydra.launcher.command='{command}'", *rest)
+        return run("-m", *options, *asked, *rest)
 
     return call
 

@@ -3,6 +3,7 @@
 import enum
 import json
 import os
+import shlex
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def _start(folder, secrets):
     job = json.loads((folder / "job.json").read_text())
     script = f"({job['run']}\n) >> log 2>&1; echo $? > code.new; mv code.new code"
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | job.get("envs", {}) | secrets
-    here = f"cd {Path(job.get('workdir', '.')).resolve()}\n"
+    here = f"cd {shlex.quote(str(Path(job.get('workdir', '.')).resolve()))}\n"
     script = script.replace("(", "(" + here, 1)
     process = subprocess.Popen(["bash", "-c", script], cwd=folder, env=env, start_new_session=True)
     (folder / "pid").write_text(str(process.pid))
