@@ -23,10 +23,17 @@ REPO = Path(selfspec.__file__).parents[1]
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with one commit, that selfspec believes it runs from."""
+def git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one, and nobody has configured it."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
+    monkeypatch.setenv("HOME", os.devnull)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+
+
+@pytest.fixture
+def checkout(git: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one commit, that selfspec believes it runs from."""
     who = ["-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false"]
     (tmp_path / "file").write_text("one")
     (tmp_path / ".gitignore").write_text("ignored\n")
@@ -203,9 +210,7 @@ def test_git_where_there_is_none(checkout: Path, monkeypatch: pytest.MonkeyPatch
     assert provenance.git() == {}
 
 
-def test_git_before_the_first_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if shutil.which("git") is None:
-        pytest.skip("git is not installed")
+def test_git_before_the_first_commit(git: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     monkeypatch.setattr(provenance, "_CHECKOUT", tmp_path)
     assert provenance.git() == {}
