@@ -33,6 +33,9 @@ SHORT = (
     "soak.max_memory_slope=100000",  # what a server gains in its first seconds says nothing
     "serve.api_key=hush",
 )
+PLANTED = str(Path(__file__).with_name("planted.py"))
+STARTED = {"selfspec.soak.guard", "selfspec.serve", PLANTED, "locust"}
+"""One of these is an argument of every process that a soak starts."""
 pytestmark = pytest.mark.usefixtures("unhurried")
 
 
@@ -52,7 +55,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, then: Path, *faults: str) -> None:
 
     def planted(made: Plan, port: int) -> list[str]:
         python, _, _, *rest = gateway(made, port)
-        return [python, str(Path(__file__).with_name("planted.py")), ",".join(faults), *rest]
+        return [python, PLANTED, ",".join(faults), *rest]
 
     def taking(self: load.Load, until: float) -> dict[str, object]:
         takes.append(until)
@@ -73,9 +76,10 @@ def kept(made: Plan) -> list[str]:
 
 
 def nothing_runs() -> bool:
+    """Of what a soak starts; other children of this process may be its Python's, whose path may hold any word."""
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if "selfspec" in " ".join(child.cmdline()):
+            if STARTED & set(child.cmdline()):
                 return False
     return True
 
@@ -83,6 +87,9 @@ def nothing_runs() -> bool:
 def test_a_soak_that_is_interrupted_and_killed_carries_on_and_holds(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # whoever uses it gets nowhere
     made, folder = make(), tmp_path / "job"
     folder.mkdir()
     job.check(made)

@@ -63,8 +63,11 @@ def reference(name: str, plan: Plan) -> Engine:
 
 
 def served(url: str, secret: str | None, engine: Engine) -> Server:
-    """A server of the engine's model, as a caller with this API key sees it; the engine's tokenizer reads its text."""
-    return Server("url", url, secret, lambda text, stopped: engine.encode(text, chat=False))
+    """A server of ours with the engine's model, as a caller with this API key sees it.
+
+    The engine's tokenizer reads its text.
+    """
+    return Server("url", url, secret, lambda text, stopped: engine.encode(text, chat=False), direct=True)
 
 
 def weights(plan: Plan) -> Path:

@@ -21,7 +21,14 @@ _MORE: Mapping[str, Mapping[str, Any]] = {
 class Server:
     """See the module's docstring."""
 
-    def __init__(self, key: str, url: str, secret: str | None, read: Callable[[str, bool], Sequence[int]]) -> None:
+    def __init__(
+        self,
+        key: str,
+        url: str,
+        secret: str | None,
+        read: Callable[[str, bool], Sequence[int]],
+        direct: bool = False,
+    ) -> None:
         """Asks nothing yet.
 
         Args:
@@ -29,12 +36,14 @@ class Server:
             url: its base, with or without ``/v1``.
             secret: its API key; ``None``: it asks for none.
             read: text, and whether a stop token ended it -> token ids, where the server does not name them.
+            direct: past any proxy that the environment names.
         """
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
 
         self.key, self.url, self._read = key, url, read
         base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._client = OpenAI(base_url=base, api_key=secret or "none", timeout=_TIMEOUT_S, max_retries=0)
+        how: dict[str, Any] = {"http_client": DefaultHttpxClient(trust_env=False)} if direct else {}
+        self._client = OpenAI(base_url=base, api_key=secret or "none", timeout=_TIMEOUT_S, max_retries=0, **how)
 
     def close(self) -> None:
         """Lets go of the connection."""

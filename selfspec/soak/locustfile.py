@@ -41,6 +41,7 @@ class Caller(HttpUser):
     def on_start(self) -> None:
         """The API key comes from the environment: it is in no file."""
         self.soak, self.prompts = _soak(self.environment.parsed_options.soak)
+        self.client.trust_env = False  # neither a proxy nor a password file has to do with a server of ours
         self.headers = dict(self.soak["headers"])
         if key := os.environ.get("SELFSPEC_API_KEY"):
             self.headers["Authorization"] = f"Bearer {key}"
