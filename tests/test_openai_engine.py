@@ -92,9 +92,10 @@ def test_an_answer_that_breaks_off_fails_the_stage() -> None:
                 server.answer(Request((1, 2), 100_000))
 
 
-def test_no_server_is_said_in_a_line(make: Make, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"engine.url=http://127.0.0.1:9: no OpenAI-compatible server answers: Conn"):
-        run(make("engine=openai", "draft=none", "engine.url=http://127.0.0.1:9"), tmp_path / "job")
+def test_no_server_is_said_in_a_line(make: Make, tmp_path: Path, closed_port: int) -> None:
+    url = f"engine.url=http://127.0.0.1:{closed_port}"
+    with pytest.raises(ConfigError, match=f"{url}: no OpenAI-compatible server answers: Conn"):
+        run(make("engine=openai", "draft=none", url), tmp_path / "job")
 
 
 @pytest.mark.parametrize(

@@ -178,9 +178,9 @@ def test_what_goes_wrong_is_told_apart(
     assert type(caught.value) is kind and rogue.calls == calls
 
 
-def test_nobody_listens() -> None:
+def test_nobody_listens(closed_port: int) -> None:
     async def run() -> None:
-        back_end = Remote(config("http://127.0.0.1:9/v1"))
+        back_end = Remote(config(f"http://127.0.0.1:{closed_port}/v1"))
         with pytest.raises(Unavailable, match="other: cannot be reached"):
             await said(back_end)
         assert not await back_end.healthy()

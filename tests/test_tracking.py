@@ -220,17 +220,11 @@ def silent_server() -> Iterator[str]:
         yield f"http://me:secret@127.0.0.1:{server.getsockname()[1]}"
 
 
-@pytest.fixture
-def closed_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"http://me:secret@127.0.0.1:{server.getsockname()[1]}"
-
-
 @pytest.mark.parametrize("kind", ["closed", "silent", "no database", "no folder", "other schema", "unknown scheme"])
 def test_a_broken_tracker_warns_once_and_fails_nothing(
     kind: str,
     client: "MlflowClient",
-    closed_port: str,
+    closed_port: int,
     silent_server: str,
     root: Path,
     tmp_path: Path,
@@ -243,7 +237,7 @@ def test_a_broken_tracker_warns_once_and_fails_nothing(
     with closing(sqlite3.connect(tmp_path / "other.db")) as database, database:
         database.execute("update alembic_version set version_num = 'of another MLflow'")
     uri = {
-        "closed": closed_port,
+        "closed": f"http://me:secret@127.0.0.1:{closed_port}",
         "silent": silent_server,
         "no database": f"sqlite:///{tmp_path}/text.db",
         "no folder": f"sqlite:///{tmp_path}/text.db/mlflow.db",
