@@ -53,6 +53,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2": ("GPT2LMHeadModel", {**IDS, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}),
     "Llama 4": ("Llama4ForCausalLM", SCOUT),
     "Qwen2": ("Qwen2ForCausalLM", MODERN | {"tie_word_embeddings": True}),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", SIZES | IDS | {"max_position_embeddings": 128}),
     "Mistral": ("MistralForCausalLM", MODERN | {"sliding_window": 100}),
 }
 CONFIGS = {"Llama4ForCausalLM": "Llama4TextConfig", "GPT2LMHeadModel": "GPT2Config"}
@@ -215,7 +216,7 @@ def test_scout_is_read_from_its_multimodal_folder(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     model = HFModel.load(tmp_path, CPU, torch.float32)
     assert type(model.lm).__name__ == "Llama4ForCausalLM"
-    wanted = theirs(torch.tensor([PROMPTS[1]])).logits[0]
+    wanted = theirs.language_model(torch.tensor([PROMPTS[1]])).logits[0]
     at = (cache := model.new_cache(17)).place([Tree.chain(PROMPTS[1])], row=cache.admit())
     assert_close(model.logits(model.norm(model.run(model.embed(PROMPTS[1], at), cache, at, 0, 4))), wanted)
 
@@ -290,10 +291,10 @@ class TestRefusals:
             ("CohereForCausalLM", {"logit_scale": 0.5}, "its logits then differ by 100%"),
             ("PhiForCausalLM", {}, "biases or caps its logits"),
             ("Qwen2ForCausalLM", {"final_logit_softcapping": 30.0}, "biases or caps its logits"),
-            ("GPTNeoXForCausalLM", {}, "cannot be run layer by layer: "),
+            ("FalconForCausalLM", {}, "cannot be run layer by layer: "),
             ("MambaForCausalLM", {}, "does not support an attention implementation"),
             ("BloomForCausalLM", {}, "does not support an attention implementation"),
-            ("Gemma2ForCausalLM", {}, "does not support an attention implementation"),
+            ("Gemma2ForCausalLM", {}, "does not support an attention implementation|biases or caps its logits"),
             ("Qwen3NextForCausalLM", {"num_experts": 4, "moe_intermediate_size": 16}, "has linear_attention layers"),
         ],
     )

@@ -9,6 +9,7 @@ Shapes: R rows, T tokens of the widest row, N new tokens of all rows, D hidden s
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ from selfspec.errors import AssetError, ConfigError, one_line
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 _LEARNED_POSITIONS = ("wpe", "embed_positions")
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_CACHES = (
+    "cache",
+    "past_key_values",
+    "layer_past",
+)  # what layers call it: 5.24 renamed the second, GPT-NeoX has the third
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -67,6 +73,7 @@ class HFModel:
         config = lm.config.get_text_config(decoder=True)
         stack = _stack(lm, config.num_hidden_layers)
         self.layers: nn.ModuleList = _member(stack, ("layers", "h"), "layers")
+        self._cache_name = _cache_name(self.layers[0])
         self._norm: nn.Module = _member(stack, _FINAL_NORMS, "final norm")
         self._rotary: nn.Module | None = getattr(stack, "rotary_emb", None)
         self._learned = _learned_positions(stack)
@@ -138,7 +145,7 @@ class HFModel:
         if isinstance(positions, slice):
             positions = torch.arange(positions.start, positions.stop, device=self.device)
         hidden, positions = _rows(hidden, at), _rows(positions, at)
-        shared = {"attention_mask": at.mask, "position_ids": positions, "past_key_values": Slots(cache, at)}
+        shared = {"attention_mask": at.mask, "position_ids": positions, self._cache_name: Slots(cache, at)}
         if self._rotary is not None:
             shared["position_embeddings"] = self._rotary(hidden, positions)
         for layer in self.layers[first:last]:
@@ -257,6 +264,15 @@ def _member(stack: nn.Module, names: Sequence[str], what: str) -> Any:
     found = next((getattr(stack, name) for name in names if getattr(stack, name, None) is not None), None)
     if found is None:
         raise ConfigError(f"model: {type(stack).__name__} has no {what} that can be run on its own")
+    return found
+
+
+def _cache_name(layer: nn.Module) -> str:
+    """The name by which a decoder layer takes its cache: its signature knows, as versions of transformers differ."""
+    taken = inspect.signature(layer.forward).parameters
+    found = next((name for name in _CACHES if name in taken), None)
+    if found is None:
+        raise ConfigError(f"model: {type(layer).__name__} takes no cache of keys and values")
     return found
 
 
