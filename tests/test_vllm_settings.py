@@ -1,14 +1,16 @@
 """Early exit inside vLLM without vLLM: what it may be told, which versions it knows, what comes of drafts."""
 
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfspec.config import ControllerName, GateName
 from selfspec.errors import ConfigError
-from selfspec.vllm_plugin import versions
+from selfspec.vllm_plugin import mend, versions
 from selfspec.vllm_plugin.record import Drafted, Record
 from selfspec.vllm_plugin.settings import parse
 
@@ -82,6 +84,34 @@ def test_no_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "_PACKAGES", ("no-such-package",))
     with pytest.raises(ConfigError, match="vllm=None: early exit"):
         versions.check()
+
+
+def test_a_torchvision_of_another_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "find_spec", lambda name: None)
+    versions.check_torchvision()
+    monkeypatch.undo()
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path / "torchvision.py").write_text(broken)
+    (tmp_path / "torchvision-0.28.0.dist-info").mkdir()
+    (tmp_path / "torchvision-0.28.0.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.28.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    says = r"torchvision 0\.28\.0 was built for another torch \(.*nms does not exist\); pip uninstall -y torchvision"
+    with pytest.raises(ConfigError, match=says):
+        versions.check_torchvision()
+
+
+@pytest.mark.parametrize("name", ["lib", "some where", "it's some where"])
+def test_a_folder_with_a_space_is_quoted_for_the_linker(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils import cpp_extension
+
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(tmp_path / name))
+    for _ in range(2):
+        mend.quote_library_path()
+        assert shlex.split(f"-L{cpp_extension.TORCH_LIB_PATH}")[0].endswith(f"/{name}")
 
 
 def test_settings_need_no_torch() -> None:

@@ -44,8 +44,9 @@ class VLLMEngine(TorchEngine):
     """See the module's docstring."""
 
     def __init__(self, plan: Plan) -> None:
-        """Raises ``ConfigError`` where there is no vLLM, or one that is too old."""
+        """Raises ``ConfigError`` where there is no vLLM, one that is too old, or one that cannot be imported."""
         versions.check_engine()
+        versions.check_torchvision()
         super().__init__(plan)
         self._head_path: Path | None = None
 

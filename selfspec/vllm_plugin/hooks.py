@@ -6,7 +6,7 @@
   proposer of a class of one's own gets none; ours writes keys and values there.
 - ``GPUModelRunner.propose_draft_token_ids``: such a proposer is shown tokens alone; ours needs the batch.
 
-And on a CPU the rejection sampler has two faults that would make sampled drafts inexact: ``mend.py``.
+And what vLLM runs on has faults that ``mend.py`` mends.
 """
 
 from functools import wraps
@@ -14,7 +14,7 @@ from typing import Any
 
 from selfspec.errors import ConfigError
 from selfspec.vllm_plugin import versions
-from selfspec.vllm_plugin.mend import mend
+from selfspec.vllm_plugin.mend import mend, quote_library_path
 from selfspec.vllm_plugin.settings import KEY, PROPOSER, parse
 
 _MARK = "_selfspec_wrapped"
@@ -26,6 +26,7 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     _wrap(EngineArgs, "create_speculative_config", _take_settings)
+    quote_library_path()
     try:
         versions.check()
     except ConfigError:  # said to those who ask for early exit; nobody else minds

@@ -1,9 +1,11 @@
 """Which versions of vLLM the plugin knows. It holds on to parts of vLLM that are no interface: others are refused."""
 
+import importlib
 import re
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
-from selfspec.errors import ConfigError
+from selfspec.errors import ConfigError, one_line
 
 KNOWN = ("0.32",)
 """Major and minor numbers; any patch of these."""
@@ -52,3 +54,20 @@ def check_engine(found: str | None = None) -> None:
         here = f"{found} is installed" if found else "none is installed"
         oldest = ".".join(map(str, OLDEST))
         raise ConfigError(f"engine=vllm: needs vLLM {oldest} or later, and {here}; pip install 'selfspec[vllm]'")
+
+
+def check_torchvision() -> None:
+    """Refuses a torchvision that was built for another torch: transformers, and so vLLM, would end in a traceback.
+
+    Raises:
+        ConfigError: it is there and cannot be imported. Text needs none, so it may as well go.
+    """
+    if find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # an operator or a symbol that this torch does not have, told in as many ways
+        raise ConfigError(
+            f"engine=vllm: torchvision {version('torchvision')} was built for another torch ({one_line(error)}); "
+            "pip uninstall -y torchvision torchaudio torchcodec, or install infra/lock-vllm.txt (README.md, vLLM)"
+        ) from error
