@@ -267,6 +267,10 @@ def test_without_skypilot(sweep: Run, monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "sky").write_text(f"#!{tmp_path / 'python'}\n")  # where pip, uv and pipx put the environment's Python
     (tmp_path / "sky").chmod(0o755)
     assert _bridge._python() == str(tmp_path / "python")
+    for quote in "\"'":  # pip's way, and uv's, where the path has a space or is long
+        script = f"#!/bin/sh\n'''exec' {quote}/some where/bin/python3{quote} \"$0\" \"$@\"\n' '''\nimport sky\n"
+        (tmp_path / "sky").write_text(script)
+        assert _bridge._python() == "/some where/bin/python3"
 
 
 @pytest.mark.parametrize("version", ["0.10.3", None])

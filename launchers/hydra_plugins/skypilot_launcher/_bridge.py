@@ -91,11 +91,13 @@ def connect(python: str | None) -> Bridge:
 
 
 def _python() -> str:
-    """That of the ``sky`` on ``PATH``, as pip, uv and pipx install it: the first line of the script names it."""
+    """That of the ``sky`` on ``PATH``, as pip, uv and pipx install it: the first lines of the script name it."""
     sky = shutil.which("sky")
     if sky is not None:
-        first = Path(sky).read_bytes().partition(b"\n")[0].decode(errors="replace")
+        first, second, *_ = [*Path(sky).read_text(errors="replace").splitlines(), "", ""]
         named = first.removeprefix("#!").strip()
+        if named == "/bin/sh":  # a path with a space, or a long one: '\'\''exec' "/some where/python" "$0" "$@"
+            named = second.partition("exec' ")[2].partition(' "$0"')[0].strip("'\"")
         if first.startswith("#!") and Path(named).name.startswith("python"):
             return named
     raise ConfigError(
