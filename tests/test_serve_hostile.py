@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import socket
 import struct
@@ -47,7 +48,7 @@ def serving(folder: Path, prompts_file: Path, patience_s: float) -> Iterator[Gat
     ]
     log, hold = folder / "log", folder / "hold"
     command = [sys.executable, str(Path(__file__).with_name("planted.py")), "hold,narrow", *overrides]
-    with guarded(command, log, {"PLANTED": str(hold)}) as guard:
+    with guarded(command, log, {**os.environ, "PLANTED": str(hold)}) as guard:
         while not (ready := re.search(r"on http://(127.0.0.1):(\d+)\n", log.read_text())):
             assert guard.poll() is None, log.read_text()
             time.sleep(0.05)

@@ -90,6 +90,9 @@ def test_a_soak_that_is_interrupted_and_killed_carries_on_and_holds(
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # whoever uses it gets nowhere
+    monkeypatch.setenv("LOCUST_RUN_TIME", "1")
+    (tmp_path / ".locust.conf").write_text("run-time = 1\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
     made, folder = make(), tmp_path / "job"
     folder.mkdir()
     job.check(made)

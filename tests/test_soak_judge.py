@@ -155,7 +155,7 @@ def test_the_guard_ends_what_it_runs_with_its_starter(killed: bool, tmp_path: Pa
 import subprocess, sys, time
 from pathlib import Path
 from selfspec.soak.server import guarded
-with guarded([sys.executable, "-c", {CHILD!r}, "kind"], Path({str(tmp_path / "log")!r}), {{}}) as process:
+with guarded([sys.executable, "-c", {CHILD!r}, "kind"], Path({str(tmp_path / "log")!r}), None) as process:
     while not Path({str(tmp_path / "log")!r}).read_text().endswith("\\n"):
         time.sleep(0.01)
     print(process.pid, flush=True)

@@ -87,7 +87,9 @@ def calling(plan: Plan, url: str, prompts: Sequence[Prompt], folder: Path) -> It
         *("--stop-timeout", "1", "--csv", str(folder / "locust"), "--csv-full-history", "--only-summary"),
         *("--exit-code-on-error", "0", "--soak", str(folder / "soak.json")),
     ]
-    with guarded(command, folder / "locust.log", environment(plan)) as process:
+    # Locust also obeys variables and a file at home of the user's, such as a run time that would end the soak.
+    kept = {key: value for key, value in environment(plan).items() if not key.startswith("LOCUST_")}
+    with guarded(command, folder / "locust.log", kept | {"HOME": str(folder)}) as process:
         yield Load(folder, process)
 
 

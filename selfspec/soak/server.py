@@ -92,15 +92,21 @@ def serving(plan: Plan, log: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def guarded(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that ends with the block, and also where this process is killed; see ``guard.py``."""
+def guarded(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that ends with the block, and also where this process is killed; see ``guard.py``.
+
+    Args:
+        environment: all of its environment; ``None``: ours.
+    """
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "selfspec.soak.guard", *command],
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env=environment,
             start_new_session=True,  # a Ctrl-C on the terminal is for us; we end it in our own order
         )
     try:
@@ -153,7 +159,7 @@ def secret(plan: Plan) -> str | None:
 def environment(plan: Plan) -> dict[str, str]:
     """Of server and callers: a key is handed on where no process list shows it."""
     key = secret(plan)
-    return {KEY: key} if key else {}
+    return {**os.environ, **({KEY: key} if key else {})}
 
 
 def _quoted(value: Any) -> str:
