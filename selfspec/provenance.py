@@ -1,83 +1,23 @@
-"""Where a result comes from: hardware, versions, git. And files that are whole or not there at all."""
+"""Where a result comes from: hardware, versions, git."""
 
-import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import secrets
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 import selfspec
-from selfspec.errors import StorageError
-from selfspec.interrupt import shield
 
 PACKAGES = ("torch", "transformers", "mlflow", "hydra-core")
 GIT_TIMEOUT_S = 2.0
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that at any moment, also after a power loss, it is the old one or the new one, whole.
-
-    Raises:
-        StorageError: it cannot be written; names the path and the reason, and the old file still stands.
-        Interrupted: a trapped signal arrived; the file is written.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with shield(), storing(path):
-        try:
-            with temporary.open("xb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        sync_folder(path.parent)
-
-
-@contextmanager
-def storing(path: Path) -> Iterator[None]:
-    """Name the path and the reason where writing fails.
-
-    Raises:
-        StorageError: in place of an ``OSError``.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {reason(error)}") from error
-
-
-def reason(error: OSError) -> str:
-    """The system's words for an error, such as ``no space left on device``."""
-    return (error.strerror or str(error)).lower()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make files created, renamed or removed in a folder survive a power loss.
-
-    Raises:
-        OSError: the folder cannot be synced.
-    """
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems sync no folders
-            raise
-    finally:
-        os.close(fd)
 
 
 def hardware() -> dict[str, object]:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from selfspec import assets, vllm_rules
 from selfspec import config as schema
+from selfspec import vllm_rules
+from selfspec.data import assets
 from selfspec.errors import ConfigError
 
-_DRAFTS = Path(__file__).parent / "engine" / "draft"
+_DRAFTS = Path(__file__).parent / "speculation" / "draft"
 _HEAD = {"form", "rank", "previous", "ridge", "sgd_epochs", "head"}
 _READOUT = {"vocab", "head", "width", "budget", "sample"}
 _MEANS: dict[str, set[str]] = {

@@ -25,19 +25,22 @@ ConfigStore.instance().store("schema", Config)
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run(cfg: DictConfig) -> float | None:
     """One job, called by Hydra. Returns the speed-up, for sweepers that optimise."""
-    from selfspec import job, plan, provenance, report, results
+    from selfspec import job, plan, provenance
+    from selfspec.report import results
+    from selfspec.report import tables as report
+    from selfspec.sweep_context import SweepContext
 
     settings = HydraConfig.get()
     folder, todo = Path(settings.runtime.output_dir), plan.make(cfg)
     alone = settings.mode is not RunMode.MULTIRUN
     if alone:
         try:
-            result = job.run(todo, folder, results.Sweep.told())
+            result = job.run(todo, folder, SweepContext.from_env())
         except (*BY_USER, SelfspecError) as error:
             leave(error)  # from here: Hydra would print a line of its own first
     else:
         try:
-            result = job.run(todo, folder, results.Sweep.of(Path(settings.sweep.dir)))
+            result = job.run(todo, folder, SweepContext.load(Path(settings.sweep.dir)))
         except Exception as error:  # one failed job hides no other: it becomes a row of the table
             say(error)
             results.failed(todo, folder, error, provenance.collect())

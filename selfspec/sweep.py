@@ -1,7 +1,7 @@
 """What happens once for all jobs: checks before anything is written, the sweep's run, its table at the end.
 
 Hydra calls this as a callback, in the process that the user started. The jobs, wherever they run, are told of their
-sweep by :class:`selfspec.results.Sweep`.
+sweep by :class:`selfspec.sweep_context.SweepContext`.
 """
 
 import hashlib
@@ -19,13 +19,16 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from selfspec import compose, job, plan, report, results, tracking
+from selfspec import compose, job, plan, tracking
 from selfspec.config import HANDLES, Resume
 from selfspec.errors import ConfigError, Interrupted, LaunchError, SelfspecError
+from selfspec.files import storing
 from selfspec.interrupt import shield
 from selfspec.plan import Plan
-from selfspec.provenance import storing
 from selfspec.refusal import leave
+from selfspec.report import results
+from selfspec.report import tables as report
+from selfspec.sweep_context import SweepContext
 
 
 class Sweep(Callback):
@@ -75,7 +78,7 @@ class Sweep(Callback):
             tracker = tracking.make(self._first.tracking, self._first.output_dir)
             said = " ".join(compose.given(config.hydra.overrides.task))
             run_id = tracker.sweep_parent(sweep_id, f"{self._first.name}: {said}")
-        results.Sweep(secrets.token_hex(8), run_id, plans).note(folder)
+        SweepContext(secrets.token_hex(8), run_id, plans).save(folder)
 
     def _close(self, folder: Path) -> None:
         found = self._results(folder)
@@ -83,14 +86,14 @@ class Sweep(Callback):
         files = report.write(folder, found)
         report.show(found)
         failed = {result["plan_id"] for result in found if result["status"] == "failed"}
-        run_id = results.Sweep.of(folder).run_id
+        run_id = SweepContext.load(folder).run_id
         if self._first is not None and run_id is not None:
             tracker = tracking.make(self._first.tracking, self._first.output_dir)
             try:
                 with shield():
                     tracker.start("", {}, {}, run_id, None)
                 tracker.artifacts(files)
-                tracker.bury(run_id, failed)
+                tracker.mark_orphans_failed(run_id, failed)
             except Interrupted:
                 tracker.finish("KILLED")
                 raise

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from selfspec.config import Serve
-from selfspec.engine import fake_session as fake
+from selfspec.engine.fake import session as fake
 from selfspec.serve import server
 
 BEGAN = time.monotonic()

@@ -12,8 +12,8 @@ import uvicorn
 
 from selfspec.config import Order
 from selfspec.engine.base import Engine, Progress
-from selfspec.engine.fake import FakeEngine
-from selfspec.engine.fake_session import FakeSession, Parts
+from selfspec.engine.fake.engine import FakeEngine
+from selfspec.engine.fake.session import FakeSession, Parts
 from selfspec.plan import Plan
 from selfspec.serve import app, wiring
 from selfspec.serve.backend import Call, Chunk, Price, Usage

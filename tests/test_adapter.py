@@ -12,22 +12,22 @@ from torch import Tensor
 from selfspec.config import Draft as DraftConfig
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName, HeadForm
-from selfspec.engine import block, gate
-from selfspec.engine import fit as fitting
-from selfspec.engine.block import Block
-from selfspec.engine.cache import KVCache
-from selfspec.engine.controller import Fixed
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft import adapter, eagle, lsq
-from selfspec.engine.draft.base import Draft, Row
-from selfspec.engine.fit import Trace
-from selfspec.engine.gate import Gate
-from selfspec.engine.head import Head
-from selfspec.engine.llama import Llama
-from selfspec.engine.policy import LongestPrefix
-from selfspec.engine.readout import Readout
-from selfspec.engine.scheduler import Scheduler
-from selfspec.engine.tree import Tree
+from selfspec.engine.torch.session import Scheduler
+from selfspec.model.cache import KVCache
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation import block, gate
+from selfspec.speculation import fit as fitting
+from selfspec.speculation.block import Block
+from selfspec.speculation.controller import Fixed
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft import adapter, eagle, lsq
+from selfspec.speculation.draft.base import Draft, Row
+from selfspec.speculation.fit import Trace
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.head import Head
+from selfspec.speculation.policy import LongestPrefix
+from selfspec.speculation.readout import Readout
 from selfspec.types import Completion, Request
 
 pytestmark = pytest.mark.usefixtures("inference")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from selfspec import assets
+from selfspec.data import assets
 from selfspec.errors import AssetError, StorageError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -274,7 +274,7 @@ class TestDerived:
     def test_two_processes_build_once_and_the_second_says_what_it_waits_for(self, tmp_path: Path) -> None:
         said = tmp_path / "said"
         script = (
-            "import sys, time; from pathlib import Path; from selfspec import assets\n"
+            "import sys, time; from pathlib import Path; from selfspec.data import assets\n"
             "def build(folder):\n"
             f"    with Path({str(tmp_path / 'count')!r}).open('a') as f: f.write('x')\n"
             f"    while not Path({str(said)!r}).stat().st_size: time.sleep(0.01)\n"

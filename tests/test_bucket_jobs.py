@@ -16,18 +16,18 @@ from gcs import NO_RIGHT, Fault, Proxy
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import job, plan, results
+from selfspec import fitting, job, plan
 from selfspec.checkpoint import Journal, at, finished
 from selfspec.checkpoint import lease as lease_module
 from selfspec.checkpoint import store as store_module
 from selfspec.checkpoint.bucket import Bucket
 from selfspec.config import Resume
 from selfspec.engine import factory
-from selfspec.engine.fake import FakeEngine
+from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import ConfigError, HeadError, JournalError
 from selfspec.plan import Plan
+from selfspec.report import results
 from selfspec.run import CONF
-from selfspec.stages import fit
 
 DIR = "gs://bucket/ckpt"
 ON_GCS = ("checkpoint=gcs", f"checkpoint.dir={DIR}")
@@ -274,7 +274,7 @@ def test_who_built_first_is_right(gcs: Proxy) -> None:
 def test_a_head_is_fitted_once_for_all_machines(
     gcs: Proxy, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from selfspec.engine.torch_engine import TorchEngine
+    from selfspec.engine.torch.engine import TorchEngine
 
     argv = [
         *overrides,
@@ -289,20 +289,20 @@ def test_a_head_is_fitted_once_for_all_machines(
     with pytest.raises(ConfigError, match="needs a head and none is fitted yet"):
         job.check(made(*argv, "stages=[bench]"))
     measured = job.run(first, tmp_path)["measurements"]
-    assert measured["fit/agreement"] > 0 and fit.fitted(first)
+    assert measured["fit/agreement"] > 0 and fitting.fitted(first)
 
     shutil.rmtree(tmp_path / "cache" / "checkpoint")  # another machine
     monkeypatch.setattr(store_module, "_fetched", set())
     monkeypatch.delattr(TorchEngine, "fit")
     second = made(*argv, "K=5")
-    assert second.id != first.id and not fit.head_path(second).exists()
+    assert second.id != first.id and not fitting.head_path(second).exists()
     job.check(second)
-    assert not fit.head_path(second).exists()  # a check downloads nothing but the head's facts
+    assert not fitting.head_path(second).exists()  # a check downloads nothing but the head's facts
     other = job.run(second, tmp_path)["measurements"]
-    assert other["fit/solve_s"] == measured["fit/solve_s"] and fit.head_path(second).exists()
+    assert other["fit/solve_s"] == measured["fit/solve_s"] and fitting.head_path(second).exists()
 
     name = f"heads/{first.head_id}.safetensors"
-    for damaged in (b"", b"damaged", fit.head_path(second).read_bytes()[:-1]):
+    for damaged in (b"", b"damaged", fitting.head_path(second).read_bytes()[:-1]):
         Bucket(DIR).write(name, damaged)
         with pytest.raises(HeadError, match=f"^{DIR}/{name}: corrupt head"):
             job.check(second)

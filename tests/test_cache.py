@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfspec.engine.cache import KVCache, Place
-from selfspec.engine.tree import Tree
+from selfspec.model.cache import KVCache, Place
+from selfspec.model.tree import Tree
 
 LAYERS, HEADS, SIZE = 3, 2, 4
 #        0

@@ -13,10 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 from selfspec import config
 from selfspec.config import ControllerName, GateName
-from selfspec.engine import cost
-from selfspec.engine.controller import PATIENCE, Adaptive, Autotune, Controller, make
-from selfspec.engine.cost import Costs
-from selfspec.engine.fake_session import World
+from selfspec.engine.fake.session import World
+from selfspec.speculation.controller import Adaptive, Autotune, Controller, cost, make
+from selfspec.speculation.controller.adaptive import PATIENCE
+from selfspec.speculation.controller.cost import Costs
 from selfspec.types import Cycle
 
 REQUESTS = stream(24, 96)

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName
-from selfspec.engine import gate
-from selfspec.engine.cache import KVCache, Place
-from selfspec.engine.controller import Controller, Fixed
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft.base import Draft, Proposal, Row
-from selfspec.engine.draft.layerskip import EarlyExit
-from selfspec.engine.gate import Gate
-from selfspec.engine.head import ExitHead, FittedExit, RawExit
-from selfspec.engine.llama import Llama
-from selfspec.engine.policy import LongestPrefix
-from selfspec.engine.scheduler import Scheduler
-from selfspec.engine.tree import Tree
+from selfspec.engine.torch.session import Scheduler
+from selfspec.model.cache import KVCache, Place
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation import gate
+from selfspec.speculation.controller import Controller, Fixed
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.layerskip import EarlyExit
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.head import ExitHead, FittedExit, RawExit
+from selfspec.speculation.policy import LongestPrefix
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")

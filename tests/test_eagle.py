@@ -9,13 +9,13 @@ from torch.testing import assert_close
 
 from selfspec import config
 from selfspec.config import Draft, GateName, HeadForm
-from selfspec.engine import fit, gate
-from selfspec.engine.draft import eagle
-from selfspec.engine.draft.base import Row
-from selfspec.engine.fit import Trace
-from selfspec.engine.head import Head, features
-from selfspec.engine.llama import Llama
-from selfspec.engine.tree import Tree
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation import fit, gate
+from selfspec.speculation.draft import eagle
+from selfspec.speculation.draft.base import Row
+from selfspec.speculation.fit import Trace
+from selfspec.speculation.head import Head, features
 from selfspec.types import Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")

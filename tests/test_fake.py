@@ -13,8 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from selfspec import config, plan
 from selfspec.config import ControllerName, GateName
 from selfspec.engine.base import Engine
-from selfspec.engine.fake import FakeEngine
-from selfspec.engine.fake_session import World, growth
+from selfspec.engine.fake.engine import FakeEngine
+from selfspec.engine.fake.session import World, growth
 from selfspec.plan import Plan
 from selfspec.run import CONF
 from selfspec.types import Completion, Cycle, Request
@@ -172,5 +172,5 @@ def test_plain_decoding_teaches_nothing(blank: Plan) -> None:
 
 
 def test_it_does_without_torch() -> None:
-    code = "import sys, selfspec.engine.fake; sys.exit('torch' in sys.modules)"
+    code = "import sys, selfspec.engine.fake.engine; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

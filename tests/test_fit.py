@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from selfspec.config import Draft, HeadForm
-from selfspec.engine import fit
-from selfspec.engine.draft import layerskip, lsq
-from selfspec.engine.fit import Trace
-from selfspec.engine.head import FittedExit, RawExit, features, linear
-from selfspec.engine.llama import Llama
-from selfspec.engine.readout import Readout
-from selfspec.engine.tree import Tree
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation import fit
+from selfspec.speculation.draft import layerskip, lsq
+from selfspec.speculation.fit import Trace
+from selfspec.speculation.head import FittedExit, RawExit, features, linear
+from selfspec.speculation.readout import Readout
 
 pytestmark = pytest.mark.usefixtures("inference")
 

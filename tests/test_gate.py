@@ -10,8 +10,8 @@ from torch import Tensor
 
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName
-from selfspec.engine.bandit import Arms
-from selfspec.engine.gate import Bandit, Gate, Threshold, entropy, make, max_prob, var_entropy
+from selfspec.speculation.bandit import Arms
+from selfspec.speculation.gate import Bandit, Gate, Threshold, entropy, make, max_prob, var_entropy
 from selfspec.types import Cycle
 
 Signal = Callable[[Tensor], Tensor]

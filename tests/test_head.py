@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from selfspec import heads
-from selfspec.engine.head import FittedExit, Head, RawExit, features
-from selfspec.engine.llama import Llama
 from selfspec.errors import HeadError
+from selfspec.model.llama import Llama
+from selfspec.speculation.head import FittedExit, Head, RawExit, features
 
 D, RANK = 8, 3
 FACTS = {"previous": False, "exit_layer": 12, "model": "sha256:abc", "hidden": D, "agreement": 0.625}

@@ -13,20 +13,20 @@ from torch.testing import assert_close
 
 from selfspec.config import Draft as DraftConfig
 from selfspec.config import Layers
-from selfspec.engine import hf
-from selfspec.engine.cache import KVCache
-from selfspec.engine.controller import Fixed
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft import layerskip
-from selfspec.engine.draft.base import Draft, Proposal, Row
-from selfspec.engine.gate import Gate
-from selfspec.engine.hf import HFModel
-from selfspec.engine.llama import Llama
-from selfspec.engine.model import Model
-from selfspec.engine.policy import LongestPrefix
-from selfspec.engine.scheduler import Scheduler
-from selfspec.engine.tree import Tree
+from selfspec.engine.torch.session import Scheduler
 from selfspec.errors import AssetError, ConfigError
+from selfspec.model import hf
+from selfspec.model.base import Model
+from selfspec.model.cache import KVCache
+from selfspec.model.hf import HFModel
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation.controller import Fixed
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft import layerskip
+from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.policy import LongestPrefix
 from selfspec.types import Completion, Request
 
 pytestmark = pytest.mark.usefixtures("inference")

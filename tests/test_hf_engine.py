@@ -15,10 +15,10 @@ from selfspec import config as schema
 from selfspec import plan
 from selfspec.config import Draft, EngineName, Layers
 from selfspec.engine import factory
-from selfspec.engine.hf import HFModel
-from selfspec.engine.hf_engine import HFEngine
-from selfspec.engine.torch_engine import TorchEngine
+from selfspec.engine.hf import HFEngine
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import ConfigError
+from selfspec.model.hf import HFModel
 from selfspec.run import CONF
 from selfspec.types import Request, Sampling
 

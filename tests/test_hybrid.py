@@ -12,17 +12,17 @@ from torch import Tensor
 from selfspec.config import Draft as DraftConfig
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName
-from selfspec.engine import controller, gate, policy
-from selfspec.engine.cache import KVCache
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft import hybrid
-from selfspec.engine.draft.base import Draft, Proposal, Row
-from selfspec.engine.draft.hybrid import Hybrid, merged
-from selfspec.engine.fit import split, trace
-from selfspec.engine.gate import Gate
-from selfspec.engine.llama import Llama
-from selfspec.engine.scheduler import Scheduler
-from selfspec.engine.tree import Tree
+from selfspec.engine.torch.session import Scheduler
+from selfspec.model.cache import KVCache
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation import controller, gate, policy
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft import hybrid
+from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.hybrid import Hybrid, merged
+from selfspec.speculation.fit import split, trace
+from selfspec.speculation.gate import Gate
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")

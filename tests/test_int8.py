@@ -9,9 +9,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from selfspec import plan as plans
-from selfspec.engine.linear import Int8, add_linear, linear, packed, plain, rounded
-from selfspec.engine.torch_engine import TorchEngine
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import ConfigError
+from selfspec.model.linear import add_linear, linear, packed, plain, rounded
+from selfspec.model.weights import Int8
 from selfspec.run import CONF
 from selfspec.types import Request
 

@@ -19,14 +19,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import job, plan, results
+from selfspec import job, plan
 from selfspec.checkpoint import FILE, Journal, Record
 from selfspec.config import Resume
 from selfspec.engine import factory
-from selfspec.engine.fake import FakeEngine
+from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import Interrupted, JournalError
 from selfspec.plan import Plan
-from selfspec.results import Result
+from selfspec.report import results
+from selfspec.report.results import Result
 from selfspec.run import CONF
 from selfspec.tracking import MLflowTracker
 from selfspec.types import Completion, Request
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
 SLOW = """
 import itertools, os, signal, sys, time
-from selfspec.engine.fake import FakeEngine
+from selfspec.engine.fake.engine import FakeEngine
 from selfspec.run import main
 from selfspec.tracking import MLflowTracker
 generate, calls, most = FakeEngine.generate, itertools.count(), int(sys.argv.pop(1))

@@ -10,16 +10,16 @@ import torch
 from selfspec import config
 from selfspec.config import Draft as DraftConfig
 from selfspec.config import GateName, HeadForm, HeadInit, PolicyName
-from selfspec.engine import controller, fit, gate, policy
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft.base import Draft
-from selfspec.engine.fit import Trace
-from selfspec.engine.head import Head
-from selfspec.engine.llama import Llama
-from selfspec.engine.policy import Policy
-from selfspec.engine.sampling import Purpose, draw, uniform
-from selfspec.engine.scheduler import Scheduler
-from selfspec.engine.tree import Tree
+from selfspec.engine.torch.session import Scheduler
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation import controller, fit, gate, policy
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft.base import Draft
+from selfspec.speculation.fit import Trace
+from selfspec.speculation.head import Head
+from selfspec.speculation.policy import Policy
+from selfspec.speculation.sampling import Purpose, draw, uniform
 from selfspec.types import Completion, Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -71,7 +71,7 @@ class Bench:
 
     def make(self, draft: DraftConfig) -> Draft:
         """Fitted where it is to be, saved and loaded."""
-        module, head = import_module(f"selfspec.engine.draft.{draft.name}"), None
+        module, head = import_module(f"selfspec.speculation.draft.{draft.name}"), None
         if draft.fitted:
             shaped = replace(draft, width=1, budget=None, sample=False)
             if str(shaped) not in self.fitted:

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from selfspec.engine.cache import KVCache
-from selfspec.engine.llama import Llama
-from selfspec.engine.tree import Tree
 from selfspec.errors import AssetError, ConfigError
+from selfspec.model.cache import KVCache
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
 
 pytestmark = pytest.mark.usefixtures("inference")
 

@@ -15,10 +15,11 @@ from launched import Sweep, until
 
 from hydra_plugins.selfspec_launcher._jobs import Job
 from hydra_plugins.selfspec_launcher.local import LocalLauncher
-from selfspec import plan, results
+from selfspec import plan
 from selfspec.checkpoint import FILE
 from selfspec.errors import StorageError
 from selfspec.provenance import hardware
+from selfspec.report import results
 from selfspec.run import CONF
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py

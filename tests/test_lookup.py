@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from selfspec.config import Draft as DraftConfig
-from selfspec.engine import controller, policy
-from selfspec.engine.cache import KVCache
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft import ngram, suffix
-from selfspec.engine.draft.base import Draft, Row
-from selfspec.engine.draft.ngram import Latest, copied
-from selfspec.engine.draft.suffix import Counts, Suffix
-from selfspec.engine.fit import split, trace
-from selfspec.engine.gate import Gate
-from selfspec.engine.head import Head
-from selfspec.engine.llama import Llama
-from selfspec.engine.scheduler import Scheduler
-from selfspec.engine.tree import Tree
+from selfspec.engine.torch.session import Scheduler
+from selfspec.model.cache import KVCache
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation import controller, policy
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft import ngram, suffix
+from selfspec.speculation.draft.base import Draft, Row
+from selfspec.speculation.draft.ngram import Latest, copied
+from selfspec.speculation.draft.suffix import Counts, Suffix
+from selfspec.speculation.fit import split, trace
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.head import Head
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")

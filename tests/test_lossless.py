@@ -22,18 +22,18 @@ from torch import Tensor
 from selfspec.config import Draft as DraftConfig
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName, HeadForm, HeadInit, Order
-from selfspec.engine import fit, gate
-from selfspec.engine.cache import KVCache, Place
-from selfspec.engine.controller import Fixed
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft.base import Draft, Proposal, Row
-from selfspec.engine.draft.layerskip import EarlyExit
-from selfspec.engine.gate import Gate
-from selfspec.engine.head import Head, RawExit
-from selfspec.engine.llama import Llama
-from selfspec.engine.policy import Choice, LongestPrefix, Policy, Verdict
-from selfspec.engine.scheduler import Scheduler
-from selfspec.engine.tree import Tree
+from selfspec.engine.torch.session import Scheduler
+from selfspec.model.cache import KVCache, Place
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation import fit, gate
+from selfspec.speculation.controller import Fixed
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.layerskip import EarlyExit
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.head import Head, RawExit
+from selfspec.speculation.policy import Choice, LongestPrefix, Policy, Verdict
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -143,7 +143,7 @@ class Bench:
 
     def draft(self, name: str) -> Draft:
         """A new one: some remember what they have seen."""
-        config, module = DRAFTS[name], importlib.import_module(f"selfspec.engine.draft.{DRAFTS[name].name}")
+        config, module = DRAFTS[name], importlib.import_module(f"selfspec.speculation.draft.{DRAFTS[name].name}")
         if config.source:
             config = replace(config, source=config.source.format(folder=self.folder))
         made: Draft = module.make(config, self.model, self.head(name) if config.fitted else None)
@@ -151,7 +151,7 @@ class Bench:
 
     def head(self, name: str) -> Head:
         config = DRAFTS[name]
-        module = importlib.import_module(f"selfspec.engine.draft.{config.learned or config.name}")
+        module = importlib.import_module(f"selfspec.speculation.draft.{config.learned or config.name}")
         chance = torch.Generator().manual_seed(7)
         traces = []
         for _ in range(40):

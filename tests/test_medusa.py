@@ -11,12 +11,12 @@ from torch.testing import assert_close
 
 from selfspec import config
 from selfspec.config import Draft, GateName, HeadInit
-from selfspec.engine import fit, gate
-from selfspec.engine.draft import medusa
-from selfspec.engine.draft.base import Row
-from selfspec.engine.fit import Trace
-from selfspec.engine.head import Head
-from selfspec.engine.llama import Llama
+from selfspec.model.llama import Llama
+from selfspec.speculation import fit, gate
+from selfspec.speculation.draft import medusa
+from selfspec.speculation.draft.base import Row
+from selfspec.speculation.fit import Trace
+from selfspec.speculation.head import Head
 from selfspec.types import Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")

@@ -11,10 +11,10 @@ import transformers
 from torch import Tensor
 from torch.testing import assert_close
 
-from selfspec.engine.kernels import native
-from selfspec.engine.linear import add_linear, linear, packed, packed_int8, plain, rounded
-from selfspec.engine.llama import Llama
-from selfspec.engine.tree import Tree
+from selfspec.model.kernels import native
+from selfspec.model.linear import add_linear, linear, packed, packed_int8, plain, rounded
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
 
 pytestmark = [
     pytest.mark.usefixtures("inference"),

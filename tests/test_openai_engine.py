@@ -11,10 +11,10 @@ from serving import Scripted, listening, says, serving
 from selfspec import job, plan
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume, Serve
-from selfspec.engine import served
+from selfspec.engine.openai import client as served
 from selfspec.errors import ConfigError, StageError
 from selfspec.plan import Plan
-from selfspec.results import Result
+from selfspec.report.results import Result
 from selfspec.run import CONF
 from selfspec.serve.backend import Chunk, NoCache
 from selfspec.serve.errors import Failed

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfspec.config import Policy, PolicyName
-from selfspec.engine import policy
-from selfspec.engine.policy import Choice, LongestPrefix, Rejection, Verdict, longest_prefix, make, without_logits
-from selfspec.engine.sampling import Purpose, distribution, draw, uniform
-from selfspec.engine.tree import Tree
+from selfspec.model.tree import Tree
+from selfspec.speculation import policy
+from selfspec.speculation.policy import Choice, LongestPrefix, Rejection, Verdict, longest_prefix, make, without_logits
+from selfspec.speculation.sampling import Purpose, distribution, draw, uniform
 from selfspec.types import GREEDY, Sampling
 
 RELAXED = {

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import selfspec
-from selfspec import provenance
+from selfspec import files, provenance
 from selfspec.errors import Interrupted, StorageError
 from selfspec.interrupt import trap
 
@@ -48,8 +48,8 @@ def checkout(git: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.mark.parametrize("data", ["täxt\n", b"\x00\xff"])
 def test_writes_and_overwrites(tmp_path: Path, data: str | bytes) -> None:
     path = tmp_path / "file"
-    provenance.write_atomic(path, "something longer that was there before")
-    provenance.write_atomic(path, data)
+    files.write_atomic(path, "something longer that was there before")
+    files.write_atomic(path, data)
     assert path.read_bytes() == (data.encode() if isinstance(data, str) else data)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -57,7 +57,7 @@ def test_writes_and_overwrites(tmp_path: Path, data: str | bytes) -> None:
 def test_mode_follows_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        provenance.write_atomic(tmp_path / "file", "")
+        files.write_atomic(tmp_path / "file", "")
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
@@ -71,21 +71,21 @@ def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, words: str
 ) -> None:
     path = tmp_path / "file"
-    provenance.write_atomic(path, "old")
+    files.write_atomic(path, "old")
 
     def fail(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(StorageError, match=f"^{re.escape(str(path))}: cannot be written: {words}$"):
-        provenance.write_atomic(path, "new")
+        files.write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="none/file: cannot be written: no such file or directory"):
-        provenance.write_atomic(tmp_path / "none" / "file", "")
+        files.write_atomic(tmp_path / "none" / "file", "")
 
 
 def test_a_signal_waits_for_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_a_signal_waits_for_the_write(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(Interrupted), trap():
-        provenance.write_atomic(tmp_path / "file", "whole")
+        files.write_atomic(tmp_path / "file", "whole")
     assert (tmp_path / "file").read_text() == "whole"
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
@@ -108,10 +108,10 @@ def test_folders_that_cannot_be_synced_are_let_pass(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "fsync", fail)
     code = errno.EINVAL
-    provenance.sync_folder(tmp_path)
+    files.sync_folder(tmp_path)
     code = errno.EIO
     with pytest.raises(OSError, match="Input/output"):
-        provenance.sync_folder(tmp_path)
+        files.sync_folder(tmp_path)
 
 
 def test_hardware() -> None:

@@ -14,15 +14,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import job, plan, report
+from selfspec import job, plan
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume, TaskData
-from selfspec.engine.fake import FakeEngine
+from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import AssetError, ConfigError
 from selfspec.plan import Plan
-from selfspec.quality import gates, perplexity, plot, tables, tasks
+from selfspec.quality import gates, perplexity, plot, tasks
 from selfspec.quality.perplexity import Conversation, Nats
-from selfspec.results import Result
+from selfspec.report import quality as tables
+from selfspec.report import tables as report
+from selfspec.report.results import Result
 from selfspec.run import CONF
 from selfspec.stages import quality
 from selfspec.types import Score, Signals

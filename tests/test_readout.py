@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from selfspec.engine import beam, sampling
-from selfspec.engine.beam import Beam
-from selfspec.engine.llama import Llama
-from selfspec.engine.readout import Readout
+from selfspec.model.llama import Llama
+from selfspec.speculation import beam, sampling
+from selfspec.speculation.beam import Beam
+from selfspec.speculation.readout import Readout
 from selfspec.types import Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")

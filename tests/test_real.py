@@ -9,8 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import heads, plan, workload
-from selfspec.engine.torch_engine import TorchEngine
+from selfspec import heads, plan
+from selfspec.data import workload
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.metrics import first_difference
 from selfspec.run import CONF
 from selfspec.types import Request

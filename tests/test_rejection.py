@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfspec.engine import policy
-from selfspec.engine import sampling as chance
-from selfspec.engine.cache import KVCache
-from selfspec.engine.controller import Fixed
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft.base import Draft, Proposal, Row
-from selfspec.engine.gate import Gate
-from selfspec.engine.llama import Llama
-from selfspec.engine.policy import Choice, LongestPrefix, Policy, Rejection, Verdict
-from selfspec.engine.sampling import Purpose, distribution, draw, uniform
-from selfspec.engine.scheduler import Scheduler
-from selfspec.engine.tree import Tree
+from selfspec.engine.torch.session import Scheduler
+from selfspec.model.cache import KVCache
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation import policy
+from selfspec.speculation import sampling as chance
+from selfspec.speculation.controller import Fixed
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.policy import Choice, LongestPrefix, Policy, Rejection, Verdict
+from selfspec.speculation.sampling import Purpose, distribution, draw, uniform
 from selfspec.types import Completion, Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from selfspec import plots, report
 from selfspec.errors import UserError
-from selfspec.results import FILE, Result, distinct, find, labels
+from selfspec.report import plots
+from selfspec.report import tables as report
+from selfspec.report.__main__ import main as command_line
+from selfspec.report.results import FILE, Result, distinct, find, labels
 
 BENCH = {
     "bench/tok_s": 120.0,
@@ -272,7 +274,7 @@ def test_what_is_no_result_is_refused_in_one_line(
 ) -> None:
     if content is not None:
         (tmp_path / FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert report.main([str(tmp_path)]) == 2
+    assert command_line([str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"error: {tmp_path}") and err.count("\n") == 1

@@ -15,7 +15,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from selfspec import job
-from selfspec.assets import identity
+from selfspec.data.assets import identity
 from selfspec.run import main
 
 Run = Callable[..., tuple[int, str, str]]

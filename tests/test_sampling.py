@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfspec.engine.sampling import Purpose, distribution, draw, likeliest, residual, uniform
+from selfspec.speculation.sampling import Purpose, distribution, draw, likeliest, residual, uniform
 from selfspec.types import Sampling
 
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from selfspec.config import Gate as GateConfig
-from selfspec.engine import gate
 from selfspec.engine.base import Progress
-from selfspec.engine.cache import KVCache
-from selfspec.engine.controller import Controller, Fixed
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft.base import Draft, Proposal, Row
-from selfspec.engine.draft.layerskip import EarlyExit
-from selfspec.engine.gate import Gate
-from selfspec.engine.head import RawExit
-from selfspec.engine.llama import Llama
-from selfspec.engine.policy import LongestPrefix
-from selfspec.engine.scheduler import Scheduler
+from selfspec.engine.torch.session import Scheduler
+from selfspec.model.cache import KVCache
+from selfspec.model.llama import Llama
+from selfspec.speculation import gate
+from selfspec.speculation.controller import Controller, Fixed
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.layerskip import EarlyExit
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.head import RawExit
+from selfspec.speculation.policy import LongestPrefix
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")

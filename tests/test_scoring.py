@@ -11,11 +11,11 @@ from hydra.core.global_hydra import GlobalHydra
 from tiny import WORDS
 
 from selfspec import plan
-from selfspec.engine import scoring
-from selfspec.engine.torch_engine import TorchEngine
-from selfspec.engine.tree import Tree
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import ConfigError
+from selfspec.model.tree import Tree
 from selfspec.run import CONF
+from selfspec.speculation import scoring
 from selfspec.types import Request, Score
 
 Maker = Callable[..., TorchEngine]
@@ -236,7 +236,7 @@ def test_log_likelihoods_of_the_real_model_are_lm_evals() -> None:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from selfspec import assets
+    from selfspec.data import assets
     from selfspec.quality import tasks
     from selfspec.quality.lm import EngineLM
 

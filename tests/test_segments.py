@@ -42,7 +42,7 @@ def units(place: str = URL) -> list[str]:
         return [record.unit for record in journal.records("bench")]
 
 
-def bury(epoch: int = 1) -> None:
+def mark_orphans_failed(epoch: int = 1) -> None:
     """Makes a holder look as if it had died long ago."""
     Bucket(URL).write(f"lease/{epoch:08d}", b'{"until": 1, "term_s": 60, "holder": "x"}')
 
@@ -196,7 +196,7 @@ def test_a_missing_object(gcs: Proxy, number: int) -> None:
 def test_a_zombie_is_fenced(gcs: Proxy) -> None:
     zombie = begin()
     zombie.append("bench", "unit 0", {}, "zombie")
-    bury()
+    mark_orphans_failed()
     with begin() as successor:
         for act in (
             lambda: zombie.append("bench", "unit 1", {}, "zombie"),
@@ -228,7 +228,7 @@ def test_a_zombies_write_that_is_under_way(gcs: Proxy) -> None:
     thread = threading.Thread(target=append)
     thread.start()
     late.met.wait()
-    bury()
+    mark_orphans_failed()
     with begin() as successor:
         assert successor.records("bench") == []
         late.released.set()
@@ -242,7 +242,7 @@ def test_a_zombies_write_that_is_under_way(gcs: Proxy) -> None:
 def test_a_zombies_write_that_comes_just_before_the_fence(gcs: Proxy) -> None:
     """It stands, and its successor, which had not read it, reads again."""
     zombie, opened = begin(), list[Journal]()
-    bury()
+    mark_orphans_failed()
     late = gcs.plant('POST.*journal/00000002.*"epoch": 2', "late")
     thread = threading.Thread(target=lambda: opened.append(begin()))
     thread.start()

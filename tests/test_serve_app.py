@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from serving import Gated, Scripted, Serving, listening, request, says, serving
 
 from selfspec import plan
-from selfspec.engine.fake import FakeEngine
+from selfspec.engine.fake.engine import FakeEngine
 from selfspec.plan import Plan
 from selfspec.run import CONF
 from selfspec.serve.backend import Call, Chunk, Hit, NoCache, Route

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from selfspec import plan as plans
 from selfspec.config import CacheConfig, CacheMode
-from selfspec.engine.meaning import Meaning
 from selfspec.errors import AssetError
+from selfspec.model.embedding import Meaning
 from selfspec.run import CONF
 from selfspec.serve.backend import Call, Chunk, TokenLogprob, Usage
 from selfspec.serve.cache import AnswerCache

@@ -14,8 +14,8 @@ from serving import Gated, request
 
 from selfspec import plan
 from selfspec.engine.base import Engine
-from selfspec.engine.fake import FakeEngine
-from selfspec.engine.torch_engine import TorchEngine
+from selfspec.engine.fake.engine import FakeEngine
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.run import CONF

@@ -13,7 +13,7 @@ from serving import serving
 
 from selfspec import plan
 from selfspec.config import Order
-from selfspec.engine.torch_engine import TorchEngine
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.plan import Plan
 from selfspec.run import CONF
 from selfspec.types import Request

@@ -16,21 +16,21 @@ from selfspec.config import Order
 from selfspec.engine import admission
 from selfspec.engine.admission import STALL, Waiting
 from selfspec.engine.base import Load, Progress
-from selfspec.engine.cache import KVCache
-from selfspec.engine.controller import Fixed
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft.base import Draft, Row
-from selfspec.engine.draft.layerskip import EarlyExit
-from selfspec.engine.fake import FakeEngine
-from selfspec.engine.gate import Gate
-from selfspec.engine.head import RawExit
-from selfspec.engine.llama import Llama
-from selfspec.engine.policy import LongestPrefix, Mixed, Rejection
-from selfspec.engine.scheduler import Scheduler
-from selfspec.engine.torch_engine import TorchEngine
-from selfspec.engine.tree import Tree
+from selfspec.engine.fake.engine import FakeEngine
+from selfspec.engine.torch.engine import TorchEngine
+from selfspec.engine.torch.session import Scheduler
 from selfspec.errors import ConfigError
+from selfspec.model.cache import KVCache
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
 from selfspec.run import CONF
+from selfspec.speculation.controller import Fixed
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft.base import Draft, Row
+from selfspec.speculation.draft.layerskip import EarlyExit
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.head import RawExit
+from selfspec.speculation.policy import LongestPrefix, Mixed, Rejection
 from selfspec.types import Completion, Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")

@@ -17,11 +17,13 @@ from rich.console import Console
 from hydra_plugins.skypilot_launcher import _fleet, _table, _task
 from hydra_plugins.skypilot_launcher._fleet import Fleet, Job
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
-from selfspec import plan, results
+from selfspec import plan
 from selfspec.config import Resume
 from selfspec.errors import ConfigError, LaunchError
 from selfspec.plan import Plan
+from selfspec.report import results
 from selfspec.run import CONF
+from selfspec.sweep_context import SweepContext
 
 SETTINGS = SkyPilotConf(poll_s=0.0, infra="gcp")
 
@@ -247,7 +249,7 @@ def test_where_jobs_elsewhere_are_tracked(
     said = _task.untracked(made)
     assert (said is None) == (why is None) and (why or "") in (said or "")
     assert _task.secrets(SETTINGS, made) == secrets
-    task = _task.make(SETTINGS, made, ["K=2"], results.Sweep("launch", "run-id"))
+    task = _task.make(SETTINGS, made, ["K=2"], SweepContext("launch", "run-id"))
     assert task["run"].endswith(" output_dir=outputs")
     assert override in task["run"] and ("envs" in task) == (why is None and "none" not in overrides)
     assert not any(secret in json.dumps(task) for secret in environment.values() if secret != "http://x")

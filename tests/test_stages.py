@@ -8,15 +8,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import heads, job, plan, workload
+from selfspec import fitting, heads, job, plan
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume
-from selfspec.engine.fake import FakeEngine
+from selfspec.data import workload
+from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import ConfigError, HeadError
 from selfspec.plan import Plan
-from selfspec.results import Result
+from selfspec.report.results import Result
 from selfspec.run import CONF
-from selfspec.stages import fit
 from selfspec.types import Completion, Request
 
 Make = Callable[..., Plan]
@@ -47,7 +47,7 @@ def journal(made: Plan) -> Journal:
 
 def spied(monkeypatch: pytest.MonkeyPatch, name: str, fail_at: int | None = None) -> list[dict[str, Any]]:
     """The keyword arguments of every call of a method of the torch engine; the given call fails."""
-    from selfspec.engine.torch_engine import TorchEngine
+    from selfspec.engine.torch.engine import TorchEngine
 
     calls = list[dict[str, Any]]()
     method = getattr(TorchEngine, name)
@@ -101,8 +101,8 @@ def test_fit_and_bench_of_a_gated_head(make: Make, tmp_path: Path, monkeypatch: 
     assert (measured["bench/differing"], measured["bench/equal_tokens"], measured["bench/units"]) == (0, 1, 3)
     assert 0 < measured["fit/raw_agreement"] <= 1 and 0 < measured["fit/agreement"] <= 1
     assert measured["fit/train_tokens"] > measured["fit/heldout_tokens"] > 0
-    assert measured["fit/agreement"] == head.data["agreement"] == heads.facts(fit.head_path(made))["agreement"]
-    assert fit.wanted(made).items() <= head.data.items()
+    assert measured["fit/agreement"] == head.data["agreement"] == heads.facts(fitting.head_path(made))["agreement"]
+    assert fitting.wanted(made).items() <= head.data.items()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_bench_never_sees_a_prompt_its_head_was_fitted_on(make: Make, tmp_path
 
 
 def test_answers_and_head_are_made_once(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "BATCH", 8)
+    monkeypatch.setattr(fitting, "BATCH", 8)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         spied(patch, "generate", fail_at=3)
         run(make(), tmp_path / "failed")
@@ -199,7 +199,7 @@ def test_answers_and_head_are_made_once(make: Make, tmp_path: Path, monkeypatch:
 def test_a_head_of_the_users_is_taken_and_checked(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = make("stages=[fit]")
     run(fitted, tmp_path)
-    path = fit.head_path(fitted).rename(tmp_path / "mine.safetensors")
+    path = fitting.head_path(fitted).rename(tmp_path / "mine.safetensors")
     fits = spied(monkeypatch, "fit")
     made = make(f"draft.head={path}", "stages=[bench]", f"checkpoint.dir={tmp_path / 'other'}")
     job.check(made)
@@ -224,6 +224,6 @@ def test_a_bench_without_its_head_is_refused(make: Make) -> None:
 
 def test_a_finished_job_outlives_its_head(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(make(), tmp_path)
-    fit.head_path(make()).unlink()
+    fitting.head_path(make()).unlink()
     fits = spied(monkeypatch, "fit")
     assert run(make(), tmp_path)["measurements"] == first["measurements"] and fits == []

@@ -19,20 +19,21 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
 
-from selfspec import job, plan, results, sweep, tracking
+from selfspec import fitting, job, plan, sweep, sweep_context
 from selfspec.checkpoint import FILE
-from selfspec.engine.fake import FakeEngine
-from selfspec.results import Result
+from selfspec.engine.fake.engine import FakeEngine
+from selfspec.report import results
+from selfspec.report.results import Result
 from selfspec.run import CONF
-from selfspec.stages import fit
 from selfspec.tracking import MLflowTracker
+from selfspec.tracking import mlflow as mlflow_tracker
 from selfspec.types import Completion, Request
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py
 
 COUNTED = """
 import os, sys, time
-from selfspec.engine.fake import FakeEngine
+from selfspec.engine.fake.engine import FakeEngine
 from selfspec.run import main
 generate = FakeEngine.generate
 said = sys.argv.pop(1)
@@ -101,7 +102,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def folders(tmp_path: Path) -> list[Path]:
     """Of the sweeps, in the order they began."""
-    return sorted(file.parent for file in tmp_path.rglob(results.SWEEP))
+    return sorted(file.parent for file in tmp_path.rglob(sweep_context.FILE))
 
 
 def journalled(tmp_path: Path) -> Counter[str]:
@@ -130,7 +131,7 @@ def test_one_parent_three_children_and_the_same_ones_again(
     parent, children = tracked(uri, "three")
     assert [child.data.params["controller.K"] for child in children] == ["1", "2", "3"]
     assert {found.info.status for found in (parent, *children)} == {"FINISHED"}
-    assert json.loads((folder / results.SWEEP).read_text())["run_id"] == parent.info.run_id
+    assert json.loads((folder / sweep_context.FILE).read_text())["run_id"] == parent.info.run_id
     assert files <= {path.name for path in (Path(parent.info.artifact_uri.removeprefix("file://"))).iterdir()}
     before = {child.info.run_id: child.data for child in children}
 
@@ -280,12 +281,12 @@ def test_what_an_override_refers_to_is_the_jobs_to_look_up(
     run: Run, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "hush-hush")
-    monkeypatch.setattr(tracking, "_NAME", 8000)
+    monkeypatch.setattr(mlflow_tracker, "_NAME", 8000)
     to = ("tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=secret")
     code, out, err = run("-m", *to, "serve.api_key=${oc.env:MY_KEY}", "exit_layer=${K}", "K=1,2")
     assert (code, err) == (0, "") and all(f"layerskip{k} K={k}" in out for k in (1, 2))
     (folder,) = folders(tmp_path)
-    noted = json.loads((folder / results.SWEEP).read_text())
+    noted = json.loads((folder / sweep_context.FILE).read_text())
     assert set(noted["plans"]) == {found["plan_id"] for found in results.find(folder)}
     parent, _ = tracked(uri, "secret")
     assert "serve.api_key=${oc.env:MY_KEY}" in parent.info.run_name and "hush" not in out
@@ -296,7 +297,7 @@ def test_what_an_override_refers_to_is_the_jobs_to_look_up(
 def test_interrupted_at_its_report(run: Run, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ("-m", "tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=interrupted", "K=1,2")
     with monkeypatch.context() as patch:
-        patch.setattr(MLflowTracker, "bury", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(MLflowTracker, "mark_orphans_failed", lambda *args: os.kill(os.getpid(), signal.SIGINT))
         code, _, err = run(*argv)
     assert (code, err) == (130, "SIGINT: finished work is kept; the same command carries on\n")
     parent, children = tracked(uri, "interrupted")
@@ -367,7 +368,7 @@ def test_two_processes_with_one_plan_share_its_work(fake: list[str], tmp_path: P
 def test_two_jobs_at_once_fit_their_common_head_once(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from selfspec.engine.torch_engine import TorchEngine
+    from selfspec.engine.torch.engine import TorchEngine
 
     monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
     GlobalHydra.instance().clear()
@@ -377,7 +378,7 @@ def test_two_jobs_at_once_fit_their_common_head_once(
         ]
     calls = list[str]()
     monkeypatch.setattr(TorchEngine, "fit", _noting(calls, "fit", TorchEngine.fit))
-    monkeypatch.setattr(fit, "_prompts", _noting(calls, "answers", fit._prompts))  # asked for where some are missing
+    monkeypatch.setattr(fitting, "_prompts", _noting(calls, "answers", fitting._prompts))
 
     def one(number: int) -> Result:
         folder = tmp_path / str(number)

@@ -14,15 +14,15 @@ from hydra.core.global_hydra import GlobalHydra
 from tiny import VOCABULARY
 
 from selfspec import heads, plan
-from selfspec.engine import torch_engine
 from selfspec.engine.base import Tie
-from selfspec.engine.head import features, linear
-from selfspec.engine.llama import Llama
-from selfspec.engine.model import Model
-from selfspec.engine.torch_engine import TorchEngine
-from selfspec.engine.tree import Tree
+from selfspec.engine.torch import engine as torch_engine
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import ConfigError, HeadError
+from selfspec.model.base import Model
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
 from selfspec.run import CONF
+from selfspec.speculation.head import features, linear
 from selfspec.types import Completion, Request
 
 Maker = Callable[..., TorchEngine]

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from selfspec import config, tracking
+from selfspec.config import flatten
 from selfspec.errors import ConfigError, Interrupted
-from selfspec.tracking import Forgiving, MLflowTracker, NoTracker, Tracker, flatten
+from selfspec.tracking import BestEffortTracker, MLflowTracker, NoTracker, Tracker
+from selfspec.tracking import mlflow as mlflow_tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -75,7 +77,7 @@ def exercise(tracker: Tracker, folder: Path) -> None:
     tracker.set_tags({"verdict": "yes"})
     tracker.artifacts([folder])
     tracker.finish("FINISHED")
-    tracker.bury("0" * 32, {"plan"})
+    tracker.mark_orphans_failed("0" * 32, {"plan"})
 
 
 def test_a_run_holds_what_was_logged(
@@ -184,14 +186,14 @@ def test_runs_of_jobs_that_died_are_ended(tracker: MLflowTracker, client: "Mlflo
     parent = tracker.sweep_parent("with a dead job", "sweep") or ""
     runs = [tracker.start(plan, {tracking.PLAN_TAG: plan}, {}, None, parent) or "" for plan in ("dead", "well")]
     tracker.finish("FINISHED")
-    tracker.bury(parent, {"dead", "well"})
+    tracker.mark_orphans_failed(parent, {"dead", "well"})
     assert [client.get_run(run).info.status for run in runs] == ["FAILED", "FINISHED"]
 
 
 def test_jobs_that_ask_at_once_get_one_parent(
     client: "MlflowClient", uri: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_LOCK_S", 1e6)
+    monkeypatch.setattr(mlflow_tracker, "_LOCK_S", 1e6)
 
     def ask(_: int) -> str | None:
         return MLflowTracker(uri, "tests", root / "mlartifacts").sweep_parent("at once", "sweep")
@@ -275,7 +277,7 @@ def test_an_interrupt_is_not_swallowed() -> None:
             raise Interrupted(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        Forgiving(Interrupting(), "uri").finish("FINISHED")
+        BestEffortTracker(Interrupting(), "uri").finish("FINISHED")
 
 
 def test_a_healthy_tracker_says_nothing(

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from selfspec.engine.tree import Tree
+from selfspec.model.tree import Tree
 
 #        0
 #      /   \

@@ -12,17 +12,17 @@ from torch import Tensor
 from selfspec.config import Draft as DraftConfig
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName
-from selfspec.engine import gate
-from selfspec.engine.controller import Fixed
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft import vanilla
-from selfspec.engine.draft.base import Draft
-from selfspec.engine.draft.vanilla import Vanilla
-from selfspec.engine.gate import Gate
-from selfspec.engine.llama import Llama
-from selfspec.engine.policy import LongestPrefix, Policy, Rejection
-from selfspec.engine.scheduler import Scheduler
+from selfspec.engine.torch.session import Scheduler
 from selfspec.errors import AssetError, ConfigError
+from selfspec.model.llama import Llama
+from selfspec.speculation import gate
+from selfspec.speculation.controller import Fixed
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft import vanilla
+from selfspec.speculation.draft.base import Draft
+from selfspec.speculation.draft.vanilla import Vanilla
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.policy import LongestPrefix, Policy, Rejection
 from selfspec.types import Completion, Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")

@@ -19,11 +19,14 @@ from hydra.core.global_hydra import GlobalHydra
 from test_hf import build
 from vllm_inside import leave_unswept, look_at
 
-from selfspec import job, plan, workload
+from selfspec import job, plan
 from selfspec.config import EngineName, Order
-from selfspec.engine import factory, vllm_engine, vllm_session
+from selfspec.data import workload
+from selfspec.engine import factory
 from selfspec.engine.base import Engine
-from selfspec.engine.torch_engine import TorchEngine
+from selfspec.engine.torch.engine import TorchEngine
+from selfspec.engine.vllm import engine as vllm_engine
+from selfspec.engine.vllm import session as vllm_session
 from selfspec.errors import ConfigError
 from selfspec.metrics import first_difference
 from selfspec.plan import Plan

@@ -12,7 +12,9 @@ from hydra.core.global_hydra import GlobalHydra
 
 from selfspec import job, plan
 from selfspec.config import EngineName
-from selfspec.engine import factory, vllm_args, vllm_cycles
+from selfspec.engine import factory
+from selfspec.engine.vllm import args as vllm_args
+from selfspec.engine.vllm import cycles as vllm_cycles
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.run import CONF

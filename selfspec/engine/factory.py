@@ -8,17 +8,17 @@ from pathlib import Path
 from selfspec import config as schema
 from selfspec.config import EngineName
 from selfspec.engine.base import Engine
-from selfspec.engine.served import Server
+from selfspec.engine.openai.client import Server
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.rules import REFERENCES
 
 ENGINES = {
-    EngineName.torch: "selfspec.engine.torch_engine:TorchEngine",
-    EngineName.fake: "selfspec.engine.fake:FakeEngine",
-    EngineName.hf: "selfspec.engine.hf_engine:HFEngine",
-    EngineName.openai: "selfspec.engine.openai_engine:OpenAIEngine",
-    EngineName.vllm: "selfspec.engine.vllm_engine:VLLMEngine",
+    EngineName.torch: "selfspec.engine.torch.engine:TorchEngine",
+    EngineName.fake: "selfspec.engine.fake.engine:FakeEngine",
+    EngineName.hf: "selfspec.engine.hf:HFEngine",
+    EngineName.openai: "selfspec.engine.openai.engine:OpenAIEngine",
+    EngineName.vllm: "selfspec.engine.vllm.engine:VLLMEngine",
 }
 
 
@@ -72,14 +72,14 @@ def served(url: str, secret: str | None, engine: Engine) -> Server:
 
 def weights(plan: Plan) -> Path:
     """The folder of the plan's model on this disk, fetched and converted where that is still to do."""
-    from selfspec.engine import gguf
+    from selfspec.model import gguf
 
     return gguf.model_folder(plan.model)
 
 
 def drafter(plan: Plan) -> Path | None:
     """The folder of the draft's own model, or of heads that somebody trained; ``None``: it has none."""
-    from selfspec.engine import gguf
+    from selfspec.model import gguf
 
     draft = plan.draft
     return None if draft.source is None else gguf.model_folder(schema.Model("draft", draft.source, draft.sha256))

@@ -17,8 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from selfspec import assets
 from selfspec.config import Quality
+from selfspec.data import assets
 from selfspec.engine.base import Engine
 from selfspec.errors import AssetError, ConfigError, one_line
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from selfspec import fitting
 from selfspec.config import BackendConfig, CacheMode, ControllerName, EngineName, Weights
 from selfspec.engine import factory
 from selfspec.engine.base import Engine
@@ -23,11 +24,10 @@ from selfspec.serve.local import Local
 from selfspec.serve.metrics import Metrics
 from selfspec.serve.remote import Remote
 from selfspec.serve.router import Option, PolicyRouter
-from selfspec.stages import fit
 from selfspec.types import Request
 
 if TYPE_CHECKING:
-    from selfspec.engine.meaning import Meaning
+    from selfspec.model.embedding import Meaning
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ def engine(plan: Plan, weights: Weights | None = None) -> Engine:
     """
     made = factory.make(replace(plan, engine=replace(plan.engine, weights=weights or plan.engine.weights)))
     if plan.draft.fitted:
-        fit.ready(lambda: made, plan)
-        made.use_head(fit.head_path(plan))
+        fitting.ready(lambda: made, plan)
+        made.use_head(fitting.head_path(plan))
     made.generate([Request(tuple(made.encode("Hello", chat=False)), 4, ignore_eos=True)])
     return made
 
@@ -140,7 +140,7 @@ def cache(plan: Plan) -> Cache:
 
     @functools.cache
     def embed() -> "Meaning":
-        from selfspec.engine.meaning import Meaning
+        from selfspec.model.embedding import Meaning
 
         return Meaning(factory.weights(plan))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from selfspec.config import SoakServer
+from selfspec.files import write_atomic
 from selfspec.plan import Plan
-from selfspec.provenance import write_atomic
 from selfspec.soak.judge import rounded
 from selfspec.soak.server import end, environment, guarded, last_words
 from selfspec.types import Prompt

@@ -17,11 +17,12 @@ from typing import Any
 import psutil
 
 from selfspec.config import SoakServer
-from selfspec.engine import factory, vllm_args
+from selfspec.engine import factory
+from selfspec.engine.vllm import args as vllm_args
 from selfspec.errors import StageError
+from selfspec.fitting import head_path
 from selfspec.interrupt import shield
 from selfspec.plan import Plan
-from selfspec.stages.fit import head_path
 
 KEY = "SELFSPEC_API_KEY"
 GROUPS = (

@@ -13,15 +13,10 @@ A stage may also define any of these; what it does not define, :func:`ask` answe
 """
 
 import importlib
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
-from selfspec.engine.base import Engine
-
 T = TypeVar("T")
-LazyEngine = Callable[[], Engine]
-"""Gives the engine, made at the first call: a stage whose units are all in the journal never asks."""
 
 
 def load(stage: str) -> ModuleType:

@@ -14,15 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from selfspec import metrics, workload
+from selfspec import metrics
 from selfspec.checkpoint import Journal, Record
+from selfspec.data import workload
 from selfspec.engine import factory
-from selfspec.engine.base import Engine
+from selfspec.engine.base import Engine, LazyEngine
+from selfspec.files import write_atomic
+from selfspec.fitting import head_path, ready
 from selfspec.plan import Plan
 from selfspec.progress import progress
-from selfspec.provenance import collect, write_atomic
-from selfspec.stages import LazyEngine
-from selfspec.stages.fit import head_path, ready
+from selfspec.provenance import collect
 from selfspec.types import GREEDY, Completion, Cycle, Measurements, Prompt, Request, Sampling
 
 Verdict = Literal["yes", "ties", "no", "sampled", "lossy", "reference"]

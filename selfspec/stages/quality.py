@@ -11,19 +11,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfspec import workload
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import EngineName
-from selfspec.engine.base import Engine
+from selfspec.data import workload
+from selfspec.engine.base import Engine, LazyEngine
 from selfspec.errors import ConfigError
+from selfspec.files import write_atomic
+from selfspec.fitting import head_path, ready
 from selfspec.plan import Plan
 from selfspec.progress import progress
-from selfspec.provenance import collect, write_atomic
+from selfspec.provenance import collect
 from selfspec.quality import gates, perplexity, plot, tasks
 from selfspec.quality.perplexity import Nats
-from selfspec.stages import LazyEngine
 from selfspec.stages.bench import request
-from selfspec.stages.fit import head_path, ready
 from selfspec.types import Measurements, Prompt
 
 ENGINES = ("torch", "hf", "fake", "vllm")

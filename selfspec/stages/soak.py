@@ -14,20 +14,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from selfspec import workload
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import EngineName, SoakServer
+from selfspec.data import workload
 from selfspec.engine import factory
+from selfspec.engine.base import LazyEngine
 from selfspec.errors import ConfigError, StageError
+from selfspec.files import storing, write_atomic
+from selfspec.fitting import ready
 from selfspec.plan import Plan
 from selfspec.progress import progress
-from selfspec.provenance import collect, storing, write_atomic
+from selfspec.provenance import collect
 from selfspec.soak import chart, judge
 from selfspec.soak.load import Load, calling
 from selfspec.soak.server import Server, secret, serving
-from selfspec.stages import LazyEngine
 from selfspec.stages.bench import compared, poolable, request
-from selfspec.stages.fit import ready
 from selfspec.types import Completion, Measurements, Prompt, Request
 
 _READINGS = 20

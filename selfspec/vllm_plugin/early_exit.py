@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from selfspec import heads
-from selfspec.engine import controller as controllers
-from selfspec.engine import gate as gates
-from selfspec.engine.head import Head, features, linear
 from selfspec.errors import ConfigError
+from selfspec.speculation import controller as controllers
+from selfspec.speculation import gate as gates
+from selfspec.speculation.head import Head, features, linear
 from selfspec.vllm_plugin import hooks, versions
 from selfspec.vllm_plugin.layers import FirstLayers, Readout
 from selfspec.vllm_plugin.record import Drafted, Record
@@ -27,7 +27,7 @@ from selfspec.vllm_plugin.slots import Slots
 from selfspec.vllm_rules import EARLY
 
 
-class EarlyExit:
+class EarlyExit(hooks.Proposer):
     """vLLM makes one in each worker (``method: custom_class``), gives it the model, and asks it after each step.
 
     Args:

@@ -9,6 +9,7 @@
 And what vLLM runs on has faults that ``mend.py`` mends.
 """
 
+from abc import ABC, abstractmethod
 from functools import wraps
 from typing import Any
 
@@ -18,6 +19,14 @@ from selfspec.vllm_plugin.mend import mend, quote_library_path
 from selfspec.vllm_plugin.settings import KEY, PROPOSER, parse
 
 _MARK = "_selfspec_wrapped"
+
+
+class Proposer(ABC):
+    """A proposer that is shown the whole batch."""
+
+    @abstractmethod
+    def draft(self, runner: Any, sampled: Any, states: Any, verified: Any, most: int) -> list[list[int]]:
+        """Draft tokens of every request of the batch."""
 
 
 def register() -> None:
@@ -81,11 +90,9 @@ def _reserve(original: Any) -> Any:
 
 
 def _show_batch(original: Any) -> Any:
-    from selfspec.vllm_plugin.early_exit import EarlyExit
-
     @wraps(original)
     def propose(self: Any, scheduled: Any, sampled: Any, how: Any, hidden: Any, states: Any, *rest: Any) -> Any:
-        if isinstance(self.drafter, EarlyExit):
+        if isinstance(self.drafter, Proposer):
             _, verified, *_ = rest
             return self.drafter.draft(self, sampled, states, verified, scheduled.num_spec_tokens_to_schedule)
         return original(self, scheduled, sampled, how, hidden, states, *rest)

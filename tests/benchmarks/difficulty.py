@@ -17,8 +17,8 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 
 from selfspec import plan as plans
-from selfspec import workload
-from selfspec.engine.torch_engine import TorchEngine
+from selfspec.data import workload
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.run import CONF
 from selfspec.serve.difficulty import difficulty
 from selfspec.types import Request

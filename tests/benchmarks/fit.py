@@ -11,10 +11,9 @@ import argparse
 
 from hydra import compose, initialize_config_dir
 
-from selfspec import plan
+from selfspec import fitting, plan
 from selfspec.engine import factory
 from selfspec.run import CONF
-from selfspec.stages import fit
 
 DRAFTS = (
     *(f"draft=lsq exit_layer={layer}" for layer in (12, 20, 24, 28)),
@@ -43,7 +42,7 @@ def main() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for draft in DRAFTS:
             made = plan.make(compose("config", [*common, *draft.split()]))
-            facts = fit.ready(lambda made=made: factory.make(made), made)
+            facts = fitting.ready(lambda made=made: factory.make(made), made)
             agreement = " ".join(f"{share:.3f}" for share in facts["agreement_by_position"])
             known = [facts.get(name, "-") for name in ("parameters", "solve_s", "raw_agreement")]
             print(", ".join([draft, *map(str, known), agreement]), flush=True)

@@ -20,8 +20,8 @@ from selfspec.run import main
 begin, loading = psutil.Process().create_time(), 0.0
 
 def watch():
-    from selfspec.engine.llama import Llama
-    from selfspec.engine.torch_engine import TorchEngine
+    from selfspec.model.llama import Llama
+    from selfspec.engine.torch.engine import TorchEngine
     load = Llama.load.__func__
 
     def timed(*args):

@@ -25,10 +25,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from worker import Worker
 
-from selfspec import metrics, plan, workload
-from selfspec.engine.torch_engine import TorchEngine
+from selfspec import fitting, metrics, plan
+from selfspec.data import workload
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.run import CONF
-from selfspec.stages import fit
 from selfspec.types import Request
 
 OURS = ["draft=none", "draft=ngram K=8"]
@@ -109,8 +109,8 @@ def main() -> None:
 def ours(engine: TorchEngine, new_tokens: int) -> Decode:
     """One of our configurations; its head is fitted first where it has one."""
     if engine.plan.draft.fitted:
-        fit.check_head(engine.plan)
-        engine.use_head(fit.head_path(engine.plan))
+        fitting.check_head(engine.plan)
+        engine.use_head(fitting.head_path(engine.plan))
 
     def decode(prompt: Sequence[int]) -> Answer:
         (done,) = engine.generate([Request(tuple(prompt), new_tokens, ignore_eos=True)])

@@ -16,11 +16,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM
 
-from selfspec import metrics, workload
+from selfspec import metrics
 from selfspec import plan as plans
-from selfspec.engine.linear import linear, packed, plain
-from selfspec.engine.torch_engine import TorchEngine
-from selfspec.engine.tree import Tree
+from selfspec.data import workload
+from selfspec.engine.torch.engine import TorchEngine
+from selfspec.model.linear import linear, packed, plain
+from selfspec.model.tree import Tree
 from selfspec.run import CONF
 from selfspec.types import Request
 

@@ -13,9 +13,10 @@ from statistics import median
 
 from hydra import compose, initialize_config_dir
 
-from selfspec import metrics, workload
+from selfspec import metrics
 from selfspec import plan as plans
-from selfspec.engine.torch_engine import TorchEngine
+from selfspec.data import workload
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.run import CONF
 from selfspec.types import Request
 

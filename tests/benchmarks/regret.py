@@ -16,8 +16,8 @@ from hydra import compose, initialize_config_dir
 
 from selfspec import config, plan
 from selfspec.config import ControllerName, GateName
-from selfspec.engine.fake import FakeEngine
-from selfspec.engine.fake_session import World
+from selfspec.engine.fake.engine import FakeEngine
+from selfspec.engine.fake.session import World
 from selfspec.plan import Plan
 from selfspec.run import CONF
 from selfspec.types import Request

@@ -20,9 +20,9 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 
 from selfspec import plan as plans
-from selfspec import workload
+from selfspec.data import workload
 from selfspec.engine import factory
-from selfspec.engine.meaning import Meaning
+from selfspec.model.embedding import Meaning
 from selfspec.run import CONF
 from selfspec.serve.words import same, words
 

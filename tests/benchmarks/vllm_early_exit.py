@@ -105,7 +105,8 @@ def prompts_of(options: argparse.Namespace, count: int) -> tuple[Any, list[tuple
     """A plan of ours that is as near as can be, and its prompts."""
     from hydra import compose, initialize_config_dir
 
-    from selfspec import plan, workload
+    from selfspec import plan
+    from selfspec.data import workload
     from selfspec.engine import factory
     from selfspec.run import CONF
 
@@ -187,7 +188,7 @@ def ours(options: argparse.Namespace, head: Path, prompts: list[tuple[int, ...]]
     from hydra import compose, initialize_config_dir
 
     from selfspec import heads, plan
-    from selfspec.engine.torch_engine import TorchEngine
+    from selfspec.engine.torch.engine import TorchEngine
     from selfspec.run import CONF
     from selfspec.types import Request
 

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from selfspec.engine.fake import FakeEngine
+from selfspec.engine.fake.engine import FakeEngine
 from selfspec.run import main
 
 HELD = 4  # the warm-up and one unit, each once plainly and once as configured

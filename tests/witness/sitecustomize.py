@@ -16,7 +16,7 @@ import time
 from hashlib import blake2b
 from pathlib import Path
 
-ENGINES = {"selfspec.engine.fake": "FakeEngine", "selfspec.engine.torch_engine": "TorchEngine"}
+ENGINES = {"selfspec.engine.fake.engine": "FakeEngine", "selfspec.engine.torch.engine": "TorchEngine"}
 
 made = []
 

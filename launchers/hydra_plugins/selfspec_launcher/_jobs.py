@@ -86,8 +86,8 @@ class ProcessLauncher(Launcher):
         Raises:
             Interrupted: SIGTERM or SIGINT; no job runs any more, and each can be carried on with.
         """
-        from selfspec import results
         from selfspec.interrupt import shield
+        from selfspec.report import results
 
         jobs = self._jobs(job_overrides, initial_job_idx)
         todo, running, said = list(jobs), dict[int, Job](), dict[int, str]()
@@ -127,7 +127,7 @@ class ProcessLauncher(Launcher):
 
     def _settle(self, job: Job, state: State) -> None:
         """Sees to it that a job which is over has a result, if only one that says why there is none."""
-        from selfspec import results
+        from selfspec.report import results
 
         if state.died is None or (job.folder / results.FILE).exists():
             return

@@ -47,7 +47,7 @@ class LocalLauncher(ProcessLauncher):
 
     def start(self, todo: Sequence[Job]) -> int:
         """Starts jobs while there is a place for one more."""
-        from selfspec.provenance import storing
+        from selfspec.files import storing
 
         started = todo[: len(self._places)]
         for job in started:
@@ -102,14 +102,14 @@ class LocalLauncher(ProcessLauncher):
 
         The last job too, alone as it may be: what is compared in one table is measured with as many threads.
         """
-        from selfspec import results
         from selfspec.provenance import hardware
+        from selfspec.sweep_context import SweepContext
 
         cores = hardware()["physical_cores"]
         assert isinstance(cores, int), "it is a number"
         threads = {"OMP_NUM_THREADS": str(max(1, cores // min(self.n_jobs, self.count)))}
         gpu = {"CUDA_VISIBLE_DEVICES": str(self.gpus[place % len(self.gpus)])} if self.gpus else {}
-        told = results.Sweep.of(Path(self.config.hydra.sweep.dir)).environment()
+        told = SweepContext.load(Path(self.config.hydra.sweep.dir)).environment()
         return {**threads, **os.environ, **gpu, **told}
 
 

@@ -81,11 +81,11 @@ class SlurmLauncher(ProcessLauncher):
         import submitit
 
         from hydra_plugins.selfspec_launcher._slurm_job import Run
-        from selfspec import results
         from selfspec.errors import LaunchError
+        from selfspec.sweep_context import SweepContext
 
         jobs, sweep = todo[:ARRAY], Path(self.config.hydra.sweep.dir)
-        told = results.Sweep.of(sweep).environment()
+        told = SweepContext.load(sweep).environment()
         executor = _executor(self._settings, sweep / FOLDER)
         try:
             with executor.batch():  # one array

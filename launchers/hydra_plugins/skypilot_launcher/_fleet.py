@@ -8,9 +8,10 @@ from typing import Any, Protocol, cast
 
 from hydra_plugins.skypilot_launcher._task import PREFIX
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
-from selfspec import checkpoint, results
+from selfspec import checkpoint
 from selfspec.errors import LaunchError, SelfspecError
 from selfspec.plan import Plan
+from selfspec.report import results
 
 BATCH = 8
 """Jobs launched between two looks at those that run; each takes some ten seconds, all at once."""

@@ -12,7 +12,7 @@ from selfspec import compose
 from selfspec.config import Resume, TrackerName
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
-from selfspec.results import ALONE, Sweep
+from selfspec.sweep_context import ALONE, SweepContext
 
 PREFIX = "selfspec-"
 """Of the names of our managed jobs; the plan's identity follows."""
@@ -108,7 +108,7 @@ def left_to_the_pool(settings: SkyPilotConf) -> str | None:
     return said if idle else None
 
 
-def make(settings: SkyPilotConf, plan: Plan, arguments: Sequence[str], sweep: Sweep = ALONE) -> dict[str, Any]:
+def make(settings: SkyPilotConf, plan: Plan, arguments: Sequence[str], sweep: SweepContext = ALONE) -> dict[str, Any]:
     """The task of one job.
 
     Args:

@@ -100,11 +100,12 @@ class SkyPilotLauncher(Launcher):
         """One for each plan, in the order of the sweep."""
         from hydra_plugins.skypilot_launcher import _task
         from hydra_plugins.skypilot_launcher._fleet import Job
-        from selfspec import compose, results
+        from selfspec import compose
         from selfspec import plan as plans
+        from selfspec.sweep_context import SweepContext
 
         assert self._context is not None, "Hydra calls setup() first"
-        sweep = results.Sweep.of(Path(self._config.hydra.sweep.dir))
+        sweep = SweepContext.load(Path(self._config.hydra.sweep.dir))
         jobs: dict[str, Job] = {}
         for number, overrides in enumerate(job_overrides, first):
             config, folder = compose.job(self._context.config_loader, self._config, overrides, number)

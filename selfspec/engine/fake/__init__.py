@@ -1,0 +1,1 @@
+"""A simulation in virtual time, with real gates and controllers; imports no torch."""

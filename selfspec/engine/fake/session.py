@@ -1,0 +1,227 @@
+"""How the fake engine decodes: a world with set acceptance, whose time passes as it is told to."""
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Literal, NamedTuple
+
+from selfspec.config import GateName
+from selfspec.engine.admission import Admission
+from selfspec.engine.batching import Batching
+from selfspec.speculation.controller import Controller
+from selfspec.speculation.gate import Gate
+from selfspec.types import Cycle, Logprob, Request
+
+VOCAB = 256
+
+
+class World:
+    """What there is to be learned: how often a draft is right, and what time things take. Subclasses differ.
+
+    Args:
+        acceptance: the chance that a drafted token is right.
+        draft_ms: milliseconds of a draft step.
+    """
+
+    def __init__(self, acceptance: float, draft_ms: float = 3.0) -> None:
+        self._acceptance, self._draft_ms = acceptance, draft_ms
+
+    def acceptance(self, request: Request, position: int, exit_layer: int | None) -> float:
+        """The chance that a draft of a request's new token number ``position`` is right."""
+        return self._acceptance
+
+    def draft_ms(self, rows: int, exit_layer: int | None) -> float:
+        """Of one draft step for so many rows."""
+        return self._draft_ms * growth(rows)
+
+    def pass_ms(self, tokens: int) -> float:
+        """Of the target's pass over so many tokens."""
+        return 10.0 * growth(tokens)
+
+    def pace(self, now: float) -> float:
+        """By how much the machine is slower than usual, ``now`` milliseconds after the engine was made."""
+        return 1.0
+
+
+def growth(tokens: int) -> float:
+    """What a pass over so many tokens costs beside a pass over one: as measured, 1.01 at 4, 1.07 at 8, 1.28 at 16."""
+    more, few = tokens - 1, min(tokens - 1, 15)
+    return 1 + 0.00125 * few * (2 * more - few)  # a parabola that goes on as its tangent
+
+
+@dataclass(slots=True)
+class Clock:
+    """Virtual milliseconds since the engine was made."""
+
+    ms: float = 0.0
+
+
+@dataclass(slots=True)
+class Row:
+    """A request being decoded: its whole answer is known, and how much of it is out. Times are in seconds."""
+
+    request: Request
+    answer: list[int]
+    exit_layer: int | None
+    arrival: float
+    admitted: float
+    first_token: float = 0.0
+    done: int = 0
+    cycles: list[Cycle] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to come."""
+        return len(self.answer) - self.done
+
+    def said(self, start: int) -> list[int]:
+        """New tokens that are out, from number ``start`` on."""
+        return self.answer[start : self.done]
+
+
+class Parts(NamedTuple):
+    """What a session is made of, and the gate whose signals it shows."""
+
+    world: World
+    clock: Clock
+    control: Controller
+    stops: Gate
+    gate_name: GateName
+
+
+class FakeSession(Batching[Row]):
+    """A session in virtual time, counted from its beginning; the engine's ``clock`` goes on from session to session."""
+
+    def __init__(self, parts: Parts, rows: int, positions: int, admission: Admission) -> None:
+        super().__init__(rows, positions, admission)
+        self.world, self.clock, self.control, self.stops, gate_name = parts
+        self._signal = _SIGNALS[gate_name]
+        self._ms = 0.0
+
+    def _now(self) -> float:
+        return self._ms / 1e3
+
+    def _start(self, request: Request, arrival: float) -> Row:
+        exit_layer = self.control.exit_layer(len(request.tokens))
+        return Row(request, whole_answer(request), exit_layer, arrival, self._now())
+
+    def _read(self, row: Row, done: int, count: int) -> None:
+        self._pass(self.world.pass_ms(1))
+
+    def _join(self, row: Row, done: int) -> None:
+        self._pass(self.world.pass_ms(1))
+        row.done, row.first_token = 1, self._now()
+        row.logprobs += _logprobs(row, 0)
+
+    def _cycle(self, rows: Sequence[Row]) -> None:
+        control, stops = self.control, self.stops
+        stops.begin()
+        ks = [min(control.ask(row.cycles, len(rows)), row.remaining - 1) for row in rows]
+        drafts = [self._draft(row, k) for row, k in zip(rows, ks, strict=True)]
+        steps = max(max(len(signals), proposed) for proposed, _, signals in drafts)
+        draft_ms = self._pass(steps * self.world.draft_ms(len(rows), rows[0].exit_layer))
+        verify_ms = self._pass(self.world.pass_ms(sum(proposed + 1 for proposed, _, _ in drafts)))
+        cycles = [
+            Cycle(k, proposed, proposed, accepted, accepted + 1, signals, draft_ms, verify_ms, len(rows))
+            for k, (proposed, accepted, signals) in zip(ks, drafts, strict=True)
+        ]
+        for row, cycle in zip(rows, cycles, strict=True):
+            row.cycles.append(cycle)
+            row.done += cycle.new_tokens
+            row.logprobs += _logprobs(row, row.done - cycle.new_tokens)
+        stops.observe(cycles)
+        control.observe(cycles)
+
+    def _draft(self, row: Row, k: int) -> tuple[int, int, tuple[float, ...]]:
+        """Tokens proposed, tokens that stand, and the gate's signals.
+
+        The draft is as sure of a token as the token is likely to be right: its probability is U^(1/a - 1),
+        the mean of which is the acceptance a.
+        """
+        accepted, right, signals = 0, True, list[float]()
+        for j in range(k):
+            acceptance = self.world.acceptance(row.request, row.done + j, row.exit_layer)
+            luck, sure = chances(row.request, row.answer, row.done + j)
+            sure = sure ** (1 / acceptance - 1) if acceptance else 0.0
+            if self.stops.reads:
+                signals.append(self._signal(sure))
+                if self.stops.stops(signals[-1]):
+                    return j, accepted, tuple(signals)
+            right = right and luck < sure
+            accepted += right
+        return k, accepted, tuple(signals)
+
+    def _pass(self, ms: float) -> float:
+        """Lets time go by: how much, at the machine's pace."""
+        ms *= self.world.pace(self.clock.ms)
+        self.clock.ms += ms
+        self._ms += ms
+        return ms
+
+    def _evict(self, index: int) -> None:
+        """There is nothing to free."""
+
+    def _finish(self, row: Row) -> Literal["length"] | None:
+        return None if row.remaining else "length"
+
+    def _kv_used(self) -> float:
+        held = sum(len(member.row.request.tokens) + member.row.done for member in self.members)
+        return held / (self.capacity * self.positions)
+
+
+def whole_answer(request: Request) -> list[int]:
+    """All tokens of the answer."""
+    tokens = list(request.tokens)
+    for _ in range(request.max_new_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(request.tokens) :]
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The "model": what follows."""
+    return zlib.crc32(bytes(t % VOCAB for t in tokens[-8:])) % VOCAB
+
+
+def _logprobs(row: Row, first: int) -> list[Logprob]:
+    """Tokens are as likely as their share of the vocabulary; the likeliest follow each other from the first on."""
+    if row.request.logprobs is None:
+        return []
+    even = -math.log(VOCAB)
+    top = tuple((token, even) for token in range(row.request.logprobs))
+    return [Logprob(even, top)] * (row.done - first)
+
+
+def chances(request: Request, answer: Sequence[int], position: int) -> tuple[float, float]:
+    """Two uniform numbers in [0, 1) for a token: the same ones, however decoding came to it."""
+    before = (*request.tokens[-8:], *answer[max(position - 8, 0) : position])[-8:]
+    digest = blake2b(bytes(t % VOCAB for t in before), digest_size=16, salt=position.to_bytes(8, "big")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:], "big") / 2**64
+
+
+def entropy(p: float) -> float:
+    """In nats, where one token has probability p and the others share the rest."""
+    best, other = _surprisals(p)
+    return p * best + (1 - p) * other
+
+
+def var_entropy(p: float) -> float:
+    """The variance of surprisal there, in nats squared: small where p is, too, as then nearly all tokens are alike."""
+    best, other = _surprisals(p)
+    return p * (1 - p) * (best - other) ** 2
+
+
+def _surprisals(p: float) -> tuple[float, float]:
+    p = min(max(p, 1e-9), 1 - 1e-9)
+    return -math.log(p), -math.log((1 - p) / (VOCAB - 1))
+
+
+_SIGNALS: Mapping[GateName, Callable[[float], float]] = {
+    GateName.none: float,
+    GateName.maxp: float,
+    GateName.bandit: float,
+    GateName.entropy: entropy,
+    GateName.varH: var_entropy,
+}

@@ -1,0 +1,1 @@
+"""Our own engine: the decode step on one device, with continuous batching."""

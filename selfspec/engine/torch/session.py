@@ -1,0 +1,93 @@
+"""Continuous batching of the torch engine, over the rows of one key-value cache."""
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selfspec.config import Order
+from selfspec.engine import admission
+from selfspec.engine.base import Progress
+from selfspec.engine.batching import Batching
+from selfspec.model.cache import KVCache
+from selfspec.speculation.decode import Speculation
+from selfspec.speculation.draft.base import Row
+from selfspec.types import Completion, Request
+
+
+class Scheduler(Batching[Row]):
+    """As many requests at once as the cache has rows; row r of the batch is row r of the cache.
+
+    A prompt that is read in pieces lies in a cache of its own until it is whole: the batch's rows stand together.
+    """
+
+    def __init__(
+        self,
+        speculation: Speculation,
+        cache: KVCache,
+        order: Order = Order.fcfs,
+        chunk: int = 64,
+        positions: int | None = None,
+    ) -> None:
+        """``cache``: empty. ``positions``: the most of a request; ``None``: all that the cache has slots for."""
+        most = cache.capacity + 1 if positions is None else positions  # the last token is never run
+        super().__init__(cache.rows, most, admission.make(order, chunk))
+        self.speculation, self.cache = speculation, cache
+        self._aside: KVCache | None = None
+        self._states: list[Tensor] = []
+
+    @torch.inference_mode()
+    def step(self) -> list[Progress]:
+        """See :meth:`Batching.step <selfspec.engine.batching.Batching.step>`."""
+        return super().step()
+
+    @torch.inference_mode()
+    def cancel(self, number: int) -> Completion | None:
+        """See :meth:`Batching.cancel <selfspec.engine.batching.Batching.cancel>`."""
+        return super().cancel(number)
+
+    def _now(self) -> float:
+        return time.perf_counter()
+
+    def _start(self, request: Request, arrival: float) -> Row:
+        return self.speculation.start(request, arrival)
+
+    def _read(self, row: Row, done: int, count: int) -> None:
+        if self._aside is None:
+            draft, model = self.speculation.draft, self.speculation.target.model
+            self._aside = model.new_cache(self.cache.capacity, 1, draft.layers)
+        if done == 0:
+            if self._aside.lengths:  # of one that was cancelled
+                self._aside.evict(0)
+            self._aside.admit()
+            self._states = []
+        self._states.append(self.speculation.read(row, done, count, self._aside, 0))
+
+    def _join(self, row: Row, done: int) -> None:
+        left = len(row.request.tokens) - done
+        if done:
+            assert self._aside is not None, "the beginning lies there"
+            self._read(row, done, left)
+            index, states = self.cache.adopt(self._aside), torch.cat(self._states)
+            self._aside.evict(0)
+            self._states = []
+        else:
+            index = self.cache.admit()
+            states = self.speculation.read(row, 0, left, self.cache, index)
+        self.speculation.settle(row, index, states, self.cache)
+
+    def _cycle(self, rows: Sequence[Row]) -> None:
+        self.speculation.step(rows, self.cache)
+
+    def _evict(self, index: int) -> None:
+        self.cache.evict(index)
+
+    def _finish(self, row: Row) -> Literal["stop", "length"] | None:
+        if row.tokens[-1] in self.speculation.stop_tokens(row.request):
+            return "stop"
+        return "length" if row.remaining <= 0 else None
+
+    def _kv_used(self) -> float:
+        return sum(self.cache.lengths) / (self.cache.rows * self.cache.capacity)

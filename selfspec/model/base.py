@@ -1,0 +1,66 @@
+"""The contract of a model: a stack of frozen layers that can be run from i to j on our own cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from selfspec.model.cache import KVCache, Place
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model's sizes, read from its ``config.json``."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    norm_eps: float
+    eos: frozenset[int]
+
+
+class Model(Protocol):
+    """What drafts and verification need of a model. ``llama.py`` is the fast one, ``hf.py`` takes the others."""
+
+    shape: Shape
+    folder: Path | None
+    """Where it was read from: its tokenizer lies there too. ``None`` where it was made from tensors."""
+    dtype: torch.dtype
+    device: torch.device
+    native: bool
+    """Whether it runs on our own CPU kernels."""
+    embedding: Tensor
+    """``[vocab, D]``, the token embedding."""
+    lm_head: Tensor
+    """``[vocab, D]``, what reads normed final states."""
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same model in another dtype (a copy; used to look at a tie in float32)."""
+        ...
+
+    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0) -> KVCache:
+        """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use."""
+        ...
+
+    def embed(self, tokens: Sequence[int] | Tensor, at: Place) -> Tensor:
+        """Token ids, N of them -> ``[N, D]``, the residual stream before the first layer."""
+        ...
+
+    def run(self, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
+        """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
+        ...
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The model's own final norm: ``[N, D]`` -> ``[N, D]``, what the language-model head reads."""
+        ...
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Normed states ``[N, D]`` -> logits ``[N, vocab]`` through the frozen language-model head."""
+        ...

@@ -1,0 +1,91 @@
+"""GGUF -> a plain model folder: bf16 safetensors, config.json, tokenizer, chat template.
+
+transformers reads a GGUF in about 15 s, and everything else here reads safetensors: so it is converted once.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+
+from selfspec.config import Model
+from selfspec.data import assets
+from selfspec.errors import AssetError, StorageError
+
+_VERSION = 1
+"""Raise it when the same GGUF would convert to something else: the old folder is then not taken."""
+
+
+def model_folder(model: Model) -> Path:
+    """The model as a folder that transformers and vLLM load: fetched, and converted where it is a GGUF file.
+
+    Raises:
+        AssetError: the source cannot be had, or is not a model.
+        StorageError: the cache cannot be written.
+    """
+    path = assets.fetch(model.source, model.sha256)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise AssetError(f"model.source={model.source}: {path} has no config.json, so it is not a model folder")
+        return path
+    if path.suffix != ".gguf":
+        raise AssetError(f"model.source={model.source}: must be a model folder or a .gguf file")
+    key = assets.fingerprint(path, _VERSION)
+    return assets.derived(re.sub(r"[^\w.-]", "-", path.stem), key, lambda folder: to_safetensors(path, folder))
+
+
+def to_safetensors(gguf: Path, folder: Path) -> None:
+    """Dequantises ``gguf`` into ``folder``, as bf16.
+
+    Raises:
+        AssetError: a file that is damaged, or of an architecture that transformers does not know.
+        StorageError: ``folder`` cannot be written.
+    """
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise AssetError(f"{gguf}: is not a GGUF file")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with silence():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file fails in as many ways as there are fields in it
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise AssetError(f"{gguf}: cannot be read as a model: {reason}") from error
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise StorageError(f"{folder}: {error.strerror or error}") from error
+        except Exception as error:  # safetensors has an error of its own for a full disk
+            raise StorageError(f"{folder}: {error}") from error
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Neither bars, nor advice, nor warnings from transformers."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.ERROR)
+    logging.disable_progress_bar()
+    try:
+        # The GGUF reader draws a bar of its own, which no switch of transformers' turns off.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

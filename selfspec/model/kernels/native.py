@@ -1,0 +1,170 @@
+"""C++ kernels for the CPU, built on the machine that runs them, for that machine, once.
+
+``selfspec::product``: x W' of few rows at the speed at which memory gives the weights. ``selfspec::layers``: a
+range of a Llama's layers over new tokens in one call. ``selfspec::argmax``: of every row. They do what ``linear.py``,
+``llama.py`` and ``sampling.py`` do with torch's operators wherever there is no C++ compiler.
+"""
+
+import hashlib
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from selfspec.data import assets
+from selfspec.errors import one_line
+from selfspec.model.cache import KVCache, Place
+from selfspec.model.weights import Layer
+
+SOURCES = Path(__file__).parent
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp")
+_HEADS = (32, 64, 128)
+_LANES = 16
+_DTYPES = (torch.float32, torch.bfloat16)
+_loaded = False
+
+
+@cache
+def problem() -> str | None:
+    """Why the kernels cannot be used here; ``None`` where they can, and then they are loaded."""
+    if sys.platform != "linux":
+        return f"they are built on Linux only, not on {sys.platform}"
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return "there is no C++ compiler"
+    global _loaded
+    try:
+        torch.ops.load_library(str(_library(compiler)))  # type: ignore[no-untyped-call]
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} failed: {error.stderr.strip().splitlines()[-1] if error.stderr.strip() else error}"
+    except OSError as error:
+        return one_line(error)
+    _loaded = True
+    return None
+
+
+def _library(compiler: str) -> Path:
+    """The built library, made where it is not in the cache; another machine, torch or source has one of its own."""
+    sources = sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")))
+    machine = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
+    ]
+    parts = [compiler, torch.__version__, *_FLAGS, *machine[:1], *(path.read_text() for path in sources)]
+    library = assets.cache_dir() / "kernels" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(library.with_suffix(".lock")):
+        if not library.exists():
+            unfinished = library.with_suffix(".part")
+            subprocess.run(_command(compiler, unfinished), check=True, capture_output=True, text=True)
+            unfinished.replace(library)
+    return library
+
+
+def _command(compiler: str, target: Path) -> list[str]:
+    home = Path(torch.__file__).parent
+    includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
+    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+    return [compiler, *_FLAGS, *includes, *sources, "-o", str(target), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bf16, and int8 too, so that weights are worth laying out in tiles."""
+    return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+
+
+def tiled(weight: Tensor) -> Tensor | None:
+    """A bf16 weight ``[out, in]`` in tiles ``[out / 16, in / 2, 16, 2]``; ``None`` where it does not divide so."""
+    rows, columns = weight.shape
+    if not multiplies_bf16() or rows % (2 * _LANES) or columns % 2:
+        return None
+    return _in_huge_pages(weight.view(rows // _LANES, _LANES, columns // 2, 2).transpose(1, 2))
+
+
+def tiled_int8(values: Tensor, scale: Tensor) -> Tensor | None:
+    """Int8 ``[out, in]`` and a scale ``[out]`` for each output in tiles ``[out / 16, in / 4 + 2, 64]`` of int8.
+
+    After a tile's weights lie its scales, and 128 times the sum of each output's weights: inputs are moved up by 128.
+    ``None`` where it does not divide so.
+    """
+    rows, columns = values.shape
+    if not multiplies_bf16() or rows % (2 * _LANES) or columns % _LANES:
+        return None
+    lines = values.view(rows // _LANES, _LANES, columns // 4, 4).transpose(1, 2).reshape(rows // _LANES, -1, 64)
+    sums = 128 * values.int().sum(1, dtype=torch.int32)
+    ends = [each.contiguous().view(torch.int8).view(rows // _LANES, 1, 64) for each in (scale.float(), sums)]
+    return _in_huge_pages(torch.cat((lines, *ends), 1))
+
+
+_CHUNK = 64 * 2**20
+_LINE = 64  # bytes of the cache's
+_chunk, _used, _taking = torch.empty(0, dtype=torch.uint8), 0, Lock()
+
+
+def _in_huge_pages(tensor: Tensor) -> Tensor:
+    """A copy, beside the others in huge pages where the system gives them.
+
+    Weights are read once a token, and finding pages of 4 KiB takes a fifth of the time that does. torch's allocator
+    can ask for huge pages, but only for a tensor that fills some by itself.
+    """
+    global _chunk, _used
+    size = tensor.numel() * tensor.element_size()
+    with _taking:
+        if _used + size > len(_chunk):
+            memory = mmap.mmap(-1, max(size, _CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            _chunk, _used = torch.frombuffer(memory, dtype=torch.uint8), 0
+        place = _chunk[_used : _used + size]
+        _used += -(-size // _LINE) * _LINE
+    return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def untiled(weight: Tensor) -> Tensor:
+    """The way back: ``[out, in]``, of int8 in float32."""
+    tiles = weight.shape[0]
+    if weight.dtype is not torch.int8:
+        return weight.transpose(1, 2).reshape(tiles * _LANES, weight.shape[1] * 2)
+    values = weight[:, :-2].reshape(tiles, -1, _LANES, 4).transpose(1, 2).reshape(tiles * _LANES, -1)
+    return values * weight[:, -2].reshape(-1).view(torch.float32)[:, None]
+
+
+def takes_rows(logits: Tensor) -> bool:
+    """Whether ``selfspec::argmax`` finds the largest of every row, twice as fast as NumPy and more in bf16."""
+    return _loaded and logits.is_contiguous() and logits.shape[-1] % _LANES == 0 and logits.dtype in _DTYPES
+
+
+class Stack:
+    """A Llama's layers, handed to the kernel in ranges."""
+
+    def __init__(self, layers: Sequence["Layer"], heads: int, norm_eps: float) -> None:
+        self._heads, self._norm_eps = heads, norm_eps
+        names = ("attention_norm", "qkv", "qkv_bias", "out", "mlp_norm", "gate_up", "down")
+        self._weights = [[getattr(layer, name) for layer in layers] for name in names]
+
+    @staticmethod
+    def takes(layers: Sequence["Layer"], hidden: int, head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether the kernel runs layers of these sizes: no norms of queries and keys, and whole lanes."""
+        plain = all(layer.q_norm is None for layer in layers)
+        widths = [hidden, *(layer.mlp_norm.shape[0] for layer in layers)]
+        whole = head_dim in _HEADS and all(width % _LANES == 0 for width in widths)
+        return plain and whole and dtype in _DTYPES
+
+    def run(self, hidden: Tensor, cache: KVCache, at: Place, cos: Tensor, sin: Tensor, first: int, last: int) -> Tensor:
+        """Layers ``first`` to ``last - 1`` on ``[N, D]``; ``cos``, ``sin``: ``[N, d]``, of the positions."""
+        row, slot = at.each()
+        chosen = [weights[first:last] for weights in self._weights]
+        kv = cache.lend(range(first, last), at)
+        place = (row, slot, at.mask, at.rows.start, at.stop)
+        result: Tensor = torch.ops.selfspec.layers(
+            hidden, kv, cos, sin, *place, self._heads, self._norm_eps, first, *chosen
+        )
+        return result

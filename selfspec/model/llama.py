@@ -1,0 +1,295 @@
+"""Our own lean decoder for the Llama family: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
+
+The model is a stack of layers that can be run from ``first`` to ``last``, so that a draft which exits
+early and the verification that follows share one pass: what the draft ran is not run again. Projections
+are fused (one matrix for q, k, v; one for gate and up) and packed (``linear.py``), keys and values are
+preallocated, and residual additions ride on the matrix products. Decoding one token is bound by reading the
+weights; everything else here only has to stay out of the way.
+
+Shapes: R rows, N new tokens of all rows together (see :class:`~selfspec.model.cache.Place`), D hidden size,
+H query heads, G key-value heads, d head size.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from selfspec.errors import AssetError, ConfigError
+from selfspec.model.base import Shape
+from selfspec.model.cache import KVCache, Place
+from selfspec.model.kernels.native import Stack
+from selfspec.model.linear import add_linear, linear, packed, packed_int8, plain
+from selfspec.model.weights import Layer, Weight
+
+_MATRICES = ("qkv", "out", "gate_up", "down")
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class Llama:
+    """A frozen decoder whose layers run in ranges."""
+
+    folder: Path | None = None
+    native = False
+    int8 = False
+    _stack: Stack | None = None
+
+    def __init__(self, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Fuses ``weights`` (Hugging Face names) as described by ``config`` (a parsed ``config.json``)."""
+        self.shape = _shape(config)
+        self.embedding = weights["model.embed_tokens.weight"]
+        self.lm_head = self.embedding if config.get("tie_word_embeddings") else weights["lm_head.weight"]
+        self.final_norm = weights["model.norm.weight"]
+        self.layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self._head: Weight | None = None  # the packed one: the embedding, which may be the same, stays as it is
+        self._rotary = _rotary(config, self.shape)
+        self._cos, self._sin = (table.to(self.device, self.dtype) for table in self._rotary)
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, native: bool = False) -> "Llama":
+        """Reads a model folder in the Hugging Face layout (safetensors only).
+
+        Args:
+            native: run on our own kernels; they are loaded.
+
+        Raises:
+            AssetError: a file is missing or corrupt.
+            ConfigError: the architecture is not of this family.
+        """
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            generation = folder / "generation_config.json"
+            if generation.exists():  # chat models name their end-of-turn token here
+                config["eos_token_id"] = _stop_tokens(config, json.loads(generation.read_text()))
+            files = sorted(folder.glob("*.safetensors"))
+            if not files:
+                raise AssetError(f"{folder}: holds no *.safetensors")
+            weights: dict[str, Tensor] = {}
+            for file in files:
+                weights.update(load_file(file, device=str(device)))
+            model = cls(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
+            model.folder = folder
+            model.pack(native)
+            return model
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise AssetError(f"{folder}: cannot be read as a model: {error}") from error
+        except KeyError as error:
+            raise AssetError(f"{folder}: lacks the tensor or setting {error}") from error
+
+    def pack(self, native: bool) -> None:
+        """Lays all weights out for the CPU's kernels, our own or torch's, where those have a layout of their own."""
+        self.native = native
+        for layer in self.layers:
+            for name in _MATRICES:
+                setattr(layer, name, packed(getattr(layer, name), native))
+        head = packed(self.lm_head, native)
+        self._head = head if head is not self.lm_head else None
+        self._stack = self._make_stack()
+
+    def quantise(self) -> None:
+        """Rounds the weights of all layers, and of the head, to int8."""
+        self.int8 = True
+        for layer in self.layers:
+            for name in _MATRICES:
+                setattr(layer, name, packed_int8(getattr(layer, name), self.native))
+        self._head = packed_int8(self.lm_head, self.native)
+        self._stack = self._make_stack()
+
+    def _make_stack(self) -> Stack | None:
+        whole = all(isinstance(getattr(layer, name), Tensor) for layer in self.layers for name in _MATRICES)
+        if not (self.native and whole and Stack.takes(self.layers, self.shape.hidden, self.shape.head_dim, self.dtype)):
+            return None
+        return Stack(self.layers, self.shape.heads, self.shape.norm_eps)
+
+    def to(self, dtype: torch.dtype) -> "Llama":
+        """The same model in another dtype (a copy; used to look at a tie in float32)."""
+        other = object.__new__(Llama)
+        other.shape, other.folder, other.device, other.dtype = self.shape, self.folder, self.device, dtype
+        other.embedding = self.embedding.to(dtype)
+        other.lm_head = other.embedding if self.lm_head is self.embedding else self.lm_head.to(dtype)
+        other.final_norm = self.final_norm.to(dtype)
+        other.layers = [
+            Layer(*(None if w is None else plain(w).to(dtype) for w in (getattr(layer, f) for f in Layer.__slots__)))  # type: ignore[arg-type]
+            for layer in self.layers
+        ]
+        other._head = plain(self._head).to(dtype) if self.int8 and self._head is not None else None
+        other._rotary = self._rotary
+        other._cos, other._sin = (table.to(self.device, dtype) for table in self._rotary)
+        return other
+
+    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0) -> KVCache:
+        """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use."""
+        s = self.shape
+        size = (s.layers + extra_layers, rows, s.kv_heads, capacity, s.head_dim)
+        return KVCache(*size, self.dtype, self.device, s.max_positions)
+
+    def embed(self, tokens: Sequence[int] | Tensor, at: Place | None = None) -> Tensor:
+        """Token ids, N of them -> ``[N, D]``; positions come in with every layer, so ``at`` is not looked at."""
+        return self.embedding[torch.as_tensor(tokens, device=self.device)]
+
+    def run(self, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
+        """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
+        if self._stack is not None and not at.causal:  # a long prompt is better off with torch's attention
+            cos, sin = self._cos[at.positions], self._sin[at.positions]
+            return self._stack.run(hidden, cache, at, cos, sin, first, last)
+        rotation = self.rotation(at)
+        for index in range(first, last):
+            hidden = self.block(self.layers[index], hidden, cache, index, at, rotation)
+        return hidden
+
+    def rotation(self, at: Place) -> "Rotation":
+        """What every layer of a pass shares: angles of the positions, and the mask for folded heads."""
+        mask = None
+        if at.mask is not None:  # as numbers to add: each layer would turn truth values into them again
+            hidden = torch.zeros(at.mask.shape, dtype=self.dtype, device=self.device).masked_fill_(~at.mask, -torch.inf)
+            mask = hidden.repeat(1, 1, self.shape.heads // self.shape.kv_heads, 1)
+        return Rotation(self._cos[at.positions][:, None], self._sin[at.positions][:, None], mask)
+
+    def block(self, w: Layer, hidden: Tensor, cache: KVCache, index: int, at: Place, rotation: "Rotation") -> Tensor:
+        """One layer on ``[N, D]``, its keys and values at layer ``index`` of the cache."""
+        s, eps = self.shape, self.shape.norm_eps
+        roped = s.heads + s.kv_heads
+        x = F.rms_norm(hidden, (s.hidden,), w.attention_norm, eps)
+        qkv = linear(x, w.qkv, w.qkv_bias).view(-1, roped + s.kv_heads, s.head_dim)
+        qk = qkv[:, :roped]
+        if w.q_norm is not None and w.k_norm is not None:
+            q, k = qk[:, : s.heads], qk[:, s.heads :]
+            q = F.rms_norm(q, (s.head_dim,), w.q_norm, eps)
+            k = F.rms_norm(k, (s.head_dim,), w.k_norm, eps)
+            qk = torch.cat((q, k), 1)
+        qk = torch.addcmul(qk * rotation.cos, qk.roll(s.head_dim // 2, -1), rotation.sin)
+        keys, values = cache.append(index, qk[:, s.heads :], qkv[:, roped:], at)
+        mixed = attend(qk[:, : s.heads], keys, values, at, rotation.mask)
+        hidden = add_linear(hidden, mixed, w.out)
+        x = F.rms_norm(hidden, (s.hidden,), w.mlp_norm, eps)
+        gate, up = linear(x, w.gate_up).chunk(2, -1)
+        return add_linear(hidden, F.silu(gate) * up, w.down)
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The model's own final norm: ``[N, D]`` -> ``[N, D]``, what the language-model head reads."""
+        return F.rms_norm(hidden, (self.shape.hidden,), self.final_norm, self.shape.norm_eps)
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Normed states ``[N, D]`` -> logits ``[N, vocab]`` through the frozen language-model head."""
+        return linear(state, self.lm_head if self._head is None else self._head)
+
+
+class Rotation(NamedTuple):
+    """What all layers of a pass share.
+
+    Attributes:
+        cos: ``[N, 1, d]``, and
+        sin: ``[N, 1, d]``, signed: rotary angles of the positions.
+        mask: the place's mask, repeated for every head of a group, 0 or -inf in the model's dtype; ``None`` as there.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, at: Place, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention: ``[N, H, d]`` over ``[R, G, stop, d]`` -> ``[N, H * d]``.
+
+    The H / G heads of a group are laid end to end as if they were more tokens, so that each key-value head
+    is read once (4x faster on a CPU in bf16); ``mask`` repeats in step. Prefill keeps the causal kernel.
+    """
+    heads, size = q.shape[1:]
+    if at.pad is not None:
+        q = q[at.pad]
+    q = q.view(at.count, at.width, heads, size).transpose(1, 2)
+    if at.causal:
+        mixed = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+    else:
+        folded = q.reshape(at.count, keys.shape[1], -1, size)
+        mixed = F.scaled_dot_product_attention(folded, keys, values, mask).view(q.shape)
+    mixed = mixed.transpose(1, 2).reshape(-1, heads * size)
+    return mixed if at.unpad is None else mixed[at.unpad]
+
+
+def _stop_tokens(*configs: dict[str, Any]) -> list[int]:
+    """The end-of-sequence tokens of all: each has one, several or none."""
+    named = (config.get("eos_token_id") for config in configs)
+    return [token for eos in named for token in ([eos] if isinstance(eos, int) else eos or [])]
+
+
+def _shape(config: dict[str, Any]) -> Shape:
+    kind = config.get("model_type")
+    if kind not in FAMILY:
+        raise ConfigError(f"model: architecture {kind!r} is not of the family engine=torch runs ({', '.join(FAMILY)})")
+    if config.get("quantization_config"):
+        raise ConfigError("model: engine=torch runs plain weights, and these are quantised")
+    if config.get("hidden_act", "silu") != "silu" or config.get("mlp_bias"):
+        raise ConfigError("model: engine=torch runs SwiGLU layers without biases only")
+    heads = config["num_attention_heads"]
+    limit = config["max_position_embeddings"]
+    if config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window"):
+        limit = min(limit, config["sliding_window"])  # within the window, windowed and full attention are the same
+    return Shape(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab=config["vocab_size"],
+        max_positions=limit,
+        norm_eps=config["rms_norm_eps"],
+        eos=frozenset(_stop_tokens(config)),
+    )
+
+
+def _layer(weights: dict[str, Tensor], prefix: str) -> Layer:
+    def fused(names: tuple[str, ...]) -> Tensor:
+        return torch.cat([weights[prefix + name] for name in names])
+
+    if prefix + "self_attn.o_proj.bias" in weights:
+        raise ConfigError("model: engine=torch runs attention without an output bias only")
+    projections = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")
+    biased = prefix + "self_attn.q_proj.bias" in weights
+    return Layer(
+        attention_norm=weights[prefix + "input_layernorm.weight"],
+        qkv=fused(tuple(p + "weight" for p in projections)),
+        qkv_bias=fused(tuple(p + "bias" for p in projections)) if biased else None,
+        q_norm=weights.get(prefix + "self_attn.q_norm.weight"),
+        k_norm=weights.get(prefix + "self_attn.k_norm.weight"),
+        out=weights[prefix + "self_attn.o_proj.weight"],
+        mlp_norm=weights[prefix + "post_attention_layernorm.weight"],
+        gate_up=fused(("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+        down=weights[prefix + "mlp.down_proj.weight"],
+    )
+
+
+def _rotary(config: dict[str, Any], shape: Shape) -> tuple[Tensor, Tensor]:
+    """Tables ``[positions, d]``, float32, for rotary embedding (Su et al., 2104.09864) in the half-split layout.
+
+    The sine carries the sign of the rotated half, so that applying it is ``x * cos + roll(x) * sin``.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    frequencies = 1.0 / theta ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+    if kind == "llama3":
+        frequencies = _llama3(frequencies, rope)
+    elif kind == "linear":
+        frequencies = frequencies / rope["factor"]
+    elif kind != "default":
+        raise ConfigError(f"model: rope scaling {kind!r} is not supported by engine=torch (default, linear, llama3)")
+    angles = torch.outer(torch.arange(shape.max_positions, dtype=torch.float32), frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def _llama3(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:
+    """Llama 3.1's scaling: long wavelengths are stretched by ``factor``, with a smooth passage between."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+    share: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
+    stretched: Tensor = frequencies / rope["factor"]
+    return (1 - share) * stretched + share * frequencies

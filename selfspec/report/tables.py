@@ -1,0 +1,230 @@
+"""Results -> tables: ``summary.csv``, ``accept.tsv`` and ``report.txt``, with the plots beside them.
+
+A speed never stands without its baseline, and a lossy configuration never without being called so.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from selfspec.config import flatten
+from selfspec.files import write_atomic
+from selfspec.report import plots
+from selfspec.report import quality as tables
+from selfspec.report.results import (
+    Result,
+    distinct,
+    interval,
+    labels,
+    lossy,
+    number,
+    setup,
+    value,
+    varying,
+    verdict,
+)
+
+SPEEDUP_MEANS = (
+    "Speed-up: against plain greedy decoding by the same engine, interleaved with it in the same process; "
+    "the median of per-prompt ratios, with a bootstrap 95% interval."
+)
+_COLUMNS = (
+    "configuration",
+    "tok/s",
+    "plain tok/s",
+    "speed-up",
+    "accept. rate",
+    "tokens per cycle",
+    "TTFT ms (plain)",
+    "lossless?",
+)
+_STYLES = {"FAILED": "bold red", "NO": "bold red", "LOSSY": "bold yellow", "yes": "green"}
+
+
+def table(results: Iterable[Result], explain: bool = True) -> Table:
+    """One row a plan, as given; ``explain``: a caption says what was measured where, and what the columns mean."""
+    rows = distinct(results)
+    made = _empty(_caption(rows) if explain else None)
+    for header in _COLUMNS:
+        left = header in (_COLUMNS[0], _COLUMNS[-1])
+        made.add_column(header, justify="left" if left else "right", overflow="fold")
+    for result, label in zip(rows, labels(rows), strict=True):
+        word = verdict(result)
+        made.add_row(
+            Text(label),
+            interval(result, "bench/tok_s", ".1f"),
+            number(result, "bench/plain_tok_s", ".1f"),
+            interval(result, "bench/speedup", ".2f", "x"),
+            number(result, "bench/acceptance", ".3f"),
+            number(result, "bench/tokens_per_cycle", ".2f"),
+            f"{number(result, 'bench/ttft_ms', '.1f')} ({number(result, 'bench/plain_ttft_ms', '.1f')})"
+            if value(result, "bench/ttft_ms") is not None
+            else "-",
+            Text(word, style=_STYLES.get(word, "")),
+        )
+    return made
+
+
+def further(results: Iterable[Result], explain: bool = True) -> list[Table]:
+    """The tables of what the quality stage measured, where there is something."""
+    made = []
+    for section in tables.sections(distinct(results)):
+        one = _empty(section.caption if explain else None)
+        for header in section.columns:
+            one.add_column(header, overflow="fold")
+        for cells in section.cells:
+            one.add_row(*map(Text, cells))
+        made.append(one)
+    return made
+
+
+def text(results: Iterable[Result], explain: bool = True) -> str:
+    """The tables as plain text (and Markdown), as wide as they need to be: no cell is cut off or wrapped."""
+    rows, buffer = distinct(results), io.StringIO()
+    console = Console(file=buffer, width=10_000, color_system=None, force_terminal=False)
+    for made in [table(rows, explain), *further(rows, explain)]:
+        made.box, made.show_edge, made.pad_edge, made.padding = box.MARKDOWN, True, True, (0, 1)
+        console.print(made)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines()) + "\n"
+
+
+def show(results: Iterable[Result], explain: bool = True) -> None:
+    """Prints the tables on stdout: fitted to a terminal, in full anywhere else."""
+    console, results = Console(), distinct(results)
+    if console.is_terminal:
+        made = table(results, explain)
+        if console.measure(made, options=console.options.update(width=10_000)).maximum > console.width:
+            for column in made.columns[1:]:  # as narrow as their longest word, which is enough for 80 columns
+                column.width = max(map(len, [*str(column.header).split(), "[115.4,"]))
+        console.print(made, crop=False)
+        for one in further(results, explain):
+            console.print()
+            console.print(one, crop=False)
+    else:
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(text(results, explain).encode(encoding, "replace").decode(encoding))
+
+
+def write(folder: Path, results: Iterable[Result]) -> list[Path]:
+    """Makes the report's files in ``folder``; a plot of which nothing was measured is left out.
+
+    Returns:
+        The files written.
+
+    Raises:
+        StorageError: one cannot be written.
+    """
+    rows = distinct(results)
+    files: dict[str, str | bytes | None] = {
+        "summary.csv": _summary(rows),
+        "accept.tsv": _accept(rows),
+        "report.txt": text(rows),
+        "tok_s.png": plots.speed(rows),
+        "acceptance.png": plots.acceptance(rows),
+    }
+    written = []
+    for name, data in files.items():
+        if data is not None:
+            write_atomic(folder / name, data)
+            written.append(folder / name)
+    return written
+
+
+def _empty(caption: str | None) -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=None if caption is None else Text(caption),
+        caption_justify="left",
+    )
+
+
+def _caption(rows: Sequence[Result]) -> str:
+    lines = []
+    measured = [row for row in rows if value(row, "bench/tok_s") is not None]
+    if measured:
+        setups = Counter(setup(row) for row in measured)
+        lines += [f"Measured: {one}." for one in setups]
+        if len(setups) > 1:
+            lines += [
+                "Rows differ in what they were measured on; compare speed-ups, not tok/s:",
+                *(f"  {label}: {setup(row)}" for row, label in zip(rows, labels(rows), strict=True) if row in measured),
+            ]
+        lines += ["tok/s: new tokens after the first / seconds after the first. " + SPEEDUP_MEANS]
+    if any(row["lossless"] == "ties" for row in rows):
+        lines.append(
+            "ties: tokens differ from plain decoding only where two logits are equal within the dtype's rounding."
+        )
+    if any(row["lossless"] == "sampled" for row in rows):
+        lines.append("sampled: tokens were drawn from plain decoding's distribution, and are not the ones it drew.")
+    if any(lossy(row) for row in rows):
+        lines.append("LOSSY, NO: these tokens are not those of plain decoding; the speed-up is not for the same text.")
+    for row, label in zip(rows, labels(rows), strict=True):
+        lines += [f"{label}: {words}" for words in against(row)]
+        if row["status"] == "failed":
+            lines.append(f"{label}: FAILED: {_line(row['error'] or 'no reason given')}")
+        lines += [f"{label}: {_line(note)}" for note in row["notes"]]
+    return "\n".join(lines)
+
+
+def against(row: Result) -> list[str]:
+    """What stood beside a configuration in the same process, and how they compare."""
+    names = [
+        key.split("/")[2] for key in row["measurements"] if key.startswith("bench/against/") and key.endswith("/ratio")
+    ]
+    said = []
+    for name in (name for name in names if not name.startswith("K=")):
+        ratio, rate = (
+            interval(row, f"bench/against/{name}/{what}", form) for what, form in (("ratio", ".2f"), ("tok_s", ".1f"))
+        )
+        said.append(f"{ratio} times {name} ({rate} tok/s)")
+    fixed = [name for name in names if name.startswith("K=")]
+    if fixed:
+        best = max(fixed, key=lambda name: value(row, f"bench/against/{name}/tok_s") or 0.0)
+        ratio, rate = (
+            interval(row, f"bench/against/{best}/{what}", form) for what, form in (("ratio", ".2f"), ("tok_s", ".1f"))
+        )
+        said.append(f"{ratio} times the best fixed K of {', '.join(name[2:] for name in fixed)}: {best} ({rate} tok/s)")
+    return said
+
+
+def _summary(rows: Sequence[Result]) -> str:
+    settings = varying(rows)
+    measurements = sorted({key for row in rows for key in row["measurements"]})
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["plan_id", "label", "name", "status", "lossless", *settings, *measurements, "error"])
+    for row in rows:
+        flat = flatten(row["settings"])
+        values = [value(row, key) for key in measurements]
+        lossless = "lossy" if lossy(row) and row["lossless"] is None else row["lossless"]
+        head = [row["plan_id"], row["label"], row["name"], row["status"], lossless]
+        writer.writerow([*head, *(_cell(flat.get(key)) for key in settings), *values, _line(row["error"] or "")])
+    return buffer.getvalue()
+
+
+def _accept(rows: Sequence[Result]) -> str:
+    lines = ["label\tposition\tacceptance"]
+    for row, label in zip(rows, labels(rows), strict=True):
+        for position, rate in enumerate(row["acceptance_by_position"], start=1):
+            lines.append(f"{_line(label)}\t{position}\t{rate}")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(setting: object) -> object:
+    return json.dumps(setting) if isinstance(setting, list) else setting
+
+
+def _line(words: str) -> str:
+    return " ".join(words.split())

@@ -1,0 +1,153 @@
+"""The speculative loop: draft, verify, accept (Leviathan et al., 2211.17192; Chen et al., 2302.01318).
+
+Plain decoding is the same loop with a draft that proposes nothing. A batch advances together, each row by
+what it accepts; ``scheduler.py`` says who is in it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfspec.model.base import Model
+from selfspec.model.cache import KVCache, Place
+from selfspec.model.tree import Tree
+from selfspec.speculation.controller import Controller
+from selfspec.speculation.draft.base import Draft, Row
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.policy import Choice, Policy, Verdict
+from selfspec.types import Cycle, Logprob, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What decides: a model's first ``depth`` layers and the readout of their state.
+
+    The whole model, normally; a truncated one with an exit head is plain layer skipping.
+    """
+
+    model: Model
+    depth: int
+    readout: Callable[[Tensor], Tensor]
+
+    def run(self, hidden: Tensor, cache: KVCache, at: Place, first: int) -> Tensor:
+        """Layers ``first`` to ``depth`` on new tokens ``[N, D]``, and their normed final states ``[N, D]``."""
+        return self.readout(self.model.run(hidden, cache, at, first, self.depth))
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """The axes of a configuration: who decides, who drafts, when to stop, how far to look, and what stands."""
+
+    target: Target
+    draft: Draft
+    gate: Gate
+    controller: Controller
+    policy: Policy
+
+    def begin(self, request: Request, cache: KVCache, arrival: float) -> Row:
+        """Admits a request: its prompt in one pass, and its first token."""
+        row, index = self.start(request, arrival), cache.admit()
+        self.settle(row, index, self.read(row, 0, len(request.tokens), cache, index), cache)
+        return row
+
+    def start(self, request: Request, arrival: float) -> Row:
+        """The row of a request of which nothing has been read."""
+        row = Row(request, list(request.tokens), torch.empty(0), arrival, time.perf_counter())
+        row.exit_layer = self.controller.exit_layer(len(request.tokens))
+        return row
+
+    def read(self, row: Row, first: int, count: int, cache: KVCache, index: int) -> Tensor:
+        """Runs ``count`` tokens of a prompt from number ``first`` on, in a row of the cache: states ``[count, D]``."""
+        tokens = row.request.tokens[first : first + count]
+        at = cache.place([Tree.chain(tokens)], row=index)
+        hidden, depth = self.draft.prefill(tokens, cache, at, row)
+        states = self.target.run(hidden, cache, at, depth)
+        cache.keep(index, range(count))
+        return states
+
+    def settle(self, row: Row, index: int, states: Tensor, cache: KVCache) -> None:
+        """Gives the first token of a row whose prompt has been read, given its states ``[P, D]``."""
+        # The last token of the prompt is a tree of one node, and nothing is drafted yet.
+        trees, logits = [Tree.chain(row.request.tokens[-1:])], self.target.model.logits(states[-1:])
+        (verdict,) = self.policy(trees, logits, [_choice(row)])
+        row.tokens.append(verdict.token)
+        row.logprobs += _logprobs(row.request, logits, [verdict.token])
+        row.state = states[-1:]
+        self.draft.observe(row, index, row.tokens[1:], states, cache)
+        row.first_token = time.perf_counter()
+
+    def step(self, rows: Sequence[Row], cache: KVCache) -> None:
+        """One cycle for every row of the batch: row r has row r of the cache."""
+        began = time.perf_counter()
+        self.gate.begin()
+        ks = [min(self.controller.ask(row.cycles, len(rows)), row.remaining - 1) for row in rows]
+        trees, hidden, depth = self.draft.propose(rows, ks, self.gate, cache)
+        drafted = time.perf_counter()
+
+        at = cache.place(trees)
+        if hidden is None:
+            hidden = self.target.model.embed([token for tree in trees for token in tree.tokens], at)
+        states = self.target.run(hidden, cache, at, depth)
+        logits = self.target.model.logits(states)
+        verdicts = self.policy(trees, logits, [_choice(row) for row in rows])
+        accepted, first = [], 0
+        for index, (row, tree, verdict) in enumerate(zip(rows, trees, verdicts, strict=True)):
+            own = slice(first, first := first + len(tree))
+            new = self._accept(row, index, tree, verdict, states[own], cache)
+            row.logprobs += _logprobs(row.request, logits[own][verdict.path[:new]], row.tokens[-new:])
+            accepted.append(new)
+        verified = time.perf_counter()
+
+        cycles = [
+            Cycle(
+                k_asked=k,
+                proposed=len(tree) - 1,
+                depth=max(tree.depths()),
+                accepted=len(verdict.path) - 1,
+                new_tokens=new,
+                signals=tuple(tree.signals),
+                draft_ms=1e3 * (drafted - began),
+                verify_ms=1e3 * (verified - drafted),
+                batch=len(rows),
+            )
+            for k, tree, verdict, new in zip(ks, trees, verdicts, accepted, strict=True)
+        ]
+        for row, cycle in zip(rows, cycles, strict=True):
+            row.cycles.append(cycle)
+        self.gate.observe(cycles)
+        self.controller.observe(cycles)
+
+    def _accept(self, row: Row, index: int, tree: Tree, verdict: Verdict, states: Tensor, cache: KVCache) -> int:
+        """Takes over what stands, up to a stop token; the number of new tokens."""
+        new = [*(tree.tokens[node] for node in verdict.path[1:]), verdict.token]
+        stop = self.stop_tokens(row.request)
+        new = new[: next((i + 1 for i, token in enumerate(new) if token in stop), len(new))]
+        path = verdict.path[: len(new)]
+        cache.keep(index, path)
+        row.tokens += new
+        along = states[: len(path)] if path[-1] == len(path) - 1 else states[path]
+        row.state = along[-1:]
+        self.draft.observe(row, index, new, along, cache)
+        return len(new)
+
+    def stop_tokens(self, request: Request) -> frozenset[int]:
+        """The tokens that end a request's answer."""
+        return frozenset() if request.ignore_eos else self.target.model.shape.eos
+
+
+def _logprobs(request: Request, logits: Tensor, tokens: Sequence[int]) -> list[Logprob]:
+    """Of each of n tokens, from the logits ``[n, vocab]`` that gave it; of none where the request asks for none."""
+    if request.logprobs is None:
+        return []
+    found = logits.float().log_softmax(-1)
+    best = found.topk(request.logprobs)
+    tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    own = found[torch.arange(len(tokens)), tokens].tolist()
+    return [Logprob(value, tuple(zip(*top, strict=True))) for value, top in zip(own, tops, strict=True)]
+
+
+def _choice(row: Row) -> Choice:
+    return Choice(row.request.sampling, len(row.tokens))

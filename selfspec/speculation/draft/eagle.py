@@ -1,0 +1,240 @@
+"""Drafting on the level of final states (EAGLE, 2401.15077): the next one is foretold, read, and gone on from.
+
+Without training (``draft.alpha``) it is extrapolated, h + alpha (h - h_previous), whichever token was read.
+Fitted (``draft.form``), it is a linear map of the state and of the token read from it, each scaled to unit
+root-mean-square, given by ridge regression; ``draft.sgd_epochs`` trains it on over chains of its own states.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfspec.config import Draft as DraftConfig
+from selfspec.config import HeadForm
+from selfspec.model.base import Model
+from selfspec.model.cache import KVCache
+from selfspec.model.tree import Tree
+from selfspec.speculation import beam, block
+from selfspec.speculation import fit as fitting
+from selfspec.speculation.beam import Beam
+from selfspec.speculation.block import Block
+from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.fit import Trace
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.head import Head, features, linear
+from selfspec.speculation.readout import Readout
+
+UNROLL = 3
+"""Steps on its own states that training looks ahead."""
+
+
+class Eagle(Draft):
+    """A chain, or a tree that grows from its ``width`` likeliest paths at every position.
+
+    What it goes on from is S wide; the first D columns are the state that is read.
+    """
+
+    def __init__(self, model: Model, readout: Readout, draft: DraftConfig) -> None:
+        super().__init__(model)
+        self.readout, self.width, self.budget, self.sample = readout, draft.width, draft.budget, draft.sample
+
+    def begin(self, row: Row) -> Tensor:
+        """What to go on from at a row's last token, ``[1, S]``."""
+        return row.state
+
+    def ahead(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """``[N, S]`` and the tokens read from them, int64 ``[N]`` -> the next, ``[N, S]``."""
+        raise NotImplementedError
+
+    def go_on(self, states: Tensor, tokens: Tensor, trees: Sequence[Tree], cache: KVCache) -> Tensor:
+        """As :meth:`ahead`; a draft with keys and values of its own also needs where the tokens stand.
+
+        Args:
+            trees: for every row of the batch, what it has gone on from in this cycle, these tokens last.
+        """
+        return self.ahead(states, tokens)
+
+    def nodes(self, k: int) -> int:
+        """The root, and what a beam over k positions may hold."""
+        return beam.most(k, self.width, self.budget)
+
+    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+        """Until every row has its k positions or the gate doubts the likeliest path of one; the others ride along."""
+        beams, going = [Beam(row.tokens[-1], self.width) for row in rows], [k > 0 for k in ks]
+        trees = [own.tree(0) for own in beams]
+        seen: list[list[float]] = [[] for _ in rows]
+        drawn_from: list[list[Tensor]] = [[] for _ in rows]
+        gone = [own.tree(0) for own in beams]
+        states = torch.cat([self.begin(row) for row in rows]) if any(going) else torch.empty(0)
+        for step in range(max(ks)):
+            tokens = torch.tensor([token for own in beams for token in own.tokens], device=states.device)
+            states = self.go_on(states, tokens, gone, cache)
+            logits, paths = self.readout(states[:, : self.model.shape.hidden]), len(states) // len(rows)
+            signals = gate.signals(logits[::paths]) if gate.reads else []
+            likely, log_p = self.readout.candidates(logits, self.width)
+            parents = list[int]()
+            for r, (row, own) in enumerate(zip(rows, beams, strict=True)):
+                if going[r] and gate.reads:
+                    seen[r].append(signals[r])
+                    if gate.stops(signals[r]):
+                        trees[r], going[r] = own.tree(self.budget), False
+                if going[r] and self.sample and row.request.sampling.temperature > 0:
+                    likely[r][0], q = self.readout.draw(logits[r], row.request.sampling, len(row.tokens) + step, step)
+                    drawn_from[r].append(q)
+                at = slice(r * paths, (r + 1) * paths)
+                places, first = own.grow(likely[at], log_p[at]), len(gone[r]) - paths
+                parents += [r * paths + place for place in places]
+                for place, token in zip(places, own.tokens, strict=True):
+                    gone[r].add(first + place, token)
+                if going[r] and step + 1 == ks[r]:
+                    trees[r], going[r] = own.tree(self.budget), False
+            if not any(going):
+                break
+            if self.width > 1:
+                states = states[parents]
+        for tree, signals, drawn in zip(trees, seen, drawn_from, strict=True):
+            tree.signals = signals
+            tree.drawn_from = torch.stack(drawn[: len(tree) - 1]) if len(tree) > 1 and drawn else None
+        return Proposal(trees)
+
+
+class Extrapolated(Eagle):
+    """h + alpha (h - h_previous). S is 2 D: both of them."""
+
+    def __init__(self, model: Model, readout: Readout, draft: DraftConfig) -> None:
+        super().__init__(model, readout, draft)
+        assert draft.alpha is not None, "checked by the plan"
+        self.alpha = draft.alpha
+
+    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+        """Keeps the last two verified states, the newer one first."""
+        known = states if row.memory is None else torch.cat((row.memory[:, : states.shape[1]], states))
+        row.memory = torch.cat((known[-1:], known[-2:][:1]), -1)
+
+    def begin(self, row: Row) -> Tensor:
+        """The row's last two verified states."""
+        memory: Tensor = row.memory
+        return memory
+
+    def ahead(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """``tokens`` are not looked at."""
+        state, previous = states.chunk(2, -1)
+        return torch.cat((torch.lerp(previous, state, 1 + self.alpha), state), -1)
+
+
+class Regressed(Eagle):
+    """A fitted linear map of the state and the token's embedding. S is D."""
+
+    def __init__(self, model: Model, head: Head, draft: DraftConfig) -> None:
+        super().__init__(model, Readout(model, head.tensors.get("ids")), draft)
+        self.tensors = head.tensors
+
+    def ahead(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Estimates of the normed final states at those tokens."""
+        return linear(self.tensors, features(states, self.model.embedding[tokens]))
+
+
+class Trained(Eagle):
+    """A transformer layer over the token's embedding and the state before it (see ``block.py``). S is D.
+
+    It writes keys and values of its own estimates as it drafts; of what stands, they are written again from
+    the true states.
+    """
+
+    layers = 1
+
+    def __init__(self, model: Model, head: Head, draft: DraftConfig) -> None:
+        super().__init__(model, Readout(model, head.tensors.get("ids")), draft)
+        self.block = Block(head.tensors, model.shape)
+
+    def nodes(self, k: int) -> int:
+        """What is proposed, or what is gone on from, whichever is more."""
+        return max(super().nodes(k), 1 + max(k - 1, 0) * self.width)
+
+    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+        """Keys and values of what is new; before a prompt's first token, the state is zero."""
+        if len(states) == cache.lengths[index]:
+            tokens, states = row.tokens, F.pad(states, (0, 0, 1, 0))
+        at = cache.place([Tree.chain(tokens[-1:])], first=1 - len(tokens), row=index)
+        embedded = self.model.embedding[torch.tensor(tokens, device=states.device)]
+        self.block.write(features(embedded, states), cache, at)
+
+    def go_on(self, states: Tensor, tokens: Tensor, trees: Sequence[Tree], cache: KVCache) -> Tensor:
+        """Estimates of the normed final states at those tokens."""
+        at = cache.place(trees, first=len(trees[0]) - len(tokens) // len(trees))
+        return self.block(features(self.model.embedding[tokens], states), cache, at)
+
+
+def make(draft: DraftConfig, model: Model, head: Head | None) -> Eagle:
+    """The extrapolation, or what the fit stage made."""
+    if draft.form is None:
+        return Extrapolated(model, Readout(model, head.tensors["ids"] if head else None), draft)
+    assert head is not None, "fitted by the fit stage"
+    if draft.form is HeadForm.block:
+        return Trained(model, head, draft)
+    return Regressed(model, head, draft)
+
+
+def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
+    """Ridge regression, and SGD where asked; or nothing but the vocabulary. Facts as of every fitted head."""
+    if draft.form is HeadForm.block:
+        return block.fit(model, train, heldout, draft, seed)
+    begin = time.perf_counter()
+    ids = fitting.vocabulary(model, train, draft)
+    tensors = fitting.ridge((_example(model, trace) for trace in train), draft) if draft.form else {}
+    facts: dict[str, Any] = {"solve_s": round(time.perf_counter() - begin, 3)}
+
+    def measured(tensors: dict[str, Tensor]) -> list[float]:
+        return _agreement(make(draft, model, Head(tensors | ids, {}).to(model.dtype, model.device)), heldout)
+
+    readout = Readout(model, ids.get("ids"))
+    further = partial(_descend, model, readout, train, draft.sgd_epochs, seed) if draft.sgd_epochs else None
+    tensors, by_position, gain = fitting.refine(tensors, measured, further)
+    return Head(tensors | ids, facts | gain | fitting.facts(train, heldout, tensors, by_position))
+
+
+def _example(model: Model, trace: Trace) -> tuple[Tensor, Tensor]:
+    """Features ``[m, 2 D]`` and final states ``[m, D]`` of an answer, float32."""
+    at = trace.at
+    embedded = model.embedding[trace.tokens[at]].float().cpu()
+    return features(trace.final[at - 1].float(), embedded), trace.final[at].float()
+
+
+def _agreement(drafts: Eagle, traces: Sequence[Trace]) -> list[float]:
+    size, device = drafts.model.shape.hidden, drafts.model.device
+
+    def guess(trace: Trace, at: Tensor, step: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        if step == 0 and isinstance(drafts, Extrapolated):
+            states = torch.cat((states, trace.final[(at - 2).clamp(0)]), -1)
+        states = drafts.ahead(states.to(device), trace.tokens[at].to(device))
+        return drafts.readout.likeliest(drafts.readout(states[:, :size]))[:, 0], states
+
+    return fitting.agreement(traces, guess)
+
+
+def _descend(
+    model: Model, readout: Readout, traces: Sequence[Trace], epochs: int, seed: int, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Minimises the cross-entropy to the model's own tokens, the mean over chains of ``UNROLL`` steps."""
+    state, seen = list[Tensor](), list[Tensor]()
+    for trace in traces:
+        at = trace.at[: max(len(trace.at) - UNROLL + 1, 0)]
+        state.append(trace.final[at - 1].float())
+        seen.append(trace.tokens[at[:, None] + torch.arange(UNROLL + 1)])
+    tokens, device = torch.cat(seen), model.device
+    frozen = readout.weight, model.embedding, torch.cat(state), tokens, readout.indices(tokens).to(device)
+
+    def loss(learned: dict[str, Tensor], rows: Tensor, readout: Tensor, embedding: Tensor, *examples: Tensor) -> Tensor:
+        state, tokens, wanted = (t[rows] for t in examples)
+        total = torch.zeros(())
+        for step in range(UNROLL):
+            state = linear(learned, features(state, embedding[tokens[:, step]].float().cpu()))
+            total = total + fitting.cross_entropy(state.to(device), readout, wanted[:, step + 1]).cpu()
+        return total / UNROLL
+
+    return fitting.descend(tensors, frozen, loss, len(tokens), epochs, seed)

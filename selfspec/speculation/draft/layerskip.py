@@ -1,0 +1,155 @@
+"""Early exit: the model's own first layers draft (LayerSkip, 2404.16710; Draft & Verify, 2309.08168).
+
+Weights, KV and hidden states are shared with verification, which starts where the draft left off: the
+exit layers are never run twice for a token of a chain.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from selfspec.config import Draft as DraftConfig
+from selfspec.model.base import Model
+from selfspec.model.cache import KVCache, Place
+from selfspec.model.tree import Tree
+from selfspec.speculation import fit as fitting
+from selfspec.speculation.draft.base import Draft, Proposal, Row, stack
+from selfspec.speculation.fit import Trace
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.head import ExitHead, Head, RawExit
+from selfspec.speculation.readout import Readout
+
+
+class EarlyExit(Draft):
+    """Drafts with layers below ``exit_layer`` and a readout of their hidden state.
+
+    A chain, or with a ``width`` a comb: beside every token of the chain, the next likeliest ones as leaves, up to
+    ``budget`` tokens in all. Leaves are run together with the chain's last token, and so cost little.
+    """
+
+    remembers = False
+    """Whether :meth:`remember` does anything: else, where nothing is asked for, nothing need be run apart."""
+
+    def __init__(
+        self,
+        model: Model,
+        exit_layer: int,
+        head: ExitHead,
+        readout: Readout | None = None,
+        width: int = 1,
+        budget: int | None = None,
+        sample: bool = False,
+    ) -> None:
+        super().__init__(model)
+        self.exit_layer, self.head, self.readout = exit_layer, head, readout or Readout(model)
+        self.width, self.budget, self.sample = width, budget, sample
+
+    def estimate(self, hidden: Tensor, previous: Tensor, cache: KVCache, at: Place) -> Tensor:
+        """Exit states and the previous positions' final states -> estimates of the final ones, all ``[N, D]``."""
+        return self.head(hidden, previous)
+
+    def remember(self, hidden: Tensor, cache: KVCache, at: Place) -> None:
+        """Exit states ``[N, D]`` that are not read out: a draft with keys and values of its own writes them now."""
+
+    def nodes(self, k: int) -> int:
+        """The root, and ``width`` candidates at each of k positions or as many as the budget allows."""
+        return 1 + (k * self.width if self.budget is None else min(k * self.width, self.budget))
+
+    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+        """Drafts until every row has its k positions or the gate doubts the likeliest token of one.
+
+        What is proposed last is run through the exit layers too: verification goes on from its hidden state.
+        Rows that are done ride along, and what they draft is dropped.
+        """
+        if not any(ks) and not self.remembers:
+            return Proposal([Tree.chain(row.tokens[-1:]) for row in rows])
+        exit_layer = rows[0].exit_layer or self.exit_layer
+        trees = [Tree.chain(row.tokens[-1:]) for row in rows]
+        leaves: list[list[tuple[int, int]]] = [[] for _ in rows]
+        drawn_from: list[list[Tensor]] = [[] for _ in rows]
+        ks = [min(k, self.budget or k) for k in ks]
+        going = [k > 0 for k in ks]
+        tokens, states, hidden = [row.tokens[-1] for row in rows], stack(rows), list[Tensor]()
+        while any(going):
+            step = len(hidden)
+            at = cache.place([Tree.chain([0] * step + [token]) for token in tokens], first=step)
+            hidden.append(self.model.run(self.model.embed(tokens, at), cache, at, 0, exit_layer))
+            states = self.estimate(hidden[-1], states, cache, at)
+            logits = self.readout(states)
+            signals = gate.signals(logits) if gate.reads else []
+            best = self.readout.likeliest(logits, self.width).tolist()
+            tokens = [token for token, *_ in best]
+            for r, tree in enumerate(trees):
+                if not going[r]:
+                    continue
+                if gate.reads:
+                    tree.signals.append(signals[r])
+                    going[r] = not gate.stops(signals[r])
+                if going[r] and self.sample and rows[r].request.sampling.temperature > 0:
+                    number = len(rows[r].tokens) + step
+                    tokens[r], q = self.readout.draw(logits[r], rows[r].request.sampling, number, step)
+                    drawn_from[r].append(q)
+                if going[r]:
+                    tree.add(step, tokens[r])
+                    leaves[r] += ((step, token) for token in best[r][1:])
+                    going[r] = len(tree) <= ks[r]
+        for tree, drawn in zip(trees, drawn_from, strict=True):
+            tree.drawn_from = torch.stack(drawn) if drawn else None
+        ran = [min(len(tree), len(hidden)) for tree in trees]
+        for tree, others in zip(trees, leaves, strict=True):
+            room = len(others) if self.budget is None else self.budget - (len(tree) - 1)
+            for parent, token in others[:room]:  # the shallow ones are reached most often
+                tree.add(parent, token)
+        missing = any(len(tree) > count for tree, count in zip(trees, ran, strict=True))
+        first = min(ran) if missing else len(hidden)
+        if missing:
+            at = cache.place(trees, first)
+            tokens = [token for tree in trees for token in tree.tokens[first:]]
+            rest = self.model.run(self.model.embed(tokens, at), cache, at, 0, exit_layer)
+            self.remember(rest, cache, at)
+        else:
+            rest = hidden[0][:0]
+        return Proposal(trees, by_row(hidden[:first], rest, trees), exit_layer)
+
+
+def by_row(steps: Sequence[Tensor], rest: Tensor, trees: Sequence[Tree]) -> Tensor:
+    """All nodes of all trees, row after row, ``[N, D]``.
+
+    Args:
+        steps: of ``[R, D]``: every row's first nodes and, where it has fewer, what is to be dropped.
+        rest: the nodes after those, row after row.
+    """
+    parts, begun = list[Tensor](), [min(len(tree), len(steps)) for tree in trees]
+    later = torch.split(rest, [len(tree) - count for tree, count in zip(trees, begun, strict=True)])
+    for r, count in enumerate(begun):
+        parts += (*(step[r : r + 1] for step in steps[:count]), later[r])
+    return torch.cat(parts)
+
+
+def agreement(model: Model, readout: Readout, head: ExitHead, traces: Sequence[Trace]) -> list[float]:
+    """Of chains drafted through an exit head, by position (see :func:`selfspec.speculation.fit.agreement`)."""
+
+    def guess(trace: Trace, at: Tensor, step: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        assert trace.exit is not None, "an early exit"
+        states = head(trace.exit[at].to(model.device), states.to(model.device))
+        return readout.likeliest(readout(states))[:, 0], states
+
+    return fitting.agreement(traces, guess)
+
+
+def make(draft: DraftConfig, model: Model, head: Head | None) -> EarlyExit:
+    """The raw exit: read out through the model's own norm and head, or its rows of frequent tokens."""
+    assert draft.exit_layer is not None, "checked by the plan"
+    readout = Readout(model, head.tensors["ids"] if head else None)
+    return EarlyExit(model, draft.exit_layer, RawExit(model), readout, draft.width, draft.budget, draft.sample)
+
+
+def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
+    """Nothing but the draft's vocabulary; its facts hold the held-out agreement by drafted position."""
+    begin = time.perf_counter()
+    tensors = fitting.vocabulary(model, train, draft)
+    solved = time.perf_counter() - begin
+    by_position = agreement(model, Readout(model, tensors["ids"]), RawExit(model), heldout)
+    return Head(tensors, fitting.facts(train, heldout, tensors, by_position) | {"solve_s": round(solved, 3)})

@@ -1,0 +1,195 @@
+"""Suffix lookups: a tree of what followed the last tokens before, likeliest paths first (SuffixDecoding, 2411.04975).
+
+What followed is counted in the request's own text and, where asked, in what earlier requests said and in the
+answers of the fit data (REST, 2311.08252). From a context of n tokens after which token t came c(t) times of N, the
+share (c(t) / (N + d)) of the probability goes to t, and d / (N + d) is left to the next source, and then to contexts
+of n - 1 tokens: interpolated back-off (Witten and Bell 1991) with a fixed doubt d in the place of the number of
+different followers. On held-out answers of SmolLM2-135M the tree hardly depends on d, more on what is counted.
+"""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from heapq import heappop, heappush, nlargest
+
+import torch
+from torch import Tensor
+
+from selfspec.config import Draft as DraftConfig
+from selfspec.model.base import Model
+from selfspec.model.cache import KVCache
+from selfspec.model.tree import Tree
+from selfspec.speculation import fit as fitting
+from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.fit import Trace
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.head import Head
+
+OWN_DOUBT, OTHERS_DOUBT = 3.0, 8.0
+"""d of the request's own text, and of others': what it said before it says again."""
+OTHERS_LONGEST = 4
+"""Longer contexts recur in a request's own text only."""
+SHARED_TOKENS = 1 << 15
+"""Of earlier requests' answers, the latest are remembered."""
+KEPT = 16
+"""Followers of a context of the fit data: a common token has hundreds, and a tree has no use for them."""
+WORTH = 0.05
+"""A token less likely than this, times the requests that share a pass, costs more to verify than it brings: of a pass
+of SmolLM2-135M that brings 2.4 tokens in 12 ms, one more token to verify takes 0.3 to 0.6, the less the slower memory
+is (``docs/results.md``). Around the best, speed hardly depends on it."""
+
+
+class Suffix(Draft):
+    """Looks up without running a layer, and so asks no gate."""
+
+    def __init__(self, model: Model, draft: DraftConfig, corpus: "Counts | None" = None) -> None:
+        super().__init__(model)
+        assert draft.longest is not None and draft.shortest is not None, "checked by the plan"
+        self.longest, self.shortest, self.width, self.budget = draft.longest, draft.shortest, draft.width, draft.budget
+        self.shared = Counts(OTHERS_LONGEST, OTHERS_DOUBT, SHARED_TOKENS) if draft.shared else None
+        self.others = [counts for counts in (self.shared, corpus) if counts is not None]
+
+    def nodes(self, k: int) -> int:
+        """The root, and as many tokens as the budget allows; without one, k."""
+        return 1 + (self.budget or k)
+
+    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+        """For each row the likeliest paths, at most ``width`` tokens after any other."""
+        return Proposal([self._tree(row, k, WORTH * len(rows)) for row, k in zip(rows, ks, strict=True)])
+
+    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+        """Counts the new tokens in the row's own text and, those of its answer, for all requests to come."""
+        first = len(row.tokens) - len(tokens)
+        if row.memory is None:
+            row.memory = Counts(self.longest, OWN_DOUBT)
+        row.memory.learn(row.tokens, first)
+        if self.shared is not None:
+            self.shared.learn(row.tokens, max(first, len(row.request.tokens)))
+
+    def likely(self, own: "Counts", context: tuple[int, ...], least: float) -> list[tuple[float, int]]:
+        """The ``width`` likeliest tokens after a context, best first, with probabilities of ``least`` or more."""
+        found: defaultdict[int, float] = defaultdict(float)
+        left, sources = 1.0, [own, *self.others]
+        for length in range(min(self.longest, len(context)), self.shortest - 1, -1):
+            suffix = context[-length:]
+            for counts in sources:
+                total = counts.totals.get(suffix)
+                if total is not None:
+                    share = left / (total + counts.doubt)
+                    for token, count in counts.followers[suffix].items():
+                        found[token] += share * count
+                    left = share * counts.doubt
+            if left < least:
+                break
+        return sorted(((p, token) for token, p in found.items() if p >= least), reverse=True)[: self.width]
+
+    def _tree(self, row: Row, k: int, worth: float) -> Tree:
+        own: Counts = row.memory
+        tree, depths, contexts = Tree.chain(row.tokens[-1:]), [0], [tuple(row.tokens[-self.longest :])]
+        best: list[tuple[float, int, int]] = []  # a heap: minus a path's probability, its last node's parent and token
+
+        def look(node: int, p: float) -> None:
+            if depths[node] < k:
+                for share, token in self.likely(own, contexts[node], worth / p):
+                    heappush(best, (-p * share, node, token))
+
+        look(0, 1.0)
+        while best and len(tree) < self.nodes(k):
+            p, parent, token = heappop(best)
+            contexts.append((*contexts[parent], token)[-self.longest :])
+            depths.append(depths[parent] + 1)
+            look(tree.add(parent, token), -p)
+        return tree
+
+
+class Counts:
+    """How often which token followed each context of up to ``longest`` tokens.
+
+    Args:
+        doubt: how little a single count says; see the head of this module.
+        room: tokens whose counts are kept, the latest; ``None``: all.
+
+    Attributes:
+        followers: for every context, the tokens that followed and how often.
+        totals: for every context, how often any followed.
+    """
+
+    def __init__(self, longest: int, doubt: float, room: int | None = None) -> None:
+        self.longest, self.doubt, self.room = longest, doubt, room
+        self.followers: dict[tuple[int, ...], dict[int, int]] = {}
+        self.totals: dict[tuple[int, ...], int] = {}
+        self._seen: deque[tuple[tuple[int, ...], int]] = deque()
+
+    def learn(self, tokens: Sequence[int], first: int) -> None:
+        """Counts the tokens from place ``first`` on, each after those before it."""
+        for place in range(max(first, 1), len(tokens)):
+            context, token = tuple(tokens[max(place - self.longest, 0) : place]), tokens[place]
+            for start in range(len(context)):
+                suffix = context[start:]
+                after = self.followers.setdefault(suffix, {})
+                after[token] = after.get(token, 0) + 1
+                self.totals[suffix] = self.totals.get(suffix, 0) + 1
+            if self.room is not None:
+                self._seen.append((context, token))
+                if len(self._seen) > self.room:
+                    self._forget(*self._seen.popleft())
+
+    def prune(self, kept: int) -> None:
+        """Drops all but the most frequent followers of every context; totals still count them."""
+        for suffix, after in self.followers.items():
+            if len(after) > kept:
+                self.followers[suffix] = dict(nlargest(kept, after.items(), key=lambda item: item[1]))
+
+    def _forget(self, context: tuple[int, ...], token: int) -> None:
+        for start in range(len(context)):
+            suffix = context[start:]
+            after = self.followers[suffix]
+            after[token] -= 1
+            self.totals[suffix] -= 1
+            if not after[token]:
+                del after[token]
+            if not after:
+                del self.followers[suffix], self.totals[suffix]
+
+
+def counted(answers: Sequence[Tensor]) -> Counts:
+    """What followed what in answers, each from its prompt's last token on."""
+    counts = Counts(OTHERS_LONGEST, OTHERS_DOUBT)
+    for answer in answers:
+        counts.learn(answer.tolist(), 1)
+    counts.prune(KEPT)
+    return counts
+
+
+def make(draft: DraftConfig, model: Model, head: Head | None) -> Suffix:
+    """The lookup a config asks for, with the fit data's answers where it wants them."""
+    if not draft.corpus:
+        return Suffix(model, draft)
+    assert head is not None, "made by the fit stage"
+    tokens, lengths = head.tensors["corpus"], head.tensors["corpus_lengths"]
+    return Suffix(model, draft, counted(torch.split(tokens, lengths.tolist())))
+
+
+def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
+    """The answers themselves: ``corpus``, int32 ``[n]``, and how long each is, ``corpus_lengths``, int32 ``[answers]``.
+
+    All of them are kept; how well they foretell is measured on those held out with the others only.
+    """
+    begin = time.perf_counter()
+    known, answers = ([trace.tokens[trace.first :].int() for trace in part] for part in (train, [*train, *heldout]))
+    measured = Suffix(model, draft, counted(known))
+    counted_in = time.perf_counter() - begin
+    tensors = {"corpus": torch.cat(answers), "corpus_lengths": torch.tensor([len(a) for a in answers]).int()}
+    facts = fitting.facts(train, heldout, tensors, fitting.agreement(heldout, lambda *asked: _guess(measured, *asked)))
+    return Head(tensors, facts | {"solve_s": round(counted_in, 3)})
+
+
+def _guess(draft: Suffix, trace: Trace, at: Tensor, step: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token after each place, given the text before it; -1 where nothing is known."""
+    tokens, own, known, guesses = trace.tokens.tolist(), Counts(draft.longest, OWN_DOUBT), 0, []
+    for end in (at + 1).tolist():
+        own.learn(tokens[:end], known)
+        known = end
+        likely = draft.likely(own, tuple(tokens[max(end - draft.longest, 0) : end]), 0.0)
+        guesses.append(likely[0][1] if likely else -1)
+    return torch.tensor(guesses), states

@@ -1,0 +1,160 @@
+"""A smaller model drafts: speculative decoding as first proposed (2211.17192, 2302.01318).
+
+It shares nothing with the target but the meaning of token ids. Its cache follows the target's: what it
+drafted and the target kept is in place already, what the target said in its stead is caught up on.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+from operator import eq
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfspec.config import Draft as DraftConfig
+from selfspec.config import Layers
+from selfspec.config import Model as ModelConfig
+from selfspec.errors import AssetError, ConfigError
+from selfspec.model import gguf, hf
+from selfspec.model.base import Model
+from selfspec.model.cache import KVCache, Place
+from selfspec.model.tree import Tree
+from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.gate import Gate
+from selfspec.speculation.head import Head
+from selfspec.speculation.readout import Readout
+from selfspec.speculation.sampling import likeliest
+
+_NEVER = -1e4
+"""A logit of no probability, and yet a number: gates multiply the two."""
+
+
+class Vanilla(Draft):
+    """Drafts chains with another model, on a cache of its own.
+
+    ``Row.memory`` is the tokens run beyond the cache's length: drafts, of which the first may come true.
+    """
+
+    def __init__(self, model: Model, small: Model, sample: bool = False) -> None:
+        super().__init__(model)
+        self.small, self.sample, self._readout = small, sample, Readout(model)
+        self._target: KVCache | None = None
+        self._cache = small.new_cache(0)
+        self._rows: list[Row] = []
+
+    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+        """Drafts until every row has its k tokens or the gate doubts one; rows that are done ride along."""
+        self._follow(rows, cache)
+        trees = {id(row): Tree.chain(row.tokens[-1:]) for row in rows}
+        most = {id(row): k for row, k in zip(rows, ks, strict=True)}
+        going = [most[id(row)] > 0 for row in self._rows]
+        logits = self._catch_up() if any(going) else None
+        while logits is not None:
+            signals = gate.signals(logits) if gate.reads else []
+            tokens = likeliest(logits)
+            for r, row in enumerate(self._rows):
+                tree, ahead = trees[id(row)], len(trees[id(row)]) - 1
+                if going[r] and gate.reads:
+                    tree.signals.append(signals[r])
+                    going[r] = not gate.stops(signals[r])
+                if going[r] and self.sample and row.request.sampling.temperature > 0:
+                    tokens[r], q = self._readout.draw(logits[r], row.request.sampling, len(row.tokens) + ahead, ahead)
+                    tree.drawn_from = q[None] if tree.drawn_from is None else torch.cat((tree.drawn_from, q[None]))
+                if going[r]:
+                    tree.add(ahead, tokens[r])
+                    going[r] = len(tree) <= most[id(row)]
+            logits = self._extend(tokens) if any(going) else None
+        return Proposal(list(trees.values()))
+
+    def _follow(self, rows: Sequence[Row], cache: KVCache) -> None:
+        """Keeps what came true, takes its own rows from those that left the batch, gives them to those that joined."""
+        if cache is not self._target:
+            self._target, self._cache, self._rows = cache, self.small.new_cache(cache.capacity, cache.rows), []
+        for index, row in enumerate(self._rows):  # before any moves: what lies beyond the length is left behind
+            said = row.tokens[self._cache.lengths[index] :]
+            right = len(list(takewhile(bool, map(eq, row.memory, said[:-1]))))  # the last one's logits are wanted
+            if right:
+                self._cache.keep(index, range(right))
+            row.memory = []
+        here = {id(row) for row in rows}
+        for index in reversed(range(len(self._rows))):
+            if id(self._rows[index]) not in here:
+                self._cache.evict(index)
+                self._rows[index] = self._rows[-1]
+                self._rows.pop()
+        known = {id(row) for row in self._rows}
+        for row in rows:
+            if id(row) not in known:
+                self._check_room(row)
+                index, prompt = self._cache.admit(), Tree.chain(row.tokens[:-1])
+                self._run(prompt.tokens, self._cache.place([prompt], row=index))
+                self._cache.keep(index, range(len(prompt)))
+                self._rows.append(row)
+                row.memory = []
+
+    def _check_room(self, row: Row) -> None:
+        """What is asked for must fit; slots beyond it, where drafts of the last positions lie, need no position."""
+        limit, needed = self.small.shape.max_positions, len(row.request.tokens) + row.request.max_new_tokens
+        if needed > limit:
+            raise ConfigError(f"draft.source: has {limit} positions; {needed} are needed")
+
+    def _catch_up(self) -> Tensor:
+        """Runs what it has not seen of every row's tokens: the logits ``[R, vocab]`` after their last ones."""
+        unseen = [Tree.chain(row.tokens[known:]) for row, known in zip(self._rows, self._cache.lengths, strict=True)]
+        hidden = self._run([token for tree in unseen for token in tree.tokens], self._cache.place(unseen))
+        for index, tree in enumerate(unseen):
+            self._cache.keep(index, range(len(tree)))
+        last = torch.tensor([len(tree) for tree in unseen]).cumsum(0) - 1
+        return self._logits(hidden[last.to(hidden.device)])
+
+    def _extend(self, tokens: Sequence[int]) -> Tensor:
+        """Runs one more drafted token of every row: the logits ``[R, vocab]`` after it."""
+        for row, token in zip(self._rows, tokens, strict=True):
+            row.memory.append(token)
+        drafted = [Tree.chain(row.memory) for row in self._rows]
+        return self._logits(self._run(tokens, self._cache.place(drafted, first=len(drafted[0]) - 1)))
+
+    def _run(self, tokens: Sequence[int], at: Place) -> Tensor:
+        """All layers of the small model on N tokens: ``[N, D]``."""
+        small, known = self.small, self.small.shape.vocab - 1
+        embedded = small.embed([min(token, known) for token in tokens], at)  # paddings of embeddings may differ
+        return small.run(embedded, self._cache, at, 0, small.shape.layers)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Over the target's vocabulary ``[R, vocab]``, whichever of the two embeddings is padded further."""
+        logits = self.small.logits(self.small.norm(hidden))
+        return F.pad(logits, (0, self.model.shape.vocab - logits.shape[-1]), value=_NEVER)
+
+
+def vocabulary(folder: Path) -> dict[int, str]:
+    """What every token id means, by a model folder's ``tokenizer.json``.
+
+    Raises:
+        AssetError: there is none, or it cannot be read.
+    """
+    try:
+        file = json.loads((folder / "tokenizer.json").read_bytes())
+        entries = file["model"]["vocab"]  # a mapping, or, of unigram models, a list of (token, score)
+        listed = entries.items() if isinstance(entries, dict) else ((entry[0], i) for i, entry in enumerate(entries))
+        meanings = {i: token for token, i in listed}
+        return meanings | {token["id"]: token["content"] for token in file.get("added_tokens", [])}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise AssetError(f"{folder}: has no tokenizer.json that can be read") from error
+
+
+def make(draft: DraftConfig, model: Model, head: Head | None) -> Vanilla:
+    """A draft by the model that ``draft.source`` names, on the target's device and in its dtype.
+
+    Raises:
+        AssetError: the model cannot be had.
+        ConfigError: its token ids mean something else than the target's.
+    """
+    assert draft.source is not None, "checked by the plan"
+    folder = gguf.model_folder(ModelConfig(name="draft", source=draft.source, sha256=draft.sha256))
+    assert model.folder is not None, "a target that was loaded"
+    if vocabulary(folder) != vocabulary(model.folder):
+        raise ConfigError(f"draft.source={draft.source}: its tokenizer's vocabulary is not the target's")
+    return Vanilla(model, hf.load(folder, model.device, model.dtype, Layers.auto), draft.sample)

@@ -1,0 +1,240 @@
+"""What fitting a draft is made of: traces of the model's own answers, ridge regression, SGD, and agreement.
+
+With X the features (states of unit RMS, a constant) and Y the normed final state to be foretold, the map is
+B = argmin |Y - X B|^2 + lambda |B|^2, that is (X'X + lambda I)^-1 X'Y, lambda in units of the mean diagonal
+of X'X. The low-rank form is a fitted scale for each of the first coordinates, which late exits need most, and
+reduced-rank regression (Izenman 1975) of what that leaves: B V V', V the leading eigenvectors of
+B'(X'X + lambda I) B, the best map of that rank under the same loss (Mukherjee and Zhu 2011).
+All in float32 on the CPU, the solution itself in float64.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfspec.config import Draft as DraftConfig
+from selfspec.config import HeadForm
+from selfspec.model.base import Model
+from selfspec.model.tree import Tree
+
+AHEAD = 5
+"""How many positions ahead agreement is measured, unless a draft looks less far."""
+
+_BLOCK = 4096
+_SGD_BATCH, _SGD_RATE = 256, 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One pass of the model over a prompt and its own answer, n tokens in all; states in the model's dtype.
+
+    Attributes:
+        tokens: int64 ``[n]``.
+        final: ``[n, D]``, the normed final states: the one at i gives token i + 1.
+        exit: ``[n, D]``, the residual stream after the exit layer; ``None`` where the draft has none.
+        first: the first position that predicts a token of the answer (>= 1); the last one is n - 2.
+    """
+
+    tokens: Tensor
+    final: Tensor
+    exit: Tensor | None
+    first: int
+
+    @property
+    def at(self) -> Tensor:
+        """int64 ``[m]``, the positions that predict the answer's m tokens."""
+        return torch.arange(self.first, len(self.tokens) - 1)
+
+
+def trace(model: Model, prompt: Sequence[int], answer: Sequence[int], exit_layer: int | None) -> Trace:
+    """The states of one (prompt, answer) pair; the prompt has at least two tokens."""
+    assert len(prompt) >= 2, "the state before the first one asked for must exist"
+    tokens = [*prompt, *answer]
+    cache = model.new_cache(len(tokens))
+    at = cache.place([Tree.chain(tokens)], row=cache.admit())
+    exit = model.run(model.embed(tokens, at), cache, at, 0, exit_layer or 0)
+    final = model.norm(model.run(exit, cache, at, exit_layer or 0, model.shape.layers))
+    cpu = torch.device("cpu")
+    return Trace(torch.tensor(tokens), final.to(cpu), exit.to(cpu) if exit_layer else None, len(prompt) - 1)
+
+
+def unread(prompt: Sequence[int], answer: Sequence[int]) -> Trace:
+    """The tokens of a pair and no states, for what is fitted to tokens alone."""
+    tokens = torch.tensor([*prompt, *answer])
+    return Trace(tokens, torch.empty(len(tokens), 0), None, len(prompt) - 1)
+
+
+def split(traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace]]:
+    """Sequences to fit on, and every fifth held out."""
+    return [trace for i, trace in enumerate(traces) if i % 5 != 4], list(traces[4::5])
+
+
+def vocabulary(model: Model, traces: Sequence[Trace], draft: DraftConfig) -> dict[str, Tensor]:
+    """The draft's vocabulary as a head's tensor ``ids``, int64 ``[V]``; nothing where it has the model's.
+
+    The most frequent tokens of the answers; among those as frequent, the lowest ids (early merges of a BPE).
+    """
+    if draft.vocab is None:
+        return {}
+    counts = torch.bincount(torch.cat([trace.tokens[trace.at + 1] for trace in traces]), minlength=model.shape.vocab)
+    return {"ids": counts.sort(descending=True, stable=True).indices[: draft.vocab].clone()}
+
+
+Guess = Callable[[Trace, Tensor, int, Tensor], tuple[Tensor, Tensor]]
+"""One step of a draft on m starts at once: (trace, int64 ``[m]`` positions of the last token drafted, step >= 0,
+states ``[m, D]`` of the step before) -> (the tokens drafted next ``[m]``, states to carry on with)."""
+
+
+def agreement(traces: Sequence[Trace], guess: Guess, ahead: int = AHEAD) -> list[float]:
+    """For each drafted position, the share that is the model's own token among those whose earlier ones all were.
+
+    So 1 + a_1 + a_1 a_2 + ... is the tokens a cycle of a chain emits. A draft starts with the normed final
+    state that gave the verified token, at every position of the answers.
+    """
+    right, asked = [0] * ahead, [0] * ahead
+    for trace in traces:
+        at = trace.at
+        states = trace.final[at - 1]
+        for step in range(ahead):
+            inside = at < len(trace.tokens) - 1
+            at, states = at[inside], states[inside]
+            if not len(at):
+                break
+            tokens, states = guess(trace, at, step, states)
+            hit = tokens.cpu() == trace.tokens[at + 1]
+            asked[step] += len(at)
+            right[step] += int(hit.sum())
+            at, states = at[hit] + 1, states[hit]
+    return [r / a for r, a in zip(right, asked, strict=True) if a]
+
+
+def facts(
+    train: Sequence[Trace], heldout: Sequence[Trace], tensors: dict[str, Tensor], agreement: list[float]
+) -> dict[str, Any]:
+    """What every fitted head says of itself: its size, its data, and its held-out agreement by drafted position."""
+    return {
+        "agreement": agreement[0],
+        "agreement_by_position": agreement,
+        "train_tokens": sum(len(trace.at) for trace in train),
+        "heldout_tokens": sum(len(trace.at) for trace in heldout),
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+    }
+
+
+def refine(
+    tensors: dict[str, Tensor],
+    measure: Callable[[dict[str, Tensor]], list[float]],
+    descend: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
+    """A closed-form solution, trained further by ``descend`` where there is one.
+
+    Returns:
+        The tensors, their held-out agreement by drafted position, and, where they were trained, what that added
+        to the first of those (``sgd_gain``).
+    """
+    closed_form = measure(tensors)
+    if descend is None:
+        return tensors, closed_form, {}
+    trained = descend(tensors)
+    by_position = measure(trained)
+    return trained, by_position, {"sgd_gain": by_position[0] - closed_form[0]}
+
+
+def ridge(parts: Iterable[tuple[Tensor, Tensor]], draft: DraftConfig) -> dict[str, Tensor]:
+    """The solution from parts of X ``[n, P]`` and Y ``[n, D]``, for :func:`~selfspec.speculation.head.linear`."""
+    gram, cross = _moments(parts)
+    if draft.form is not HeadForm.low_rank:
+        solution = _solve(gram, cross, draft)
+        return {"weight": solution[:-1].T.float().contiguous(), "bias": solution[-1].float()}
+    assert draft.rank is not None, "checked by the plan"
+    size = cross.shape[1]
+    scale = cross.diagonal() / gram.diagonal()[:size]
+    solution = _solve(gram, cross - gram[:, :size] * scale, draft)
+    weight, bias = solution[:-1].T, solution[-1]
+    mean = gram[-1, :-1] / gram[-1, -1]
+    centred = gram[:-1, :-1] - gram[-1, -1] * torch.outer(mean, mean)
+    penalised = centred + _strength(gram, draft) * torch.eye(len(centred), dtype=gram.dtype)
+    top = torch.linalg.eigh(weight @ penalised @ weight.T).eigenvectors[:, -draft.rank :]  # [D, r]
+    down = top.T @ weight
+    bias = bias + weight @ mean - top @ (down @ mean)  # the fit still goes through the means
+    tensors = {"scale": scale, "up": top, "down": down, "bias": bias}
+    return {name: t.float().contiguous() for name, t in tensors.items()}
+
+
+def _solve(gram: Tensor, cross: Tensor, draft: DraftConfig) -> Tensor:
+    """Ridge regression from moments: ``[P + 1, D]``, the last row the bias."""
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    solution: Tensor = torch.linalg.solve(gram + _strength(gram, draft) * eye, cross)
+    return solution
+
+
+def _strength(gram: Tensor, draft: DraftConfig) -> Tensor:
+    assert draft.ridge is not None, "checked by the plan"
+    return draft.ridge * gram.diagonal().mean()
+
+
+def _moments(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """X'X ``[P + 1, P + 1]`` and X'Y ``[P + 1, D]``, blocks in float32, their sum in float64."""
+    gram: Tensor | float = 0.0
+    cross: Tensor | float = 0.0
+    for block in _blocks(parts):
+        x = F.pad(torch.cat([x for x, _ in block]).float(), (0, 1), value=1.0)
+        gram = gram + (x.T @ x).double()
+        cross = cross + (x.T @ torch.cat([y for _, y in block]).float()).double()
+    assert isinstance(gram, Tensor) and isinstance(cross, Tensor), "at least one part"
+    return gram, cross
+
+
+def _blocks(parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """As many parts at a time as make a block: adding up in float64 costs more than the products of a few rows."""
+    block, rows = list[tuple[Tensor, Tensor]](), 0
+    for part in parts:
+        block.append(part)
+        rows += len(part[0])
+        if rows >= _BLOCK:
+            yield block
+            block, rows = [], 0
+    if block:
+        yield block
+
+
+def descend(
+    tensors: dict[str, Tensor],
+    frozen: Sequence[Tensor],
+    loss: Callable[..., Tensor],
+    examples: int,
+    epochs: int,
+    seed: int,
+    rate: float = _SGD_RATE,
+    batch: int = _SGD_BATCH,
+) -> dict[str, Tensor]:
+    """Minimises a loss by AdamW with a cosine schedule, from ``tensors`` on.
+
+    Args:
+        frozen: what else the loss needs; ``loss(tensors, rows, *frozen)`` is the mean loss of the examples
+            that int64 ``rows`` names.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        learned = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        frozen = [t.clone() for t in frozen]  # a tensor made in inference mode cannot take part in autograd
+        order = torch.Generator().manual_seed(seed)
+        optimiser = torch.optim.AdamW(learned.values(), lr=rate, weight_decay=0.0)
+        steps = epochs * -(-examples // batch)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        for _ in range(epochs):
+            for rows in torch.split(torch.randperm(examples, generator=order), batch):
+                optimiser.zero_grad()
+                loss(learned, rows, *frozen).backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                schedule.step()
+    return {name: t.detach() for name, t in learned.items()}
+
+
+def cross_entropy(state: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over estimated states ``[n, D]``, read out through ``weight`` ``[V, D]``; nothing for those that want -1."""
+    logits = F.linear(state.to(weight.dtype), weight).float()
+    return F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum") / len(wanted)

@@ -1,0 +1,69 @@
+"""What a draft reads its tokens out with: the frozen language-model head, or its rows of frequent tokens.
+
+Reading all rows is a large share of a small model's pass. Most drafts that stand are frequent tokens, and
+leaving out the others costs the target nothing (FR-Spec, 2502.14856).
+"""
+
+import torch
+from torch import Tensor
+
+from selfspec.model.base import Model
+from selfspec.model.linear import linear, packed
+from selfspec.speculation import sampling
+from selfspec.types import Sampling
+
+
+class Readout:
+    """Normed states -> logits over the draft's vocabulary of V tokens, and from there to tokens.
+
+    Args:
+        ids: int64 ``[V]``, the vocabulary; ``None``: the model's own.
+    """
+
+    def __init__(self, model: Model, ids: Tensor | None = None) -> None:
+        self.ids, self.vocab = ids, model.shape.vocab
+        self.weight = model.lm_head if ids is None else model.lm_head[ids]
+        frequent = None if ids is None else packed(self.weight, model.native)
+        self._read = model.logits if frequent is None else lambda state: linear(state, frequent)
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """``[N, D]`` -> ``[N, V]``."""
+        return self._read(state)
+
+    def likeliest(self, logits: Tensor, width: int = 1) -> Tensor:
+        """The best token ids of each row of ``[N, V]``, best first: ``[N, width]``."""
+        if width == 1:
+            return self.tokens(logits.max(-1, keepdim=True).indices)
+        return self.tokens(logits.topk(min(width, logits.shape[-1])).indices)
+
+    def candidates(self, logits: Tensor, width: int) -> tuple[list[list[int]], list[list[float]]]:
+        """The best token ids of each row of ``[N, V]`` and their log-probabilities; 0 where there is no choice."""
+        if width == 1:
+            return self.likeliest(logits).tolist(), [[0.0]] * len(logits)
+        values, indices = logits.topk(min(width, logits.shape[-1]))
+        log_p = values.float() - logits.float().logsumexp(-1, keepdim=True)
+        return self.tokens(indices).tolist(), log_p.tolist()
+
+    def draw(self, logits: Tensor, how: Sampling, position: int, ahead: int) -> tuple[int, Tensor]:
+        """A token drawn from one row ``[V]``, and what it was drawn from, float32 ``[vocab]`` on the CPU.
+
+        Args:
+            position: of the token in its sequence, and
+            ahead: how many were drafted before it in this cycle (see :func:`selfspec.speculation.sampling.uniform`).
+        """
+        q = sampling.distribution(logits, how)
+        if self.ids is not None:
+            q = torch.zeros(self.vocab).index_copy_(0, self.ids.cpu(), q)
+        return sampling.draw(q, sampling.uniform(how.seed, position, sampling.Purpose.draft, ahead)), q
+
+    def tokens(self, indices: Tensor) -> Tensor:
+        """Places in the draft's vocabulary -> token ids, any shape."""
+        return indices if self.ids is None else self.ids[indices]
+
+    def indices(self, tokens: Tensor) -> Tensor:
+        """Token ids -> places in the draft's vocabulary, -1 where it lacks them; any shape."""
+        if self.ids is None:
+            return tokens
+        places = torch.full((self.vocab,), -1)
+        places[self.ids.cpu()] = torch.arange(len(self.ids))
+        return places[tokens]

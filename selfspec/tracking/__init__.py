@@ -1,0 +1,69 @@
+"""Where runs are logged: the :class:`Tracker` protocol, MLflow, and none.
+
+A tracker is a mirror of the journal, never a part of the experiment. So three things hold:
+
+- it never fails a job: at its first failure it says so once on stderr and goes quiet (:class:`BestEffortTracker`);
+- logging is idempotent: after a resume a job logs everything it has again, and nothing is stored twice;
+- MLflow is imported when a run starts, not before, and its client is used directly: no active run, no
+  global tracking URI.
+"""
+
+import os
+from pathlib import Path
+
+from selfspec import config as schema
+from selfspec.errors import ConfigError
+from selfspec.tracking.base import (
+    JOURNAL_TAG,
+    PARENT_TAG,
+    PLAN_TAG,
+    SWEEP_TAG,
+    BestEffortTracker,
+    NoTracker,
+    Status,
+    Tracker,
+    without_credentials,
+)
+from selfspec.tracking.mlflow import MLflowTracker
+
+__all__ = [
+    "JOURNAL_TAG",
+    "PARENT_TAG",
+    "PLAN_TAG",
+    "SWEEP_TAG",
+    "BestEffortTracker",
+    "MLflowTracker",
+    "NoTracker",
+    "Status",
+    "Tracker",
+    "make",
+]
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+"""What ``mlflow ui`` opens when it is started in the same folder."""
+
+
+def make(tracking: schema.Tracking, output_dir: Path) -> Tracker:
+    """The tracker that a config asks for; nothing is opened yet.
+
+    Without a ``uri`` it is MLflow's own: ``$MLFLOW_TRACKING_URI``, or ``mlflow.db`` in the working folder.
+
+    Args:
+        tracking: which tracker, where.
+        output_dir: a new experiment in a local store keeps its artifacts in ``mlartifacts`` below it.
+
+    Raises:
+        ConfigError: a URI that MLflow cannot log to.
+    """
+    if tracking.name is schema.TrackerName.none:
+        return NoTracker()
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
+        shown = without_credentials(uri)
+        raise ConfigError(f"tracking.uri={shown}: must be sqlite:///<file>, http(s)://<server> or another database URI")
+    if tracking.uri and without_credentials(tracking.uri) != tracking.uri:  # configs are kept and shown
+        raise ConfigError(
+            f"tracking.uri={without_credentials(uri)}: must hold no credentials; "
+            "use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or give it as MLFLOW_TRACKING_URI"
+        )
+    return BestEffortTracker(MLflowTracker(uri, tracking.experiment, output_dir / "mlartifacts"), uri)

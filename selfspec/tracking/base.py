@@ -1,0 +1,158 @@
+"""The :class:`Tracker` protocol, a tracker that tracks nothing, and one that never fails a job."""
+
+import re
+import sqlite3
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+T = TypeVar("T")
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+SWEEP_TAG = "selfspec.sweep_id"
+PARENT_TAG = "mlflow.parentRunId"
+PLAN_TAG = "selfspec.plan"
+JOURNAL_TAG = "selfspec.journal"
+"""Names the journal that a run is of: one whose id was not noted there before its process was killed is found by it."""
+
+
+class Tracker(Protocol):
+    """Logs one run at a time."""
+
+    def start(
+        self, name: str, tags: Mapping[str, str], params: Mapping[str, object], run_id: str | None, parent: str | None
+    ) -> str | None:
+        """Resumes the run ``run_id`` if the store still has it, else creates one.
+
+        Args:
+            name: of the run, in run lists.
+            tags: set anew every time.
+            params: nested mappings are joined with dots; only those the run lacks are logged.
+            run_id: the run to resume; ``None`` for a new one.
+            parent: id of the sweep's run.
+
+        Returns:
+            The run's id, to be kept for the next time; ``None`` if nothing is tracked.
+        """
+
+    def sweep_parent(self, sweep_id: str, name: str) -> str | None:
+        """The run that stands for the sweep ``sweep_id``, created if there is none yet.
+
+        Its status follows its children's, as they start and finish.
+        """
+
+    def log(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
+        """Buffers metrics. NaN and infinities are left out.
+
+        The same (key, value, timestamp, step) is stored once however often it is logged, so timestamps
+        must come from the journal, not from the clock.
+        """
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Sets tags of the run."""
+
+    def artifacts(self, paths: Iterable[Path]) -> None:
+        """Copies files, and all that is below folders, to the run's artifacts."""
+
+    def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
+        """Sends what is buffered and ends the run, as of ``timestamp_ms``; ``None``: now."""
+
+    def mark_orphans_failed(self, parent: str, plan_ids: Collection[str]) -> None:
+        """Ends, as FAILED, runs of those plans of a sweep that seem to run still: their jobs died without a word."""
+
+
+class NoTracker:
+    """Tracks nothing."""
+
+    def start(
+        self, name: str, tags: Mapping[str, str], params: Mapping[str, object], run_id: str | None, parent: str | None
+    ) -> str | None:
+        """See :class:`Tracker`."""
+        return None
+
+    def sweep_parent(self, sweep_id: str, name: str) -> str | None:
+        """See :class:`Tracker`."""
+        return None
+
+    def log(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
+        """See :class:`Tracker`."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """See :class:`Tracker`."""
+
+    def artifacts(self, paths: Iterable[Path]) -> None:
+        """See :class:`Tracker`."""
+
+    def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
+        """See :class:`Tracker`."""
+
+    def mark_orphans_failed(self, parent: str, plan_ids: Collection[str]) -> None:
+        """See :class:`Tracker`."""
+
+
+class BestEffortTracker:
+    """A tracker that may fail without failing the job: after its first failure it tracks nothing."""
+
+    def __init__(self, tracker: Tracker, uri: str) -> None:
+        """Shields ``tracker``; ``uri`` is named in the warning, without credentials."""
+        self._tracker = tracker
+        self._uri = uri
+
+    def start(
+        self, name: str, tags: Mapping[str, str], params: Mapping[str, object], run_id: str | None, parent: str | None
+    ) -> str | None:
+        """See :class:`Tracker`."""
+        return self._try(lambda tracker: tracker.start(name, tags, params, run_id, parent))
+
+    def sweep_parent(self, sweep_id: str, name: str) -> str | None:
+        """See :class:`Tracker`."""
+        return self._try(lambda tracker: tracker.sweep_parent(sweep_id, name))
+
+    def log(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
+        """See :class:`Tracker`."""
+        self._try(lambda tracker: tracker.log(metrics, step, timestamp_ms))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """See :class:`Tracker`."""
+        self._try(lambda tracker: tracker.set_tags(tags))
+
+    def artifacts(self, paths: Iterable[Path]) -> None:
+        """See :class:`Tracker`."""
+        self._try(lambda tracker: tracker.artifacts(paths))
+
+    def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
+        """See :class:`Tracker`."""
+        self._try(lambda tracker: tracker.finish(status, timestamp_ms))
+
+    def mark_orphans_failed(self, parent: str, plan_ids: Collection[str]) -> None:
+        """See :class:`Tracker`."""
+        self._try(lambda tracker: tracker.mark_orphans_failed(parent, plan_ids))
+
+    def _try(self, call: Callable[[Tracker], T]) -> T:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # MLflow's, about its own dependencies
+                return call(self._tracker)
+        except Exception as error:
+            self._tracker = NoTracker()
+            reason = without_credentials(_reason(error))
+            print(f"warning: not tracking to {without_credentials(self._uri)}: {reason}", file=sys.stderr)
+            return call(self._tracker)
+
+
+def _reason(error: BaseException) -> str:
+    # The operating system or the database says best what is wrong; what is wrapped around it is long.
+    said, cause = error, error.__cause__ or error.__context__
+    while cause is not None:
+        if isinstance(cause, OSError | sqlite3.Error):
+            said = cause
+        cause = cause.__cause__ or cause.__context__
+    lines = str(said).strip().splitlines()
+    return f"{type(said).__name__}: {lines[0][:200]}" if lines else type(said).__name__
+
+
+def without_credentials(text: str) -> str:
+    """A URI, or a text that names one, less ``user:password@``."""
+    return re.sub(r"//[^/\s]*@", "//", text)
