@@ -34,6 +34,7 @@ COMPANIONS = {
     ("controller", "autotune"): ["draft=layerskip"],
     ("checkpoint", "gcs"): ["checkpoint.dir=gs://bucket/prefix"],
     ("hardware", "h100_spot"): ["checkpoint.dir=gs://bucket/prefix"],
+    ("experiment", "h100"): ["checkpoint.dir=gs://bucket/prefix"],
     ("model", "gpt2"): ["exit_layer=6"],
     ("model", "opt_125m"): ["exit_layer=6"],
 }
@@ -57,9 +58,14 @@ def composed(*overrides: str) -> Plan:
     return plan.make(compose("config", list(overrides)))
 
 
+def asked(group: str, option: str) -> list[str]:
+    """An option, with what it needs beside it."""
+    return [f"{group}={option}", *COMPANIONS.get((group, option), [])]
+
+
 def sweep_of(experiment: str) -> dict[str, list[str]]:
     """What an experiment sweeps."""
-    hydra: DictConfig = compose("config", [f"experiment={experiment}"], return_hydra_config=True).hydra
+    hydra: DictConfig = compose("config", asked("experiment", experiment), return_hydra_config=True).hydra
     params = hydra.sweeper.get("params") or {}
     assert (hydra.mode is not None and hydra.mode.name == "MULTIRUN") == bool(params)
     return {key: str(values).split(",") for key, values in params.items()}
@@ -71,7 +77,7 @@ def numbers(values: list[str]) -> list[float]:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_file_composes_into_a_plan(group: str, option: str) -> None:
-    made = composed(f"{group}={option}", *COMPANIONS.get((group, option), []))
+    made = composed(*asked(group, option))
     if group == "experiment":
         assert made.name == option, "its results go to a folder of its own name"
     elif group not in ("draft", "model"):  # two files may say how one draft is made; a model's name is a proper one
@@ -81,7 +87,7 @@ def test_every_file_composes_into_a_plan(group: str, option: str) -> None:
 @pytest.mark.parametrize("experiment", [option for group, option in OPTIONS if group == "experiment"])
 def test_every_job_of_an_experiments_sweep_is_a_plan_of_its_own(experiment: str) -> None:
     jobs = [f"{key}={value}" for key, values in sweep_of(experiment).items() for value in values]
-    assert len({composed(f"experiment={experiment}", job).id for job in jobs}) == len(jobs)
+    assert len({composed(*asked("experiment", experiment), job).id for job in jobs}) == len(jobs)
 
 
 @pytest.mark.parametrize(("experiment", "lengths"), PROMPTS.items())
@@ -114,6 +120,32 @@ def test_exits_and_lengths_swept() -> None:
     assert {1, 2, 3, 4} < set(lengths) and len(set(lengths)) == len(lengths)
 
 
+@pytest.mark.parametrize("hardware", [option for group, option in OPTIONS if group == "hardware"])
+def test_hardware_says_hardware(hardware: str) -> None:
+    """All that is compared stays the same; a machine that is taken away needs another checkpoint and tracker."""
+    plain, made = composed("hardware=cpu").settings(), composed(*asked("hardware", hardware)).settings()
+    differ = {group for group in made if made[group] != plain[group]} - {"hardware"}
+    assert differ == ({"checkpoint", "tracking"} if hardware == "h100_spot" else set())
+
+
+def test_the_h100_one_liner_launches_the_model_that_was_chosen() -> None:
+    argv = [*asked("hardware", "h100_spot"), "gate=varH", "tau_v=4"]
+    choices = compose("config", argv, return_hydra_config=True).hydra.runtime.choices
+    assert (choices["hydra/launcher"], choices["checkpoint"]) == ("skypilot_h100_spot", "gcs")
+    assert composed(*argv).model == composed().model != composed(*argv, "model=qwen2_5_0_5b").model
+    assert composed(*argv).tracking.uri is None, "no file of this machine's"
+
+
+def test_the_h100_experiment_is_launched_there() -> None:
+    argv = asked("experiment", "h100")
+    hydra = compose("config", argv, return_hydra_config=True).hydra
+    assert hydra.runtime.choices["hydra/launcher"] == "skypilot_h100_spot"
+    assert composed(*argv).hardware == composed(*asked("hardware", "h100_spot")).hardware
+    assert composed(*argv).model != composed().model
+    there = [*argv, "exit_layer=24", "hydra/launcher=basic", "hydra.mode=RUN"]  # as a job composes it again
+    assert compose("config", there, return_hydra_config=True).hydra.runtime.choices["hydra/launcher"] == "basic"
+
+
 @pytest.mark.parametrize(
     ("group", "names"),
     [
@@ -129,7 +161,7 @@ def test_what_the_schema_allows_has_a_file(group: str, names: type[Enum]) -> Non
 
 
 def test_every_draft_has_a_file_and_every_file_a_draft() -> None:
-    modules = {path.stem for path in (Path(plan.__file__).parent / "engine" / "draft").glob("*.py")}
+    modules = {path.stem for path in (Path(plan.__file__).parent / "speculation" / "draft").glob("*.py")}
     files = {path.stem: str(OmegaConf.select(OmegaConf.load(path), "name")) for path in (CONF / "draft").glob("*.yaml")}
     assert set(files.values()) - {"served"} == modules - {"__init__", "base"} <= set(files), "served: by a server"
 
