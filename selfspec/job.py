@@ -22,11 +22,12 @@ from selfspec.tracking import Tracker
 from selfspec.types import Measurements
 
 
-def check(*plans: Plan, here: bool = True) -> None:
+def check(*plans: Plan, here: bool = True, ask_buckets: bool = True) -> None:
     """Refuses, before anything is written, what would make a job fail later.
 
     Args:
         here: they run on this machine, which must have what they need installed.
+        ask_buckets: for what is kept there; else what is kept on this disk alone is checked.
 
     Raises:
         UserError: an unreadable journal, a head that is corrupt or of another model, a missing head or package.
@@ -39,7 +40,8 @@ def check(*plans: Plan, here: bool = True) -> None:
             factory.check(plan)
             for stage in plan.stages:
                 stages.ask(stage, "installed", plan, otherwise=None)
-    checkpoint.ask_of_each(_check_kept, plans)
+    kept = [plan for plan in plans if ask_buckets or checkpoint.on_disk(plan.checkpoint.dir) is not None]
+    checkpoint.ask_of_each(_check_kept, kept)
 
 
 def _check_kept(plan: Plan) -> None:

@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from selfspec import compose, job, plan, tracking
+from selfspec import checkpoint, compose, job, plan, tracking
 from selfspec.config import HANDLES, Resume
 from selfspec.errors import ConfigError, Interrupted, LaunchError, SelfspecError
 from selfspec.files import storing
@@ -139,7 +139,8 @@ def _jobs(config: DictConfig) -> list[tuple[Plan, Path]]:
     assert hydra is not None, "a callback is called by it"
     hydra.config_loader = compose.Composer(hydra.config_loader.get_search_path())
     launcher = get_class(config.hydra.launcher._target_)
-    jobs = _check(_composed(config), here=not getattr(launcher, "elsewhere", False))
+    dry = bool(config.hydra.launcher.get("dryrun"))
+    jobs = _check(_composed(config), here=not getattr(launcher, "elsewhere", False), ask_buckets=not dry)
     if len({folder for _, folder in jobs}) < len(jobs):
         raise ConfigError("hydra.sweep.subdir: gives jobs a folder in common; ${hydra.job.num} tells them apart")
     check = getattr(launcher, "check", None)
@@ -202,13 +203,14 @@ def _refuse_dropped(config: DictConfig, composed: DictConfig, swept: list[str]) 
     )
 
 
-def _check(jobs: Iterable[tuple[DictConfig, Path]], here: bool) -> list[tuple[Plan, Path]]:
+def _check(jobs: Iterable[tuple[DictConfig, Path]], here: bool, ask_buckets: bool = True) -> list[tuple[Plan, Path]]:
     """The plan of each job, and its folder.
 
     All are made before the first is checked, and those of one identity are checked once.
 
     Args:
         here: on this machine they run, so what they need must be on it.
+        ask_buckets: for what is kept there. A dry run does not: one that is out of reach is asked for minutes.
     """
     made, known = list[tuple[Plan, Path]](), dict[tuple[str, Resume], Plan]()
     idle: set[str] | None = None
@@ -221,7 +223,11 @@ def _check(jobs: Iterable[tuple[DictConfig, Path]], here: bool) -> list[tuple[Pl
             idle = {o.split("=", 1)[0] for o in compose.given(config.hydra.overrides.task)} & set(HANDLES)
         if idle:
             idle &= set(plan.idle_handles(ours, idle))
-    job.check(*known.values(), here=here)
+    job.check(*known.values(), here=here, ask_buckets=ask_buckets)
+    places = () if ask_buckets else dict.fromkeys(one.checkpoint.dir for one in known.values())
+    for place in places:
+        if checkpoint.on_disk(place) is None:
+            print(f"note: checkpoint.dir={place}: a dry run does not ask what is there", file=sys.stderr)
     for distinct in known.values() if here else ():
         job.fetch(distinct)
     for handle in sorted(idle or ()):

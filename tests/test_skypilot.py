@@ -19,6 +19,7 @@ import yaml
 
 from hydra_plugins.skypilot_launcher import _bridge
 from selfspec import checkpoint, compose
+from selfspec.checkpoint import bucket
 from selfspec.errors import ConfigError, LaunchError
 from selfspec.run import CONF
 from selfspec.vllm_plugin import versions
@@ -169,6 +170,33 @@ def test_what_an_infra_refuses_is_left_out_with_a_word(sweep: Run) -> None:
     code, out, err = sweep("K=2", "hydra.launcher.dryrun=true", "hydra.launcher.use_spot=true")
     assert code == 0 and "use_spot" not in out
     assert err == "note: use_spot=true: Slurm has no spot machines; left out\n"
+
+
+@pytest.mark.parametrize("asked", ["-m hardware=h100_spot gate=varH tau_v=4,5,6", "experiment=h100"])
+def test_a_dry_run_asks_no_bucket_and_says_so(
+    run: Run, sky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """Without a network, each question to one takes minutes. Nothing is fetched, either."""
+
+    def no_network(url: str) -> object:
+        raise AssertionError(f"{url} is asked")
+
+    monkeypatch.setattr(bucket, "_open", no_network)
+    monkeypatch.setenv("SELFSPEC_CHECKPOINT", "gs://bucket/prefix")
+    monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    settings = (f"hydra.launcher.python={sky}", f"hydra.launcher.workdir={HERE.parents[1]}")
+    code, out, err = run(*asked.split(), *settings, "hydra.launcher.dryrun=true")
+    assert code == 0, err
+    first, second = err.splitlines()
+    assert first == "note: checkpoint.dir=gs://bucket/prefix: a dry run does not ask what is there"
+    assert second.startswith("note: tracking.uri=null, without MLFLOW_TRACKING_URI: ")
+    tasks = [task for task in yaml.safe_load_all(out) if task]
+    assert len(tasks) == 3 and all(task["resources"]["use_spot"] for task in tasks)
+    assert all("checkpoint.dir='\"'\"'gs://bucket/prefix'\"'\"'" in task["run"] for task in tasks)
+    assert out.endswith("# 3 managed jobs, none of them launched; cost from $3.00 an hour each\n")
+    written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {"python", "multirun.yaml"}, "what Hydra itself writes of a sweep"
 
 
 REFUSED = [

@@ -8,7 +8,7 @@ lease.py       one holder at a time, wherever processes run
 bucket.py      objects by fsspec: retries, and errors in one line
 """
 
-from selfspec.checkpoint.folder import FILE
+from selfspec.checkpoint.folder import FILE, on_disk
 from selfspec.checkpoint.journal import Journal, Record, begun_here, inspect
 from selfspec.checkpoint.store import Store, answers_place, ask_of_each, at, finished, plan_place
 
@@ -23,5 +23,6 @@ __all__ = [
     "begun_here",
     "finished",
     "inspect",
+    "on_disk",
     "plan_place",
 ]
