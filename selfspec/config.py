@@ -28,7 +28,7 @@ Kernels = Enum("Kernels", "auto native torch")
 TrackerName = Enum("TrackerName", "none mlflow")
 Resume = Enum("Resume", "auto never require")
 Order = Enum("Order", "fcfs decode_first chunked_prefill cost")
-RouteName = Enum("RouteName", "fixed cost length difficulty")
+RouteName = Enum("RouteName", "fixed cost length")
 CacheMode = Enum("CacheMode", "none exact similar")
 SoakServer = Enum("SoakServer", "selfspec vllm")
 
@@ -325,8 +325,6 @@ class BackendConfig:
     """US dollars for a million tokens of an answer."""
     longest: int | None = None
     """``policy=length``: the most tokens, prompt and answer, it is asked for; ``None``: any number."""
-    hardest: float | None = None
-    """``policy=difficulty``: the most difficult prompt it is asked, in nats; ``None``: any."""
     connect_s: float = 2.0
     first_s: float = 60.0
     """How long its first token may take."""
@@ -340,7 +338,7 @@ class BackendConfig:
 
 
 _LEAST_OF_A_BACKEND: dict[str, float] = {
-    **dict.fromkeys(("input_price", "output_price", "hardest", "retries"), 0),
+    **dict.fromkeys(("input_price", "output_price", "retries"), 0),
     **dict.fromkeys(("longest", "failures"), 1),
     **dict.fromkeys(("connect_s", "first_s", "read_s", "cool_s"), 0.001),
 }
@@ -353,8 +351,6 @@ class RouterConfig:
     policy: RouteName = RouteName.fixed
     longest: int | None = None
     """Of our own engine, as ``backends[].longest``."""
-    hardest: float | None = None
-    """Of our own engine, as ``backends[].hardest``."""
     budget_s: float | None = None
     """``policy=cost``: how long a whole answer may take."""
     budget_usd: float | None = None
@@ -569,7 +565,6 @@ class Config:
         _within("serve.drain_s", self.serve.drain_s, 0)
         _within("serve.patience_s", self.serve.patience_s, 0.01)
         _within("serve.router.longest", self.serve.router.longest, 1)
-        _within("serve.router.hardest", self.serve.router.hardest, 0)
         _within("serve.router.budget_s", self.serve.router.budget_s, 0)
         _within("serve.router.budget_usd", self.serve.router.budget_usd, 0)
         _within("serve.cache.threshold", self.serve.cache.threshold, 0, 1)

@@ -119,9 +119,8 @@ def _check_backends(serve: schema.Serve) -> None:
             raise ConfigError(f"{key}.url={shown}: must be http(s)://HOST/..., without credentials (see key_env)")
         if backend.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", backend.key_env):
             raise ConfigError(f"{key}.key_env: must be the name of an environment variable, not a key")
-    for policy, limit in ((schema.RouteName.length, "longest"), (schema.RouteName.difficulty, "hardest")):
-        if serve.router.policy is policy and getattr(serve.router, limit) is None:
-            raise ConfigError(f"serve.router.{limit}=null: policy={policy.name} needs to know when to leave our engine")
+    if serve.router.policy is schema.RouteName.length and serve.router.longest is None:
+        raise ConfigError("serve.router.longest=null: policy=length needs to know when to leave our engine")
 
 
 def _check_checkpoint(place: str) -> None:

@@ -22,7 +22,6 @@ from selfspec.run import CONF
 from selfspec.serve import remote, wiring
 from selfspec.serve import router as module
 from selfspec.serve.backend import Call, Chunk, Price, Usage
-from selfspec.serve.difficulty import difficulty
 from selfspec.serve.errors import Unavailable
 from selfspec.serve.estimates import Latency, Timed, dollars
 from selfspec.serve.router import AUTO, Option, PolicyRouter
@@ -86,7 +85,7 @@ def test_fixed_keeps_the_order() -> None:
 
 @pytest.mark.parametrize("policy", RouteName)
 def test_who_names_a_back_end_gets_no_other(policy: RouteName) -> None:
-    options = [option(Stub("a"), longest=1, hardest=0.0), option(Stub("b"))]
+    options = [option(Stub("a"), longest=1), option(Stub("b"))]
     for name in ("b", "model-of-b"):
         assert chosen(options, replace(CALL, model=name), policy=policy) == [("b", "named")]
     with pytest.raises(Unavailable, match="no back end serves c"):
@@ -105,15 +104,6 @@ def test_length() -> None:
         found = chosen(options, replace(CALL, max_tokens=answer), policy=RouteName.length)
         assert found[0] == (name, reason)
     assert chosen(options, replace(CALL, max_tokens=None), policy=RouteName.length)[0] == ("c", "beyond_all")
-
-
-def test_difficulty_is_the_mean_log_rank() -> None:
-    assert difficulty(()) == 0
-    assert difficulty((0, 0)) == 0
-    assert difficulty((9, 99)) == pytest.approx((2.302585 + 4.605170) / 2)
-    options = [option(Stub("a"), hardest=5.0), option(Stub("b"))]
-    assert chosen(options, policy=RouteName.difficulty)[0] == ("a", "difficulty")
-    assert chosen(options, replace(CALL, prompt=(4000, 30000)), policy=RouteName.difficulty)[0][0] == "b"
 
 
 def test_cost_keeps_the_budgets() -> None:
@@ -268,7 +258,6 @@ def test_through_the_gateway_a_dead_back_end_is_stood_in_for(served: Any, monkey
         ("serve.backends=[{name: a, url: 'http://h/v1', first_s: 0}]", r"serve.backends\[0\].first_s=0.0: must be >="),
         ("serve.backends=[{name: a, url: 'http://h/v1', input_price: -1}]", r"input_price=-1.0: must be >= 0"),
         ("serve.router.policy=length", "serve.router.longest=null: policy=length needs to know"),
-        ("serve.router.policy=difficulty", "serve.router.hardest=null: policy=difficulty"),
         ("serve.router.budget_s=-1", "serve.router.budget_s=-1.0: must be >= 0"),
         ("serve.cache.threshold=1.5", "serve.cache.threshold=1.5: must be from 0 to 1"),
         ("serve.cache.entries=0", "serve.cache.entries=0: must be >= 1"),
@@ -287,6 +276,9 @@ def test_what_is_wrong_is_refused(served: Any, override: str, says: str) -> None
         ("serve.router.nonsense=1", "serve.router.nonsense"),
         ("+serve.router.nonsense=1", "nonsense"),
         ("serve.router.policy=best", "serve.router.policy"),
+        ("serve.router.policy=difficulty", "serve.router.policy"),  # as there once was
+        ("serve.router.hardest=6", "serve.router.hardest"),
+        ("serve.backends=[{name: a, hardest: 6}]", "hardest"),
     ],
 )
 def test_wrong_keys_are_refused_in_one_line(run: Any, fake: list[str], override: str, says: str) -> None:

@@ -7,7 +7,6 @@ leaves the choice to ``serve.router.policy``:
 - ``cost``: the cheapest of those that are expected to keep the budgets of time and money, the faster of two that cost
   the same; where none keeps them, the fastest of those that keep the one of money; where none does, the cheapest.
 - ``length``: the first that takes prompt and answer together; a limit of ``null`` is none.
-- ``difficulty``: the first that is thought to be up to the prompt (see ``difficulty.py``).
 
 The others follow as fall-backs, the healthy ones first.
 """
@@ -21,7 +20,6 @@ from typing import NamedTuple
 
 from selfspec.config import RouteName, RouterConfig
 from selfspec.serve.backend import Backend, Call, Route
-from selfspec.serve.difficulty import difficulty
 from selfspec.serve.errors import Unavailable
 from selfspec.serve.estimates import Timed, dollars
 
@@ -38,13 +36,11 @@ class Option(NamedTuple):
     Attributes:
         models: the names it answers to.
         longest: the most tokens, prompt and answer, under ``policy=length``.
-        hardest: the most difficult prompt, under ``policy=difficulty``.
     """
 
     backend: Timed
     models: tuple[str, ...]
     longest: int | None = None
-    hardest: float | None = None
 
 
 class PolicyRouter:
@@ -96,9 +92,13 @@ class PolicyRouter:
         prompt, answer = await self._read(call), call.max_tokens or self._longest
         if self._config.policy is RouteName.cost:
             return self._by_cost(len(prompt), answer)
-        if self._config.policy is RouteName.length:
-            return _first(self._options, lambda option: option.longest, len(prompt) + answer, "length")
-        return _first(self._options, lambda option: option.hardest, difficulty(prompt), "difficulty")
+        return self._by_length(len(prompt) + answer)
+
+    def _by_length(self, tokens: int) -> tuple[Option, str]:
+        for option in self._options:
+            if option.longest is None or tokens <= option.longest:
+                return option, "length"
+        return self._options[-1], "beyond_all"  # which is meant for most
 
     def _by_cost(self, prompt: int, answer: int) -> tuple[Option, str]:
         def costs(option: Option) -> float:
@@ -131,14 +131,3 @@ class PolicyRouter:
             self._health = {backend.name: well for backend, well in zip(self.backends, found, strict=True)}
         finally:
             self._asking = None
-
-
-def _first(
-    options: Sequence[Option], limit: Callable[[Option], float | None], value: float, reason: str
-) -> tuple[Option, str]:
-    """The first whose limit holds; where none does, the last, which is meant for most."""
-    for option in options:
-        most = limit(option)
-        if most is None or value <= most:
-            return option, reason
-    return options[-1], "beyond_all"

@@ -97,10 +97,10 @@ def router(plan: Plan, local: Local, metrics: Metrics) -> Router:
             raise Unavailable("the engine is not ready")
         return await asyncio.to_thread(tokens, local.ready.result(), call)
 
-    options = [Option(Timed(local), (name, local.name), settings.longest, settings.hardest)]
+    options = [Option(Timed(local), (name, local.name), settings.longest)]
     for other in plan.serve.backends:
         names = (other.name,) if other.model is None else (other.name, other.model)
-        options.append(Option(Timed(backend(plan, other, local, metrics)), names, other.longest, other.hardest))
+        options.append(Option(Timed(backend(plan, other, local, metrics)), names, other.longest))
     return PolicyRouter(settings, options, read, plan.serve.max_tokens)
 
 
