@@ -29,7 +29,7 @@ TrackerName = Enum("TrackerName", "none mlflow")
 Resume = Enum("Resume", "auto never require")
 Order = Enum("Order", "fcfs decode_first chunked_prefill cost")
 RouteName = Enum("RouteName", "fixed cost length")
-CacheMode = Enum("CacheMode", "none exact similar")
+CacheMode = Enum("CacheMode", "none exact same_words")
 SoakServer = Enum("SoakServer", "selfspec vllm")
 
 STAGES = ("fit", "bench", "quality", "soak")
@@ -362,9 +362,7 @@ class CacheConfig:
     """Answers given again."""
 
     mode: CacheMode = CacheMode.none
-    """``similar``: also to a prompt that means the same (``docs/routing.md`` says how far that can be trusted)."""
-    threshold: float = 0.7
-    """``similar``: the least cosine of two prompts."""
+    """``same_words``: also to a chat whose last message has the same words (``docs/routing.md`` says which count)."""
     ttl_s: float = 3600.0
     entries: int = 1000
     """The most answers kept; the one unused for longest goes first."""
@@ -567,7 +565,6 @@ class Config:
         _within("serve.router.longest", self.serve.router.longest, 1)
         _within("serve.router.budget_s", self.serve.router.budget_s, 0)
         _within("serve.router.budget_usd", self.serve.router.budget_usd, 0)
-        _within("serve.cache.threshold", self.serve.cache.threshold, 0, 1)
         _within("serve.cache.ttl_s", self.serve.cache.ttl_s, 0.001)
         _within("serve.cache.entries", self.serve.cache.entries, 1)
         for at, backend in enumerate(self.serve.backends):

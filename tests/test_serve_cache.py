@@ -1,13 +1,11 @@
-"""The semantic cache: what is given again, to whom, how long; and what never is."""
+"""The cache: what is given again, to whom, how long; and what never is."""
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from http_servers import gateway
 from hydra import compose, initialize_config_dir
@@ -17,12 +15,10 @@ from hypothesis import strategies as st
 
 from selfspec import plan as plans
 from selfspec.config import CacheConfig, CacheMode
-from selfspec.errors import AssetError
-from selfspec.model.embedding import Meaning
 from selfspec.run import CONF
 from selfspec.serve.backend import Call, Chunk, TokenLogprob, Usage
 from selfspec.serve.cache import AnswerCache
-from selfspec.serve.words import same, words
+from selfspec.serve.words import words
 
 ANSWER = (Chunk("It is ", 2), Chunk("so.", 1, None, "stop", Usage(3, 3), {"cycles": 2}))
 
@@ -43,16 +39,8 @@ class Clock:
         return self.now
 
 
-def near(text: str) -> Any:
-    """Vectors by letters: near for nearly the same text."""
-    vector = np.zeros(128, np.float32)
-    for letter in text.casefold():
-        vector[ord(letter) % 128] += 1
-    return vector / max(float(np.linalg.norm(vector)), 1e-9)
-
-
-def cache(mode: CacheMode = CacheMode.similar, clock: Clock | None = None, **settings: Any) -> AnswerCache:
-    return AnswerCache(CacheConfig(mode=mode, **settings), near, clock or Clock())
+def cache(mode: CacheMode = CacheMode.same_words, clock: Clock | None = None, **settings: Any) -> AnswerCache:
+    return AnswerCache(CacheConfig(mode=mode, **settings), clock or Clock())
 
 
 def kept(made: AnswerCache, *calls: Call) -> AnswerCache:
@@ -96,7 +84,7 @@ def test_the_same_call_gets_the_same_answer() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mode", [CacheMode.exact, CacheMode.similar])
+@pytest.mark.parametrize("mode", [CacheMode.exact, CacheMode.same_words])
 def test_nothing_is_shared_across_keys_and_what_changes_the_answer(other: dict[str, Any], mode: CacheMode) -> None:
     made = kept(cache(mode), replace(CALL, key="alice"))
     assert found(made, replace(CALL, key="alice")) == "exact"
@@ -134,7 +122,7 @@ SAME = [
     "  How tall   is the tower ?",
     "Please how tall is a tower?",
     "How tall is the tower? Thanks!",
-    "Hello! How tall is the towers",
+    "Hello! HOW tall is the 'tower'",
 ]
 OTHER = [
     "How tall is the tower not?",
@@ -142,20 +130,34 @@ OTHER = [
     "tower the is tall How?",
     "How tall is the tower 2?",
     "How tall is the",
+    "How tall are the towers?",
     "",
+    "?!",
 ]
 
 
-def test_in_hardly_other_words() -> None:
-    made = kept(cache(threshold=0.5), CALL)
-    assert [found(made, asking(text)) for text in SAME] == ["similar"] * len(SAME)
+def test_in_the_same_words() -> None:
+    made = kept(cache(), CALL)
+    assert [found(made, asking(text)) for text in SAME] == ["same_words"] * len(SAME)
     assert [found(made, asking(text)) for text in OTHER] == [None] * len(OTHER)
     strict = kept(cache(mode=CacheMode.exact), CALL)
     assert [found(strict, asking(text)) for text in SAME] == [None] * len(SAME)
 
 
-def test_the_vectors_must_be_near_too() -> None:
-    assert found(kept(cache(threshold=1.0), CALL), asking(SAME[3])) is None
+def test_where_nothing_is_said_only_the_same_call_will_do() -> None:
+    made = kept(cache(), asking("?!"), asking("the"))
+    assert (
+        found(made, asking("?!")) == "exact" and found(made, asking("...")) is None and found(made, asking("")) is None
+    )
+    image = replace(CALL, messages=({"role": "user", "content": [{"type": "text", "text": "How tall?"}]},))
+    assert found(kept(made, image), image) == "exact"
+
+
+def test_of_two_in_the_same_words_the_last_answer_is_given() -> None:
+    made = kept(cache(entries=2), CALL, asking(SAME[0]))
+    assert found(made, asking(SAME[1])) == "same_words"
+    kept(made, asking("one"), asking("two"))
+    assert found(made, asking(SAME[1])) is None and not set(made._worded.values()) - set(made._entries)
 
 
 def test_what_comes_before_the_last_message_must_be_equal() -> None:
@@ -165,14 +167,14 @@ def test_what_comes_before_the_last_message_must_be_equal() -> None:
         said = [{"role": "user", "content": first}, {"role": "assistant", "content": "Yes."}]
         return asking("", messages=(*said, {"role": "user", "content": last}))
 
-    made = kept(cache(threshold=0.5), talk("Is it tall?", "How tall?"))
-    assert found(made, talk("Is it tall?", "how tall")) == "similar"
+    made = kept(cache(), talk("Is it tall?", "How tall?"))
+    assert found(made, talk("Is it tall?", "how tall")) == "same_words"
     assert found(made, talk("is it tall", "how tall")) is None
 
 
 def test_a_text_to_go_on_from_is_only_ever_matched_exactly() -> None:
     text = replace(CALL, messages=None, prompt="The cat sat on the")
-    made = kept(cache(threshold=0.0), text)
+    made = kept(cache(), text)
     assert found(made, text) == "exact" and found(made, replace(text, prompt="The cat sat on a")) is None
     ids = replace(CALL, messages=None, prompt=(1, 2, 3))
     assert found(kept(made, ids), ids) == "exact" and found(made, replace(ids, prompt=(1, 2, 4))) is None
@@ -180,12 +182,12 @@ def test_a_text_to_go_on_from_is_only_ever_matched_exactly() -> None:
 
 def test_answers_grow_old() -> None:
     clock = Clock()
-    made = kept(cache(clock=clock, ttl_s=10.0, threshold=0.5), CALL)
+    made = kept(cache(clock=clock, ttl_s=10.0), CALL)
     clock.now = 9.9
-    assert found(made, CALL) == "exact" and found(made, asking(SAME[0])) == "similar"
+    assert found(made, CALL) == "exact" and found(made, asking(SAME[0])) == "same_words"
     clock.now = 10.0
     assert found(made, asking(SAME[0])) is None and found(made, CALL) is None
-    assert len(made) == 0 and not made._groups
+    assert len(made) == 0 and not made._worded
 
 
 def test_the_one_unused_for_longest_goes_first() -> None:
@@ -207,7 +209,7 @@ def test_it_is_an_lru_with_an_expiry_whatever_happens(events: list[tuple[str, in
     """Against a model of it, a few lines long; and its two tables never disagree."""
     clock = Clock()
     made, model = (
-        cache(CacheMode.exact, clock, entries=entries, ttl_s=5.0),
+        cache(CacheMode.same_words, clock, entries=entries, ttl_s=5.0),
         OrderedDict[tuple[int, str | None], float](),
     )
     for what, number, key in events:
@@ -226,20 +228,12 @@ def test_it_is_an_lru_with_an_expiry_whatever_happens(events: list[tuple[str, in
             else:
                 model.pop(name, None)
             assert (found(made, call) == "exact") == alive
-        assert len(made) == len(model) == sum(map(len, made._groups.values())) <= entries
+        assert len(made) == len(model) <= entries and set(made._worded.values()) == set(made._entries)
 
 
-@given(st.text(max_size=60), st.text(max_size=60))
-def test_words_say_yes_only_to_the_same_words(one: str, two: str) -> None:
-    """Without inflections: the same letters and digits in the same order, articles and politeness apart."""
-
-    def never(a: str, b: str) -> float:
-        return -1.0
-
-    assert same(words(one), words(one), never)
-    assert same(words(one), words(two), never) == same(words(two), words(one), never)
-    if same(words(one), words(two), never):
-        assert words(one) == words(two)
+@given(st.text(max_size=60))
+def test_case_spacing_and_punctuation_do_not_count(text: str) -> None:
+    assert words(f"  {text}\n ") == words(text) and set(words(text)).isdisjoint("?!,.;: ")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +241,7 @@ def test_words_say_yes_only_to_the_same_words(one: str, two: str) -> None:
     [
         ("Can you please list five cats?", "List five cats.", True),
         ("I want you to act as a pirate", "act as the pirate", True),
-        ("List five cat", "list five cats", True),
+        ("List five cat", "list five cats", False),
         ("Can you swim?", "Swim?", False),
         ("How do you say thanks", "How do you say please", False),
         ("hello world program", "world program", False),
@@ -261,24 +255,7 @@ def test_words_say_yes_only_to_the_same_words(one: str, two: str) -> None:
     ],
 )
 def test_words(one: str, two: str, agree: bool) -> None:
-    assert same(words(one), words(two), lambda a, b: 0.9) is agree
-
-
-def test_meaning_is_the_mean_of_token_embeddings(tiny_folder: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
-
-    meaning = Meaning(tiny_folder)
-    text = "a model drafts tokens"
-    ids = Tokenizer.from_file(str(tiny_folder / "tokenizer.json")).encode(text).ids
-    mean = load_file(tiny_folder / "model.safetensors")["model.embed_tokens.weight"][ids].sum(0)
-    np.testing.assert_allclose(meaning(text), (mean / mean.norm()).numpy(), rtol=1e-5)
-    assert np.linalg.norm(meaning("")) == 0
-    with pytest.raises(AssetError, match=r"has no tokenizer\.json"):
-        Meaning(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes((tiny_folder / "tokenizer.json").read_bytes())
-    with pytest.raises(AssetError, match="has no table"):
-        Meaning(tmp_path)
+    assert (words(one) == words(two)) is agree
 
 
 @pytest.fixture
@@ -297,7 +274,7 @@ def test_through_the_gateway(served: Callable[..., Any]) -> None:
 
     async def run() -> None:
         limits = ("serve.max_positions=128", "serve.max_prompt_tokens=64", "serve.max_tokens=32")
-        plan = served("serve.cache.mode=similar", "serve.cache.threshold=0.5", *limits)
+        plan = served("serve.cache.mode=same_words", *limits)
         async with gateway(plan) as (url, ours):
 
             async def ask(text: str, **more: Any) -> tuple[str, str]:
@@ -317,7 +294,7 @@ def test_through_the_gateway(served: Callable[..., Any]) -> None:
                 off = {"X-Selfspec-Cache": "off"}
                 assert await ask("a model drafts tokens", extra_headers=off) == (text, "off")
             told = ours.metrics.exposition().decode()
-            for result, count in (("exact", 1), ("similar", 1), ("miss", 2), ("off", 1)):
+            for result, count in (("exact", 1), ("same_words", 1), ("miss", 2), ("off", 1)):
                 assert f'selfspec_cache_lookups_total{{result="{result}"}} {count}.0' in told
 
     asyncio.run(run())

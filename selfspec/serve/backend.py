@@ -25,7 +25,7 @@ class Call:
         key: a hash of the caller's API key, never the key; ``None``: no key is asked for.
         stats: whether the last chunk is to carry speculation statistics.
         detail: whether these have the answer's token ids and every cycle, too.
-        cache: whether the answer may come from, and go to, the semantic cache.
+        cache: whether the answer may come from, and go to, the cache.
         ignore_eos: go on after the model's end-of-sequence token.
     """
 
@@ -153,7 +153,7 @@ class Router(Protocol):
 class Hit(NamedTuple):
     """An answer from the cache: its chunks, the last with ``finish`` and ``usage``."""
 
-    result: Literal["exact", "similar"]
+    result: Literal["exact", "same_words"]
     chunks: Sequence[Chunk]
 
 
@@ -161,7 +161,7 @@ class Cache(Protocol):
     """Answers given before. Keeps those of different ``Call.key`` apart."""
 
     async def find(self, call: Call) -> Hit | None:
-        """What was answered to the same call, or to one that means the same."""
+        """What was answered to the same call, or to one in the same words."""
         ...
 
     async def keep(self, call: Call, chunks: Sequence[Chunk]) -> None:

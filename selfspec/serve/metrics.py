@@ -39,7 +39,7 @@ class Metrics:
         self.proposed = Counter("selfspec_proposed_tokens", "Tokens drafted", ("draft",), registry=of)
         self.accepted = Counter("selfspec_accepted_tokens", "Drafted tokens that stood", ("draft",), registry=of)
         self.generated = Counter("selfspec_generated_tokens", "Tokens answered", by, registry=of)
-        self.cache_lookups = Counter("selfspec_cache_lookups", "In the semantic cache", ("result",), registry=of)
+        self.cache_lookups = Counter("selfspec_cache_lookups", "For an answer to give again", ("result",), registry=of)
         self.routes = Counter("selfspec_routes", "Choices of a back end", ("policy", "backend", "reason"), registry=of)
         self.errors = Counter("selfspec_errors", "Requests not answered", ("kind",), registry=of)
         self._loads: list[Callable[[], Load]] = []

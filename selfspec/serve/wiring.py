@@ -1,13 +1,11 @@
 """Plan -> gateway: the one place where its parts are made and put together."""
 
 import asyncio
-import functools
 import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from selfspec import fitting
 from selfspec.config import BackendConfig, CacheMode, ControllerName, EngineName, Weights
@@ -25,9 +23,6 @@ from selfspec.serve.metrics import Metrics
 from selfspec.serve.remote import Remote
 from selfspec.serve.router import Option, PolicyRouter
 from selfspec.types import Request
-
-if TYPE_CHECKING:
-    from selfspec.model.embedding import Meaning
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +42,6 @@ def check(plan: Plan) -> None:
         raise ConfigError(f"engine={plan.engine.name.name}: cannot be served; allowed are {allowed}")
     if plan.controller.name is ControllerName.autotune and plan.serve.max_batch > 1:
         raise ConfigError(f"serve.max_batch={plan.serve.max_batch}: controller=autotune decodes one request at a time")
-    if plan.serve.cache.mode is CacheMode.similar and plan.engine.name is EngineName.fake:
-        raise ConfigError("serve.cache.mode=similar: engine=fake has no embeddings; allowed are none, exact")
     for backend in plan.serve.backends:
         if backend.key_env is not None and not os.environ.get(backend.key_env):
             raise ConfigError(f"serve.backends: {backend.name}: key_env={backend.key_env}: the environment has none")
@@ -135,16 +128,7 @@ def tokens(engine: Engine, call: Call) -> Sequence[int]:
 
 def cache(plan: Plan) -> Cache:
     """What ``serve.cache`` asks for."""
-    if plan.serve.cache.mode is CacheMode.none:
-        return NoCache()
-
-    @functools.cache
-    def embed() -> "Meaning":
-        from selfspec.model.embedding import Meaning
-
-        return Meaning(factory.weights(plan))
-
-    return AnswerCache(plan.serve.cache, lambda text: embed()(text))
+    return NoCache() if plan.serve.cache.mode is CacheMode.none else AnswerCache(plan.serve.cache)
 
 
 class Fixed:
