@@ -79,7 +79,7 @@ class Bench:
     ) -> list[Completion]:
         target = Target(self.model, self.model.shape.layers, self.model.norm)
         cache = self.model.new_cache(60 + draft.nodes(k), rows, draft.layers)
-        cache._kv.fill_(99.0)  # what is read must have been written
+        cache.kv.fill_(99.0)  # what is read must have been written
         speculation = Speculation(target, draft, gate or Gate(), Fixed(k), LongestPrefix())
         return Scheduler(speculation, cache).run(requests)
 
@@ -120,7 +120,7 @@ def test_keys_and_values_of_what_stands_are_those_of_one_pass(
         final = model.norm(model.run(exit, fresh, at, EXIT, layer))
         one_pass = Trace(torch.tensor(stands), final, exit if name == "adapter" else None, 1)
         Block(bench.head(name).tensors, model.shape).write(block.whole(model, one_pass, name == "eagle"), fresh, at)
-        ours, theirs = (kv._kv[layer, :, r, :, : len(stands)] for kv, r in ((cache, index), (fresh, 0)))
+        ours, theirs = (kv.kv[layer, :, r, :, : len(stands)] for kv, r in ((cache, index), (fresh, 0)))
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
         checks.append(len(stands))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import caches
 import pytest
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def run(
     done = list[Completion]()
     while not done:
         done = [told.completion for told in scheduler.step() if told.completion]
-        cache.check_integrity(target.depth)
+        caches.check(cache, target.depth)
         for member in scheduler.members:
             assert cache.lengths == [len(member.row.tokens) - 1]
     assert not scheduler.busy and cache.lengths == []

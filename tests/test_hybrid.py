@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import caches
 import pytest
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def decoded(
     evict = cache.evict
 
     def checked(row: int) -> None:
-        cache.check_integrity(model.shape.layers)
+        caches.check(cache, model.shape.layers)
         evict(row)
 
     cache.evict = checked  # type: ignore[method-assign]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import caches
 import pytest
 import torch
 import transformers
@@ -88,7 +89,7 @@ def logits(model: Llama, tokens: Sequence[int], *cuts: int) -> Tensor:
     for start, stop in zip((0, *cuts), (*cuts, len(tokens)), strict=True):
         out.append(full(model, cache, [Tree.chain(tokens[start:stop])], row))
         cache.keep(row, range(stop - start))
-    cache.check_integrity(LAYERS)
+    caches.check(cache, LAYERS)
     return torch.cat(out)
 
 
@@ -133,12 +134,12 @@ def test_a_window_counts_where_it_is_used(tmp_path: Path, used: bool, positions:
 
 def test_another_dtype_is_the_same_model(qwen: Llama) -> None:
     double = qwen.to(torch.float64)
-    assert double.dtype == double.new_cache(1)._kv.dtype == torch.float64
+    assert double.dtype == double.new_cache(1).kv.dtype == torch.float64
     assert_close(logits(double, TOKENS).float(), logits(qwen, TOKENS), atol=1e-4, rtol=0)
 
 
 def test_a_cache_has_layers_for_a_drafts_own_use(qwen: Llama) -> None:
-    assert qwen.new_cache(5, rows=3, extra_layers=2)._kv.shape == (LAYERS + 2, 2, 3, 2, 5, 16)
+    assert qwen.new_cache(5, rows=3, extra_layers=2).kv.shape == (LAYERS + 2, 2, 3, 2, 5, 16)
 
 
 @pytest.mark.parametrize("exit_layer", [0, 1, 2, 3])
@@ -155,7 +156,7 @@ def test_layers_run_in_two_ranges(qwen: Llama, exit_layer: int, batch: int) -> N
     wanted = qwen.run(qwen.embed(tokens), whole, at, 0, LAYERS)
     early = qwen.run(qwen.embed(tokens), cut, at, 0, exit_layer)
     assert torch.equal(qwen.run(early, cut, at, exit_layer, LAYERS), wanted)
-    assert torch.equal(whole._kv, cut._kv)
+    assert torch.equal(whole.kv, cut.kv)
 
 
 class TestRows:
@@ -254,7 +255,7 @@ class TestTrees:
             at = BUSHY.parents[at]
         cache.keep(0, path)
         cache.keep(1, [0])
-        cache.check_integrity(LAYERS)
+        caches.check(cache, LAYERS)
         got = full(qwen, cache, [Tree.chain([40, 41]), Tree.chain([42])])
         wanted = logits(qwen, [*TOKENS[:4], *self.path(BUSHY, node), 40, 41])[-2:]
         assert_close(got[:2], wanted, atol=1e-4, rtol=0)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import caches
 import pytest
 import torch
 
@@ -277,7 +278,7 @@ class Checked:
         self.cache, evict = cache, cache.evict
 
         def checked(row: int) -> None:
-            cache.check_integrity(layers)
+            caches.check(cache, layers)
             evict(row)
 
         cache.evict = checked  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from functools import cache as memo
 from pathlib import Path
 from statistics import quantiles
 
+import caches
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -129,7 +130,7 @@ class Bench:
         done = dict[int, Completion]()
         while scheduler.busy:
             done |= {told.number: told.completion for told in scheduler.step() if told.completion}
-            cache.check_integrity(s.layers)
+            caches.check(cache, s.layers)
             assert kv is not KVCache or cache.lengths == [len(member.row.tokens) - 1 for member in scheduler.members]
         return [done[number] for number in numbers]
 
@@ -319,9 +320,14 @@ class Wrap(Draft):
 class NoRollBack(KVCache):
     """Counts all that was written as verified."""
 
+    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> Place:
+        rows = range(len(trees)) if row is None else [row]
+        self.stops = {row: self.lengths[row] + len(tree) for row, tree in zip(rows, trees, strict=True)}
+        return super().place(trees, first, row)
+
     def keep(self, row: int, path: Sequence[int]) -> None:
         super().keep(row, path)
-        self.lengths[row] = self.written[-1][row]
+        self.lengths[row] = self.stops[row]
 
 
 class Forgetful(KVCache):

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+import caches
 import pytest
 import torch
 import transformers
@@ -61,7 +62,7 @@ def states(model: Llama, rows: list[list[int]], trees: list[Tree], layers: tuple
         hidden = model.run(hidden, cache, at, first, last)
     for row, tree in enumerate(trees):
         cache.keep(row, range(len(tree)))
-    cache.check_integrity(LAYERS)
+    caches.check(cache, LAYERS)
     return model.norm(hidden)
 
 

@@ -1,8 +1,6 @@
 """policy: which drafted tokens stand."""
 
-import logging
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from selfspec.config import Policy, PolicyName
 from selfspec.model.tree import Tree
 from selfspec.speculation import policy
-from selfspec.speculation.policy import Choice, LongestPrefix, Rejection, Verdict, longest_prefix, make, without_logits
+from selfspec.speculation.policy import Choice, LongestPrefix, Rejection, Verdict, longest_prefix, make
 from selfspec.speculation.sampling import Purpose, distribution, draw, uniform
 from selfspec.types import GREEDY, Sampling
 
@@ -228,26 +226,6 @@ def test_a_relaxed_policy_goes_on_below_what_it_let_stand() -> None:
     logits[0] = torch.tensor([0.5, 0.1, 0.4, *[1e-9] * 7]).log()  # the argmax, 0, was not drafted; 2 is allowed
     for asked in RELAXED.values():
         assert make(asked)([bush()], logits, [ANY]) == [([0, 2, 5], 6)]
-
-
-@pytest.fixture
-def unsaid() -> Iterator[None]:
-    policy._say_fall_back.cache_clear()
-    yield
-    policy._say_fall_back.cache_clear()
-
-
-@pytest.mark.parametrize("name", PolicyName)
-def test_without_logits_the_longest_prefix_stands_and_a_relaxed_policy_says_so_once(
-    name: PolicyName, unsaid: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            assert without_logits(Policy(name), bush(), [1, 4, 7, 7, 5, 7, 6]) == ([0, 1, 4, 6], 6)
-            assert without_logits(Policy(name), Tree.chain([8, 3, 5]), [3, 4, 2]) == ([0, 1], 4)
-    said = [record.message for record in caplog.records]
-    assert len(said) == Policy(name).relaxed
-    assert all(name.name in message and "longest_prefix" in message for message in said)
 
 
 def test_the_target_is_asked_for_no_more_than_the_path() -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import caches
 import pytest
 import torch
 
@@ -55,7 +56,7 @@ class Checked(Scheduler):
 
     def step(self) -> list[Progress]:
         told = super().step()
-        self.cache.check_integrity(LAYERS)
+        caches.check(self.cache, LAYERS)
         assert self.cache.lengths == [len(member.row.tokens) - 1 for member in self.members]
         self.seen.append([member.number for member in self.members])
         return told

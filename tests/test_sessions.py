@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import caches
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -94,7 +95,7 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
 def checked(session: Scheduler) -> list[Progress]:
     """A step, after which the cache must hold what is being decoded and nothing else."""
     told = session.step()
-    session.cache.check_integrity(LAYERS)
+    caches.check(session.cache, LAYERS)
     assert session.cache.lengths == [len(member.row.tokens) - 1 for member in session.members]
     return told
 
@@ -229,7 +230,7 @@ class TestCancel:
         gone = session.cancel(1)
         assert gone is not None and list(gone.tokens) == before == list(alone[1][: len(before)])
         assert len(session.cache.lengths) == 2 and session.load.rows == 2
-        session.cache.check_integrity(LAYERS)
+        caches.check(session.cache, LAYERS)
         last = session.submit(asked[3])  # takes its row
         done = drained(session)
         assert {number: completion.tokens for number, completion in done.items()} == {

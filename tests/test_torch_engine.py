@@ -320,7 +320,7 @@ class TestPlace:
     )
     def test_the_dtype_asked_for(self, engine: Maker, dtype: str, wanted: torch.dtype) -> None:
         made = engine("draft=none", f"hardware.dtype={dtype}")
-        assert made.dtype == made.model.dtype == made.model.new_cache(1)._kv.dtype == wanted
+        assert made.dtype == made.model.dtype == made.model.new_cache(1).kv.dtype == wanted
         about = made.describe()
         assert (about["engine"], about["device"], about["threads"]) == ("torch", "cpu", 1)
         assert about["dtype"] == str(wanted).removeprefix("torch.")

@@ -35,7 +35,6 @@ class Place:
         mask: bool ``[R, 1, T, stop]``, true where a token may look; ``None`` where it may look at everything,
             or where ``causal`` says it all.
         causal: whether plain causal masking over T = stop slots is right (a prefill).
-        stops: for each row, the slot after its last.
     """
 
     rows: slice
@@ -49,7 +48,6 @@ class Place:
     unpad: Tensor | None
     mask: Tensor | None
     causal: bool
-    stops: list[int]
 
     @property
     def count(self) -> int:
@@ -64,10 +62,12 @@ class Place:
 
 
 class KVCache:
-    """Preallocated keys and values ``[layers, 2, R, G, S, d]``.
+    """Preallocated keys and values.
 
-    ``lengths`` holds the number of verified tokens of every active row. Drafts write beyond it, layer by
-    layer; what verification rejects is overwritten.
+    Attributes:
+        kv: ``[layers, 2, R, G, S, d]``, also for a kernel that writes at a place by itself.
+        lengths: the number of verified tokens of every active row. Drafts write beyond it, layer by layer; what
+            verification rejects is overwritten.
     """
 
     def __init__(
@@ -81,13 +81,12 @@ class KVCache:
         device: torch.device,
         max_positions: int,
     ) -> None:
-        self._kv = torch.zeros((layers, 2, rows, kv_heads, capacity, head_dim), dtype=dtype, device=device)
-        self._read = [(layer[0], layer[1]) for layer in self._kv]
+        self.kv = torch.zeros((layers, 2, rows, kv_heads, capacity, head_dim), dtype=dtype, device=device)
+        self._read = [(layer[0], layer[1]) for layer in self.kv]
         self._write = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in self._read]  # as tokens come: [R, S, G, d]
         self.rows, self.capacity, self.device = rows, capacity, device
         self._last_position = max_positions - 1
         self.lengths: list[int] = []
-        self.written: list[dict[int, int]] = [{} for _ in range(layers)]
 
     def admit(self) -> int:
         """A new, empty row: its index.
@@ -107,10 +106,8 @@ class KVCache:
             ValueError: every row is taken.
         """
         row, length = self.admit(), other.lengths[0]
-        self._kv[:, :, row, :, :length] = other._kv[:, :, 0, :, :length]
+        self.kv[:, :, row, :, :length] = other.kv[:, :, 0, :, :length]
         self.lengths[row] = length
-        for mine, theirs in zip(self.written, other.written, strict=True):
-            mine[row] = theirs.get(0, 0)
         return row
 
     def evict(self, row: int) -> None:
@@ -118,13 +115,9 @@ class KVCache:
         last = len(self.lengths) - 1
         if row != last:
             length = self.lengths[last]
-            self._kv[:, :, row, :, :length] = self._kv[:, :, last, :, :length]
+            self.kv[:, :, row, :, :length] = self.kv[:, :, last, :, :length]
             self.lengths[row] = length
         self.lengths.pop()
-        for written in self.written:
-            stop = written.pop(last, 0)
-            if row != last:
-                written[row] = stop
 
     def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> Place:
         """Where the nodes of every row's tree go, from node ``first`` on; those before have been run already.
@@ -166,7 +159,6 @@ class KVCache:
             unpad=unpad,
             mask=self._mask(trees, bases, first, width, stop),
             causal=False,
-            stops=stops,
         )
 
     def _place_one(self, tree: Tree, first: int, row: int) -> Place:
@@ -184,7 +176,7 @@ class KVCache:
         elif count > 1:
             mask = torch.ones(count, stop, dtype=torch.bool, device=self.device).tril(start)[None, None]
         rows = slice(row, row + 1)
-        return Place(rows, count, start, stop, positions, None, None, None, None, mask, causal, [stop])
+        return Place(rows, count, start, stop, positions, None, None, None, None, mask, causal)
 
     def _mask(self, trees: Sequence[Tree], bases: Sequence[int], first: int, width: int, stop: int) -> Tensor:
         """Every slot verified, then the node's ancestors; padding looks at what its row's last node does."""
@@ -199,51 +191,28 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor, at: Place) -> tuple[Tensor, Tensor]:
         """Writes a layer's new keys and values ``[N, G, d]``; returns all that attention reads, ``[R, G, stop, d]``."""
         k, v = self._write[layer]
-        written = self.written[layer]
         if at.slot is None:
             row = at.rows.start
             k[row, at.start : at.stop] = keys
             v[row, at.start : at.stop] = values
-            written[row] = at.stop
         else:
             k[at.row, at.slot] = keys
             v[at.row, at.slot] = values
-            written.update(enumerate(at.stops))
         k, v = self._read[layer]
         return k[at.rows, :, : at.stop], v[at.rows, :, : at.stop]
-
-    def lend(self, layers: range, at: Place) -> Tensor:
-        """All keys and values ``[layers, 2, R, G, S, d]``, for a kernel that writes those of ``layers`` at ``at``."""
-        for layer in layers:
-            self.written[layer].update(zip(range(at.rows.start, at.rows.stop), at.stops, strict=True))
-        return self._kv
 
     def keep(self, row: int, path: Sequence[int]) -> None:
         """Declares a path through the row's tree verified: its nodes, root first, move up to follow each other."""
         base, count = self.lengths[row], len(path)
         if path[-1] != count - 1:  # else the path is the tree's first nodes: they lie in place
             source = self._index([base + node for node in path])
-            self._kv[:, :, row, :, base : base + count] = self._kv[:, :, row, :, source]
+            self.kv[:, :, row, :, base : base + count] = self.kv[:, :, row, :, source]
         self.lengths[row] = base + count
 
     def rewind(self, row: int, length: int) -> None:
         """Forgets a row's verified tokens from ``length`` on."""
         assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} tokens, not {length}"
         self.lengths[row] = length
-
-    def check_integrity(self, layers: int) -> None:
-        """Checks that the first ``layers`` layers hold every verified token of every row, and finite values there.
-
-        Raises:
-            AssertionError: with the layer and row that do not.
-        """
-        for row, length in enumerate(self.lengths):
-            assert 0 <= length <= self.capacity, f"row {row}: length {length} of {self.capacity}"
-            for layer in range(layers):
-                written = self.written[layer].get(row, 0)
-                assert written >= length, f"layer {layer}, row {row}: {written} of {length} written"
-                held = self._kv[layer, :, row, :, :length]
-                assert bool(held.isfinite().all()), f"layer {layer}, row {row}: not finite"
 
     def _index(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self.device)

@@ -4,10 +4,9 @@ Exact ones (``longest_prefix``, ``rejection``) keep to what the target alone wou
 (``conf_threshold``, ``topk_agree``, ``typical``) let a token stand that the target merely does not mind.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,8 +17,6 @@ from selfspec.config import PolicyName
 from selfspec.model.tree import Tree
 from selfspec.speculation.sampling import Purpose, distribution, draw, likeliest, residual, uniform
 from selfspec.types import Sampling
-
-log = logging.getLogger(__name__)
 
 
 class Verdict(NamedTuple):
@@ -67,21 +64,6 @@ def walk(tree: Tree, wanted: Callable[[int], int]) -> Verdict:
 def longest_prefix(tree: Tree, wanted: Sequence[int]) -> Verdict:
     """Exact: :func:`walk` where the target's token after every node is known."""
     return walk(tree, wanted.__getitem__)
-
-
-def without_logits(policy: PolicyConfig, tree: Tree, wanted: Sequence[int]) -> Verdict:
-    """What an engine does that has the target's token after every node, greedy or drawn, but no logits.
-
-    That is all an exact policy needs. A relaxed one falls back to it, and says so once.
-    """
-    if policy.relaxed:
-        _say_fall_back(policy.name)
-    return longest_prefix(tree, wanted)
-
-
-@cache
-def _say_fall_back(name: PolicyName) -> None:
-    log.warning("policy=%s needs logits, which this engine does not give: longest_prefix in its place", name.name)
 
 
 class LongestPrefix:

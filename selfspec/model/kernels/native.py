@@ -162,7 +162,7 @@ class Stack:
         """Layers ``first`` to ``last - 1`` on ``[N, D]``; ``cos``, ``sin``: ``[N, d]``, of the positions."""
         row, slot = at.each()
         chosen = [weights[first:last] for weights in self._weights]
-        kv = cache.lend(range(first, last), at)
+        kv = cache.kv
         place = (row, slot, at.mask, at.rows.start, at.stop)
         result: Tensor = torch.ops.selfspec.layers(
             hidden, kv, cos, sin, *place, self._heads, self._norm_eps, first, *chosen
