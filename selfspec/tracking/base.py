@@ -6,8 +6,9 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -92,6 +93,15 @@ class NoTracker:
         """See :class:`Tracker`."""
 
 
+def _shielded(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate["BestEffortTracker", P], T]:
+    """The same method of what is shielded; once it has failed, of a :class:`NoTracker`."""
+
+    def call(self: "BestEffortTracker", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._try(lambda tracker: cast("T", getattr(tracker, method.__name__)(*args, **kwargs)))
+
+    return call
+
+
 class BestEffortTracker:
     """A tracker that may fail without failing the job: after its first failure it tracks nothing."""
 
@@ -100,35 +110,13 @@ class BestEffortTracker:
         self._tracker = tracker
         self._uri = uri
 
-    def start(
-        self, name: str, tags: Mapping[str, str], params: Mapping[str, object], run_id: str | None, parent: str | None
-    ) -> str | None:
-        """See :class:`Tracker`."""
-        return self._try(lambda tracker: tracker.start(name, tags, params, run_id, parent))
-
-    def sweep_parent(self, sweep_id: str, name: str) -> str | None:
-        """See :class:`Tracker`."""
-        return self._try(lambda tracker: tracker.sweep_parent(sweep_id, name))
-
-    def log(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
-        """See :class:`Tracker`."""
-        self._try(lambda tracker: tracker.log(metrics, step, timestamp_ms))
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """See :class:`Tracker`."""
-        self._try(lambda tracker: tracker.set_tags(tags))
-
-    def artifacts(self, paths: Iterable[Path]) -> None:
-        """See :class:`Tracker`."""
-        self._try(lambda tracker: tracker.artifacts(paths))
-
-    def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
-        """See :class:`Tracker`."""
-        self._try(lambda tracker: tracker.finish(status, timestamp_ms))
-
-    def mark_orphans_failed(self, parent: str, plan_ids: Collection[str]) -> None:
-        """See :class:`Tracker`."""
-        self._try(lambda tracker: tracker.mark_orphans_failed(parent, plan_ids))
+    start = _shielded(Tracker.start)
+    sweep_parent = _shielded(Tracker.sweep_parent)
+    log = _shielded(Tracker.log)
+    set_tags = _shielded(Tracker.set_tags)
+    artifacts = _shielded(Tracker.artifacts)
+    finish = _shielded(Tracker.finish)
+    mark_orphans_failed = _shielded(Tracker.mark_orphans_failed)
 
     def _try(self, call: Callable[[Tracker], T]) -> T:
         try:
