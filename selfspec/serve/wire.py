@@ -10,8 +10,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from selfspec.serve.backend import Call
 from selfspec.serve.errors import Invalid
 
-Kind = Literal["text_completion", "chat.completion"]
-
 
 def _encodable(text: str) -> str:
     """JSON can spell half a surrogate pair, which is no character.
