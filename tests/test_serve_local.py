@@ -126,8 +126,8 @@ def test_a_stop_text_ends_the_answer(made: Plan) -> None:
                 assert last.finish == "stop" and last.usage is not None
                 count = last.usage.completion_tokens
                 assert stop in engine.decode(tokens[:count]) and stop not in engine.decode(tokens[: count - 1])
-            await asyncio.sleep(0)
-            assert local._load.rows == 0
+            while local._load.rows:  # its thread lets go of a cancelled row when it comes to it
+                await asyncio.sleep(0.01)
 
     run(work)
 
