@@ -39,6 +39,24 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("unhurried")
 
 
+SLOW_FIXTURES = {"gcs_emulator", "uri"}
+"""Who asks for one of them is slow: it starts a process, or makes MLflow's store."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """``fast`` is what has no other tier; ``nightly`` is run where ``-m`` names it, and for tests given by name."""
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+        if not any(item.get_closest_marker(tier) for tier in ("slow", "nightly", "real", "vllm")):
+            item.add_marker("fast")
+    if "nightly" not in config.getoption("markexpr") and not any("::" in asked for asked in config.args):
+        left_out = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder in the Hugging Face layout."""

@@ -148,6 +148,7 @@ def test_training_sees_what_drafting_does(bench: Bench, name: str) -> None:
     torch.testing.assert_close(torch.cat(alone), together, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_agreement_foretells_what_is_accepted(bench: Bench, name: str) -> None:
     """By drafted position: of the real loop, begun at every token of some answers."""

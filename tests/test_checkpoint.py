@@ -453,6 +453,7 @@ def stop(child: "subprocess.Popen[str]", signum: int, after: int, wait_s: float)
     return done + out.split("\n")[:-1]  # what comes after the last newline may be half a number
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     chance = random.Random(0)
     done, kept = list[str](), list[str]()
@@ -467,6 +468,7 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     assert len(done) == len(set(done))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_leave_a_clean_journal(tmp_path: Path, signum: int, code: int) -> None:
     chance, kept = random.Random(1), list[str]()
@@ -481,6 +483,7 @@ def test_signals_leave_a_clean_journal(tmp_path: Path, signum: int, code: int) -
         assert kept == [str(n) for n in range(len(kept))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_second_process_waits(tmp_path: Path, killed: bool) -> None:
     first = worker(tmp_path, 20, "wait")
@@ -502,6 +505,7 @@ def test_a_second_process_waits(tmp_path: Path, killed: bool) -> None:
     assert units(tmp_path) == [str(n) for n in range(20)]
 
 
+@pytest.mark.slow
 def test_two_processes_do_each_unit_once(tmp_path: Path) -> None:
     children = [worker(tmp_path, 50) for _ in range(2)]
     done: list[str] = []

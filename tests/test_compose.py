@@ -64,6 +64,7 @@ def outcome(loader: ConfigLoaderImpl, master: DictConfig, job: list[str]) -> obj
         return str(error), str(error.__cause__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1])
 def test_as_hydra_does(loader: ConfigLoaderImpl, master: DictConfig, order: int) -> None:
     composer = Composer(loader.get_search_path())

@@ -84,6 +84,7 @@ def test_every_file_composes_into_a_plan(group: str, option: str) -> None:
         assert getattr(getattr(made, group).name, "name", getattr(made, group).name) == option
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", [option for group, option in OPTIONS if group == "experiment"])
 def test_every_job_of_an_experiments_sweep_is_a_plan_of_its_own(experiment: str) -> None:
     jobs = [f"{key}={value}" for key, values in sweep_of(experiment).items() for value in values]

@@ -290,6 +290,7 @@ def test_prompts_of_about_one_length_are_of_a_kind() -> None:
     assert layers[64:].count(12) > 55
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "adaptive", "by_cost", "bandit"),
     [
@@ -315,6 +316,7 @@ def test_regret(name: str, adaptive: float, by_cost: float, bandit: float) -> No
     assert 1 - rate(environment, REQUESTS, fixed(8), BANDIT) / best < bandit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("gate", [config.Gate(), BANDIT], ids=["ungated", "bandit"])
 @pytest.mark.parametrize(("acceptance", "draft_ms"), [(0.0, 0.5), (0.0, 9.0), (0.3, 3.0), (0.6, 9.0)])
@@ -325,6 +327,7 @@ def test_cost_is_never_slower_than_plain(acceptance: float, draft_ms: float, gat
     assert rate(environment, requests, warm, gate) > 0.97 * rate(environment, requests, fixed(0))
 
 
+@pytest.mark.slow
 def test_autotune_beats_every_fixed_layer() -> None:
     requests, environment = stream(240, 32), Environment(Exits(0.0))
     best = max(rate(environment, requests, regret.autotune(layer)) for layer in EXITS)

@@ -133,6 +133,7 @@ def check_drafts(model: Model, wanted: list[tuple[int, ...]]) -> None:
             assert k == 0 or any(c.accepted > 1 for c in cycles) or draft is early
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tokens_are_those_of_generate(name: str, tmp_path: Path) -> None:
     theirs = build(*ARCHITECTURES[name], tmp_path)

@@ -92,6 +92,7 @@ def test_tokens_and_cycles(plain: plan.Plan, tiny_folder: Path, name: str) -> No
     assert "_get_candidate_generator" not in vars(lm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ngram", "layerskip", "vanilla"])
 def test_drafts_are_of_some_use(plain: plan.Plan, tiny_folder: Path, name: str) -> None:
     """Else the counts above would all be nothing; and K is what was asked, or the plan's."""

@@ -26,6 +26,8 @@ from selfspec.run import CONF
 from selfspec.serve.backend import Call
 from selfspec.serve.metrics import Metrics
 
+pytestmark = pytest.mark.slow
+
 INFRA = Path(__file__).parents[1] / "infra"
 PROMETHEUS = INFRA / "prometheus"
 DASHBOARD = json.loads((INFRA / "grafana" / "dashboard.json").read_text())

@@ -119,6 +119,7 @@ def test_ordinary_handlers_of_errors_do_not_swallow_it() -> None:
             pytest.fail("swallowed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR2, 140)])
 def test_exit_code_of_a_process_started_with_sigint_ignored(signum: int, code: int) -> None:
     """As a script's shell starts what it puts in the background."""

@@ -32,7 +32,10 @@ from selfspec.run import CONF
 from selfspec.tracking import MLflowTracker
 from selfspec.types import Completion, Request
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's, see test_tracking.py
+]
 
 SLOW = """
 import itertools, os, signal, sys, time

@@ -14,6 +14,8 @@ import tiny
 from disturbed import Sweep, violations
 from launched import until
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[[], Sweep]
 
 

@@ -144,6 +144,7 @@ def test_a_comb_by_its_definition(bench: Bench, width: int, budget: int | None) 
         assert len(tree) <= draft.nodes(k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["raw", "medusa", "eagle"])
 def test_a_tree_accepts_more_than_its_chain(bench: Bench, name: str) -> None:
     def accepted(width: int) -> int:

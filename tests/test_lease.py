@@ -36,7 +36,7 @@ class Time:
         return Clock(lambda: 1e9 + self.off + self.passed, lambda: self.passed, self.sleep)
 
 
-@pytest.fixture(params=["memory", "gs"])
+@pytest.fixture(params=["memory", pytest.param("gs", marks=pytest.mark.slow)])
 def bucket(request: pytest.FixtureRequest) -> Bucket:
     if request.param == "gs":
         request.getfixturevalue("gcs")

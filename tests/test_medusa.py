@@ -170,6 +170,7 @@ class TestFit:
         assert torch.equal(one, again) and not torch.equal(one, other)
         assert 0.12 < float(one.max()) <= 64**-0.5 and float(one.min()) < -0.12
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("init", list(HeadInit))
     def test_training_helps(self, model: Llama, traces: list[Trace], init: HeadInit) -> None:
         """What follows what follows is no affine map of it."""

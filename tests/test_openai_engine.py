@@ -23,6 +23,8 @@ from selfspec.serve.metrics import Metrics
 from selfspec.serve.wiring import Fixed
 from selfspec.types import Request
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Plan]
 SMALL = ("hardware.threads=1", "stages=[bench]", "serve.max_positions=512", "serve.max_prompt_tokens=256")
 

@@ -179,6 +179,7 @@ def test_versions_leaves_out_what_is_not_installed(monkeypatch: pytest.MonkeyPat
     assert set(provenance.versions()) == {"python", "selfspec"}
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported() -> None:
     program = """if True:
         import sys

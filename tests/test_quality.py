@@ -29,6 +29,8 @@ from selfspec.run import CONF
 from selfspec.stages import quality
 from selfspec.types import Score, Signals
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Plan]
 ASKED = ("stages=[quality]", "quality.tasks=[]", "quality.chunk=2", "quality.prompts=5", "quality.gate_prompts=3")
 

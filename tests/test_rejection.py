@@ -180,6 +180,7 @@ def bench() -> Bench:
     return Bench(tiny())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_tokens_have_the_targets_joint_distribution(bench: Bench, draft: str, sampling: str) -> None:
@@ -227,6 +228,7 @@ def by_the_number_that_drew_it(patch: pytest.MonkeyPatch) -> Policy:
     return Rejection()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draft", "fault"),
     [

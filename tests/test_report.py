@@ -170,6 +170,7 @@ def test_labels_and_errors_are_not_markup() -> None:
     assert "[bold]x[/bold]" in report.text([result(label="[bold]x[/bold]")])
 
 
+@pytest.mark.slow
 def test_the_files(tmp_path: Path) -> None:
     save(tmp_path, *MANY)
     written = report.write(tmp_path, MANY)
@@ -250,6 +251,7 @@ def test_rows_that_share_a_label_are_told_apart_by_what_differs_among_them() -> 
     ]
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     save(tmp_path, *MANY)
     done = cli(tmp_path)
@@ -258,6 +260,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert {"summary.csv", "tok_s.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -281,6 +284,7 @@ def test_what_is_no_result_is_refused_in_one_line(
     assert says in err
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     done = cli(tmp_path / "nowhere")
     assert (done.returncode, done.stdout) == (2, "")

@@ -18,6 +18,8 @@ from selfspec import job
 from selfspec.data.assets import identity
 from selfspec.run import main
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 HEAVY = ("torch", "mlflow", "transformers", "matplotlib", "pyarrow", "safetensors")
 BLOCKED = f"""

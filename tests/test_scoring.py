@@ -18,6 +18,8 @@ from selfspec.run import CONF
 from selfspec.speculation import scoring
 from selfspec.types import Request, Score
 
+pytestmark = pytest.mark.slow
+
 Maker = Callable[..., TorchEngine]
 
 

@@ -53,7 +53,7 @@ def objects() -> dict[str, list[bytes]]:
     return {name: (bucket.read(f"journal/{name}") or b"").splitlines() for name in bucket.names("journal")}
 
 
-@pytest.fixture(params=["gs", "memory", "file"])
+@pytest.fixture(params=[pytest.param("gs", marks=pytest.mark.slow), "memory", "file"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "gs":
         request.getfixturevalue("gcs")

@@ -20,6 +20,8 @@ import pytest
 
 from selfspec.soak.server import guarded
 
+pytestmark = pytest.mark.slow
+
 BATCH, STREAMS, BODY = 4, 16, 20_000
 GOOD: dict[str, Any] = {"model": "tiny", "prompt": "a model drafts", "max_tokens": 8, "temperature": 0, "stream": False}
 LONG = {**GOOD, "max_tokens": 4000, "stream": True}

@@ -28,6 +28,8 @@ from selfspec.serve import __main__ as door
 from selfspec.serve import server, wiring
 from selfspec.serve.local import Local
 
+pytestmark = pytest.mark.slow
+
 FAKE = ("engine=fake", "draft=layerskip", "model.name=tiny", "model.layers=16")
 
 

@@ -24,6 +24,8 @@ from selfspec.errors import ConfigError, LaunchError
 from selfspec.run import CONF
 from selfspec.vllm_plugin import versions
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent / "skypilot"
 Run = Callable[..., tuple[int, str, str]]
 

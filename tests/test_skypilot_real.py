@@ -21,7 +21,10 @@ from selfspec.run import CONF
 
 REPO = Path(__file__).parents[1]
 installed = shutil.which("sky") is not None
-pytestmark = pytest.mark.skipif(not installed, reason="SkyPilot is not installed (tests/skypilot/up.sh does)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not installed, reason="SkyPilot is not installed (tests/skypilot/up.sh does)"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ SHORT = (
 PLANTED = str(Path(__file__).with_name("planted.py"))
 STARTED = {"selfspec.soak.guard", "selfspec.serve", PLANTED, "locust"}
 """One of these is an argument of every process that a soak starts."""
-pytestmark = pytest.mark.usefixtures("unhurried")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unhurried")]
 
 
 @pytest.fixture

@@ -148,6 +148,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_guard_ends_what_it_runs_with_its_starter(killed: bool, tmp_path: Path) -> None:
     """Also where the starter is killed and sees to nothing."""
@@ -170,6 +171,7 @@ with guarded([sys.executable, "-c", {CHILD!r}, "kind"], Path({str(tmp_path / "lo
     gone(pids)
 
 
+@pytest.mark.slow
 def test_the_guard_ends_the_deaf_too() -> None:
     code = "import sys; from selfspec.soak import guard; guard.GRACE_S = 0.1; sys.exit(guard.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, sys.executable, "-c", CHILD, "deaf"]

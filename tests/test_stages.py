@@ -19,6 +19,8 @@ from selfspec.report.results import Result
 from selfspec.run import CONF
 from selfspec.types import Completion, Request
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Plan]
 FAKE = ("engine=fake", "draft=layerskip")
 

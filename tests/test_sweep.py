@@ -29,7 +29,10 @@ from selfspec.tracking import MLflowTracker
 from selfspec.tracking import mlflow as mlflow_tracker
 from selfspec.types import Completion, Request
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, see test_tracking.py
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's, see test_tracking.py
+]
 
 COUNTED = """
 import os, sys, time

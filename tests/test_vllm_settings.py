@@ -114,6 +114,7 @@ def test_a_folder_with_a_space_is_quoted_for_the_linker(
         assert shlex.split(f"-L{cpp_extension.TORCH_LIB_PATH}")[0].endswith(f"/{name}")
 
 
+@pytest.mark.slow
 def test_settings_need_no_torch() -> None:
     code = "import sys, selfspec.vllm_plugin.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
