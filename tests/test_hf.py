@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -61,6 +60,8 @@ CONFIGS = {"Llama4ForCausalLM": "Llama4TextConfig", "GPT2LMHeadModel": "GPT2Conf
 
 def build(kind: str, settings: dict[str, Any], folder: Path) -> Any:
     """Transformers' model of random weights, biases and norms included, and saved; it seldom repeats itself."""
+    import transformers
+
     torch.manual_seed(0)
     config = getattr(transformers, CONFIGS.get(kind, kind.removesuffix("ForCausalLM") + "Config"))
     model = getattr(transformers, kind)(config(**settings)).eval()
@@ -209,6 +210,8 @@ def test_the_proof_allows_for_rounding(
 
 
 def test_scout_is_read_from_its_multimodal_folder(tmp_path: Path) -> None:
+    import transformers
+
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 16, "projector_output_dim": 16}
     config = transformers.Llama4Config(text_config=SCOUT, vision_config=vision | {"projector_input_dim": 16})

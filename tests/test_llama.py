@@ -8,7 +8,6 @@ from typing import Any
 import caches
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -48,6 +47,8 @@ TOKENS: list[int] = torch.randint(VOCAB, (24,), generator=torch.Generator().manu
 
 def build(name: str, folder: Path) -> tuple[Any, Path]:
     """Transformers' model of random weights, and the folder it is saved in."""
+    import transformers
+
     kind, settings = FAMILY[name]
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**BASE | settings))
     random = torch.Generator().manual_seed(0)
@@ -281,6 +282,8 @@ def test_what_it_cannot_run_is_refused(tiny_folder: Path, tmp_path: Path, change
 
 
 def test_an_output_bias_is_refused(tmp_path: Path) -> None:
+    import transformers
+
     config = transformers.LlamaConfig(**BASE, attention_bias=True)
     transformers.logging.disable_progress_bar()
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)

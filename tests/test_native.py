@@ -8,7 +8,6 @@ from pathlib import Path
 import caches
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -17,19 +16,31 @@ from selfspec.model.linear import add_linear, linear, packed, packed_int8, plain
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 
-pytestmark = [
-    pytest.mark.usefixtures("inference"),
-    pytest.mark.skipif(native.problem() is not None, reason=f"no native kernels: {native.problem()}"),
-]
-BF16 = pytest.mark.skipif(not native.multiplies_bf16(), reason="this CPU does not multiply bf16")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inference", "kernels")]
+BF16 = pytest.mark.usefixtures("bf16")
 CPU, LAYERS, VOCAB = torch.device("cpu"), 3, 64
 PROMPT = [5, 9, 7, 3, 3, 60, 2, 8, 41, 12, 7]
 BUSHY = Tree([9, 7, 8, 7, 8, 7], [-1, 0, 0, 1, 1, 2])
 CHAIN = Tree.chain([9, 7, 8])
 
 
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """Built here, not while tests are collected."""
+    if (problem := native.problem()) is not None:
+        pytest.skip(f"no native kernels: {problem}")
+
+
+@pytest.fixture(scope="session")
+def bf16(kernels: None) -> None:
+    if not native.multiplies_bf16():
+        pytest.skip("this CPU does not multiply bf16")
+
+
 @pytest.fixture(scope="module", params=[32, 64, 128])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
     sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": LAYERS, "vocab_size": VOCAB}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": request.param, "attention_bias": True}
     with torch.random.fork_rng():

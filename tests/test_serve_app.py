@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection, HTTPResponse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -26,6 +25,9 @@ from selfspec.serve.errors import Failed, Overloaded, Unavailable
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.metrics import Metrics
 from selfspec.serve.wiring import Fixed
+
+if TYPE_CHECKING:
+    import openai
 
 MODEL = "tiny"
 CHAT = [{"role": "user", "content": "hello"}]
@@ -54,7 +56,9 @@ def server(made: Plan) -> Iterator[Serving]:
         yield made_serving
 
 
-def client(url: str, key: str = "any") -> openai.OpenAI:
+def client(url: str, key: str = "any") -> "openai.OpenAI":
+    import openai
+
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=None)
 
 
@@ -186,6 +190,8 @@ class TestOpenAIClient:
         assert not hasattr(client(server.url).completions.create(**asked), "selfspec")
 
     def test_models(self, server: Serving) -> None:
+        import openai
+
         api = client(server.url)
         assert MODEL in [model.id for model in api.models.list()]
         assert api.models.retrieve(MODEL).owned_by == "selfspec"
@@ -193,6 +199,8 @@ class TestOpenAIClient:
             api.models.retrieve("other")
 
     def test_many_streams_at_once(self, made: Plan) -> None:
+        import openai
+
         prompts = [f"prompt {i}" for i in range(16)]
         with serving(replace(made, serve=replace(made.serve, max_streams=16))) as server:
             api = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=None)
@@ -212,6 +220,8 @@ class TestOpenAIClient:
             assert server.gateway.active == 0
 
     def test_errors_are_the_clients_own(self, server: Serving) -> None:
+        import openai
+
         api = client(server.url)
         with pytest.raises(openai.BadRequestError) as wrong:
             api.completions.create(model=MODEL, prompt="x", temperature=3)
@@ -378,6 +388,8 @@ class TestBackends:
             assert f'kind="{type(error).__name__}"' in gateway.metrics.exposition().decode()
 
     def test_what_breaks_later_is_an_event(self, made: Plan) -> None:
+        import openai
+
         with over([*says("a")[:1], Failed("broke off")], made.serve) as (url, _, _gateway):
             _, body, _ = sent(url, "POST", "/v1/completions", json.dumps(OK | {"stream": True}).encode())
             *_, last = body.decode().strip().split("\n\n")

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import openai
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -52,6 +51,8 @@ def engine(made: Plan) -> TorchEngine:
 @pytest.mark.parametrize("order", [Order.fcfs, Order.chunked_prefill])
 def test_what_is_served_is_what_the_engine_generates(made: Plan, engine: TorchEngine, order: Order) -> None:
     """Four streams at once on three rows; in float32, token for token plain greedy decoding's."""
+    import openai
+
     requests = [Request(tuple(engine.encode(question, chat=True)), NEW) for question in QUESTIONS]
     wanted = [engine.decode(done.tokens) for done in engine.generate(requests, plain=True)]
     with serving(replace(made, serve=replace(made.serve, scheduler=order, chunk=16)), lambda: engine) as server:
