@@ -299,20 +299,14 @@ def corpus(model: Llama, requests: Sequence[Request], plain: Sequence[Completion
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("k", [1, 4, 12])
-@pytest.mark.parametrize("name", ["ngram", "suffix", "suffix shared", "suffix corpus", "suffix chain"])
+@pytest.mark.parametrize("name", ["suffix", "suffix corpus", "suffix chain"])
 def test_tokens_are_those_of_plain_decoding(
     model: Llama, requests: list[Request], plain: list[Completion], name: str, k: int, rows: int
 ) -> None:
     draft: Draft
     match name:
-        case "ngram":
-            draft = ngram.make(NGRAM, model, None)
         case "suffix":
             draft = suffix.make(SUFFIX, model, None)
-        case "suffix shared":
-            draft = suffix.make(
-                DraftConfig("suffix", longest=5, shortest=1, width=3, budget=9, shared=True), model, None
-            )
         case "suffix corpus":
             config = DraftConfig("suffix", longest=5, shortest=1, width=3, budget=9, corpus=True)
             draft = suffix.make(config, model, corpus(model, requests[:2], plain[:2]))

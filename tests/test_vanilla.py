@@ -1,4 +1,4 @@
-"""A smaller model drafts: identity through the loop, a cache in step with the batch, and tokens that mean the same."""
+"""A smaller model drafts: its cache keeps in step with the batch, and its tokens mean what the target's do."""
 
 import json
 import shutil
@@ -66,17 +66,6 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tiny_folder: Path, inference: None) -> Bench:
     return Bench(tiny_folder)
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("k", [1, 2, 3, 5])
-@pytest.mark.parametrize("gated", [GateConfig(), GateConfig(GateName.maxp, 0.5)], ids=["open", "maxp"])
-def test_tokens_are_those_of_plain_decoding(bench: Bench, gated: GateConfig, k: int, rows: int) -> None:
-    got = bench.decode(Vanilla(bench.target, bench.small), k, rows, gate.make(gated))
-    assert [run.tokens for run in got] == [run.tokens for run in bench.plain]
-    cycles = [cycle for run in got for cycle in run.cycles]
-    assert 0 < sum(c.accepted for c in cycles) < sum(c.proposed for c in cycles), "else nothing is proven"
-    assert (gated.name is GateName.none) == all(c.depth == c.k_asked for c in cycles)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
