@@ -12,9 +12,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from selfspec import compose
-from selfspec.compose import Composer
 from selfspec.run import CONF
+from selfspec.sweep import compose
+from selfspec.sweep.compose import Composer
 
 JOBS = [
     [],

@@ -15,8 +15,8 @@ REPO = Path(__file__).parents[1]
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),
     ("config", "data.assets", "heads", "interrupt", "metrics", "progress", "refusal"),
-    ("compose", "data", "files", "provenance", "vllm_rules"),
-    ("checkpoint", "rules", "sweep_context", "tracking"),
+    ("data", "files", "provenance", "sweep.compose", "vllm_rules"),
+    ("checkpoint", "rules", "sweep.context", "tracking"),
     ("plan",),
     ("model", "report"),
     ("speculation",),
@@ -46,8 +46,8 @@ FRONT_DOORS = ("selfspec.run", "selfspec.serve.__main__")
 LAUNCHERS_MAY = tuple(  # `run` is what a Slurm job calls, and where the configs lie; no launcher runs it
     f"selfspec.{name}"
     for name in (
-        *("plan", "compose", "checkpoint", "errors", "config", "files", "report.results", "provenance", "interrupt"),
-        *("run", "sweep_context"),
+        *("plan", "checkpoint", "errors", "config", "files", "report.results", "provenance", "interrupt"),
+        *("run", "sweep.compose", "sweep.context"),
     )
 )
 LARGEST_ROOM = 0.15
@@ -174,7 +174,7 @@ def test_imports_point_down_in_no_circle_and_no_room_is_too_large() -> None:
         ("selfspec.stages.soak", "from selfspec.serve import __main__", r"\(serve.__main__\), which is not below it"),
         ("selfspec.vllm_plugin.mend", "from selfspec.engine import base", "imports selfspec.engine.base"),
         ("selfspec.job", "from hydra import main", "only selfspec.run"),
-        ("selfspec.sweep", "import hydra\n@hydra.main()\ndef f(): ...", "only selfspec.run"),
+        ("selfspec.sweep.callback", "import hydra\n@hydra.main()\ndef f(): ...", "only selfspec.run"),
         ("launchers.hydra_plugins.sky", "from selfspec import job", "imports selfspec.job"),
         ("selfspec.model.tree", "def f():\n    from selfspec.model import cache", r"a circle: .*selfspec\.model\.tree"),
         ("selfspec.novelty", "from selfspec import plan", "selfspec.novelty: give it a tier"),

@@ -18,10 +18,11 @@ import pytest
 import yaml
 
 from hydra_plugins.skypilot_launcher import _bridge
-from selfspec import checkpoint, compose
+from selfspec import checkpoint
 from selfspec.checkpoint import bucket
 from selfspec.errors import ConfigError, LaunchError
 from selfspec.run import CONF
+from selfspec.sweep import compose
 from selfspec.vllm_plugin import versions
 
 pytestmark = pytest.mark.slow

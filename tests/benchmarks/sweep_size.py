@@ -25,7 +25,7 @@ import tiny
 def sweep(overrides: list[str]) -> None:
     """The command line, which says what time and memory it has used before and after what is done for all jobs."""
     from selfspec.run import main
-    from selfspec.sweep import Sweep
+    from selfspec.sweep.callback import Sweep
 
     moments = []
 

@@ -114,7 +114,8 @@ class ProcessLauncher(Launcher):
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=results.speedup(job.folder)) for job in jobs]
 
     def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
-        from selfspec import compose, plan
+        from selfspec import plan
+        from selfspec.sweep import compose
 
         common = set.intersection(*(set(overrides) for overrides in job_overrides))
         jobs = []
@@ -148,7 +149,7 @@ def arguments(config: DictConfig, overrides: Sequence[str], root: str | None = N
         overrides: of the job.
         root: of a job elsewhere, the folder that it starts in a copy of.
     """
-    from selfspec import compose
+    from selfspec.sweep import compose
 
     main, more = config_folders(config)
     if root is None:

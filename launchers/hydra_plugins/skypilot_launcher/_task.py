@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
-from selfspec import compose
 from selfspec.config import Resume, TrackerName
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
-from selfspec.sweep_context import ALONE, SweepContext
+from selfspec.sweep import compose
+from selfspec.sweep.context import ALONE, SweepContext
 
 PREFIX = "selfspec-"
 """Of the names of our managed jobs; the plan's identity follows."""

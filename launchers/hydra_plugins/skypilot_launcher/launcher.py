@@ -100,9 +100,9 @@ class SkyPilotLauncher(Launcher):
         """One for each plan, in the order of the sweep."""
         from hydra_plugins.skypilot_launcher import _task
         from hydra_plugins.skypilot_launcher._fleet import Job
-        from selfspec import compose
         from selfspec import plan as plans
-        from selfspec.sweep_context import SweepContext
+        from selfspec.sweep import compose
+        from selfspec.sweep.context import SweepContext
 
         assert self._context is not None, "Hydra calls setup() first"
         sweep = SweepContext.load(Path(self._config.hydra.sweep.dir))

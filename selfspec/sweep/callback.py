@@ -1,7 +1,7 @@
 """What happens once for all jobs: checks before anything is written, the sweep's run, its table at the end.
 
 Hydra calls this as a callback, in the process that the user started. The jobs, wherever they run, are told of their
-sweep by :class:`selfspec.sweep_context.SweepContext`.
+sweep by :class:`selfspec.sweep.context.SweepContext`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from selfspec import checkpoint, compose, job, plan, tracking
+from selfspec import checkpoint, job, plan, tracking
 from selfspec.config import HANDLES, Resume
 from selfspec.errors import ConfigError, Interrupted, LaunchError, SelfspecError
 from selfspec.files import storing
@@ -28,7 +28,8 @@ from selfspec.plan import Plan
 from selfspec.refusal import leave
 from selfspec.report import results
 from selfspec.report import tables as report
-from selfspec.sweep_context import SweepContext
+from selfspec.sweep import compose
+from selfspec.sweep.context import SweepContext
 
 
 class Sweep(Callback):
