@@ -27,7 +27,7 @@ Weights = Enum("Weights", "full int8")
 Kernels = Enum("Kernels", "auto native torch")
 TrackerName = Enum("TrackerName", "none mlflow")
 Resume = Enum("Resume", "auto never require")
-Order = Enum("Order", "fcfs decode_first chunked_prefill cost")
+Order = Enum("Order", "fcfs decode_first chunked_prefill hrrn")
 RouteName = Enum("RouteName", "fixed cost length")
 CacheMode = Enum("CacheMode", "none exact same_words")
 SoakServer = Enum("SoakServer", "selfspec vllm")
@@ -84,11 +84,11 @@ class Draft:
     """``medusa``: what its heads start from."""
     alpha: float | None = bounded(None, 0, 10)
     """``eagle`` without training: the next state is h + alpha (h - h_previous)."""
-    longest: int | None = bounded(None, 1, 64)
+    max_match: int | None = bounded(None, 1, 64)
     """Lookups: the longest match looked for, in tokens."""
-    shortest: int | None = None
+    min_match: int | None = None
     """Lookups: the shortest match that is believed, in tokens."""
-    shared: bool = False
+    cross_request: bool = False
     """``suffix``: look into what earlier requests said, too."""
     corpus: bool = False
     """``suffix``: look into the model's answers to the fit prompts, too (REST, 2311.08252)."""
@@ -97,7 +97,7 @@ class Draft:
     learned: str | None = None
     """``hybrid``: the draft asked where the first has nothing."""
     source: str | None = None
-    """``vanilla``: the smaller model. ``medusa`` and ``eagle`` of ``engine=vllm``: a checkpoint of such heads."""
+    """``draft_model``: the smaller model. ``medusa`` and ``eagle`` of ``engine=vllm``: a checkpoint of such heads."""
     sha256: str | None = None
     """Of the source's file."""
 
@@ -143,7 +143,7 @@ class Controller:
     """``autotune``: the exit layers it chooses from."""
 
     @property
-    def most(self) -> int:
+    def max_k(self) -> int:
         """The largest K it can ask for."""
         return self.K if self.high is None else self.high
 
@@ -254,9 +254,9 @@ class Bench:
     """What else the bench stage measures beside the configuration and plain decoding."""
 
     name: str = MISSING
-    against: list[str] = field(default_factory=list)
+    baselines: list[str] = field(default_factory=list)
     """References decoded in turn with it, in the same process."""
-    fixed: list[int] = field(default_factory=list)
+    fixed_k: list[int] = field(default_factory=list)
     """The fixed K that stand beside a controller which adapts."""
 
 
@@ -328,7 +328,7 @@ class BackendConfig:
     """US dollars for a million prompt tokens."""
     output_price: float = bounded(0.0, 0)
     """US dollars for a million tokens of an answer."""
-    longest: int | None = bounded(None, 1)
+    max_total_tokens: int | None = bounded(None, 1)
     """``policy=length``: the most tokens, prompt and answer, it is asked for; ``None``: any number."""
     connect_s: float = bounded(2.0, 0.001)
     first_s: float = bounded(60.0, 0.001)
@@ -337,9 +337,9 @@ class BackendConfig:
     """How long any other may."""
     retries: int = bounded(2, 0)
     """How often a call is tried again before its first token."""
-    failures: int = bounded(5, 1)
-    """After so many in a row it is left alone for ``cool_s`` seconds, then tried with one call."""
-    cool_s: float = bounded(30.0, 0.001)
+    breaker_threshold: int = bounded(5, 1)
+    """After so many in a row it is left alone for ``breaker_reset_s`` seconds, then tried with one call."""
+    breaker_reset_s: float = bounded(30.0, 0.001)
 
 
 @dataclass
@@ -347,8 +347,8 @@ class RouterConfig:
     """Which back end answers a call."""
 
     policy: RouteName = RouteName.fixed
-    longest: int | None = bounded(None, 1)
-    """Of our own engine, as ``backends[].longest``."""
+    max_total_tokens: int | None = bounded(None, 1)
+    """Of our own engine, as ``backends[].max_total_tokens``."""
     budget_s: float | None = bounded(None, 0)
     """``policy=cost``: how long a whole answer may take."""
     budget_usd: float | None = bounded(None, 0)
@@ -384,18 +384,18 @@ class Serve:
     """``chunked_prefill``: the most tokens of a prompt read between two cycles."""
     max_batch: int = bounded(8, 1, 256)
     """Requests decoded at once."""
-    max_positions: int = bounded(1024, 2)
+    max_model_len: int = bounded(1024, 2)
     """Prompt and answer together, in tokens; every row of the batch has room for so many."""
     max_prompt_tokens: int = bounded(896, 1)
-    """Of a request; less than ``max_positions``, or that limits it first."""
+    """Of a request; less than ``max_model_len``, or that limits it first."""
     max_tokens: int = bounded(512, 1)
     """The longest answer a caller may ask for; and, in a chat, what one that does not ask may get."""
-    max_streams: int = bounded(64, 1)
+    max_concurrent_requests: int = bounded(64, 1)
     """Requests running and waiting; more are told to try again."""
     max_body_bytes: int = bounded(1000000, 1)
     drain_s: float = bounded(30.0, 0)
     """How long a server that was told to stop waits for the answers it has begun, in seconds."""
-    patience_s: float = bounded(30.0, 0.01)
+    client_timeout_s: float = bounded(30.0, 0.01)
     """How long a client may take to send its request, or to read what it was sent, in seconds."""
     backends: list[BackendConfig] = field(default_factory=list)
     """Others than our own engine, in order of preference."""
@@ -484,7 +484,7 @@ class Config:
         _check_bounds(self)
         if not self.stages or any(stage not in STAGES for stage in self.stages):
             raise ConfigError(f"stages={self.stages}: allowed are one or more of {', '.join(STAGES)}")
-        _within("draft.shortest", self.draft.shortest, 1, self.draft.longest)
+        _within("draft.min_match", self.draft.min_match, 1, self.draft.max_match)
         _within("controller.low", self.controller.low, 0, self.controller.high)
         _within("quality.gate_prompts", self.quality.gate_prompts, 0, self.quality.prompts)
         if not self.soak.intervals >= 3:  # drift wants three thirds
@@ -517,6 +517,28 @@ def _within(key: str, value: float | None, low: float, high: float | None = None
 _SCHEMAS: dict[str, Any] = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
 _NESTED = [(g, f.name, f.type) for g, kind in _SCHEMAS.items() for f in fields(kind) if is_dataclass(f.type)]
 GROUPS: tuple[str, ...] = tuple(_SCHEMAS)
+RENAMED = {
+    "draft=vanilla": "draft=draft_model",
+    "draft.longest": "draft.max_match",
+    "draft.shortest": "draft.min_match",
+    "draft.shared": "draft.cross_request",
+    "bench.against": "bench.baselines",
+    "bench.fixed": "bench.fixed_k",
+    "serve.max_positions": "serve.max_model_len",
+    "serve.max_streams": "serve.max_concurrent_requests",
+    "serve.patience_s": "serve.client_timeout_s",
+    "serve.scheduler=cost": "serve.scheduler=hrrn",
+    "serve.router.longest": "serve.router.max_total_tokens",
+    **{
+        f"serve.backends[].{old}": f"serve.backends[].{new}"
+        for old, new in (
+            ("longest", "max_total_tokens"),
+            ("failures", "breaker_threshold"),
+            ("cool_s", "breaker_reset_s"),
+        )
+    },
+}
+"""Keys and options that had other names; who uses an old one is told the new one."""
 HANDLES: tuple[str, ...] = ("tau", "tau_v", "tau_h", "K", "exit_layer", "temperature", "seed", "stages")
 
 
@@ -529,7 +551,8 @@ def load(cfg: DictConfig) -> Config:
     nested = [(f"{g}.{name}.", cfg[g][name], kind) for g, name, kind in _NESTED]
     for prefix, node, kind in [("", cfg, Config), *((f"{g}.", cfg[g], kind) for g, kind in _SCHEMAS.items()), *nested]:
         for key in set(node) - {f.name for f in fields(kind)}:  # `+key=value` gets past Hydra's own check
-            raise ConfigError(f"{prefix}{key}: no such key")
+            new = RENAMED.get(f"{prefix}{key}")
+            raise ConfigError(f"{prefix}{key}: " + (f"is now {new}" if new else "no such key"))
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]}: has no value; give one as {missing[0]}=...")

@@ -41,7 +41,7 @@ def check(*plans: Plan, here: bool = True, ask_buckets: bool = True) -> None:
             for stage in plan.stages:
                 stages.ask(stage, "installed", plan, otherwise=None)
     kept = [plan for plan in plans if ask_buckets or checkpoint.on_disk(plan.checkpoint.dir) is not None]
-    checkpoint.ask_of_each(_check_kept, kept)
+    checkpoint.map_concurrent(_check_kept, kept)
 
 
 def _check_kept(plan: Plan) -> None:
@@ -97,7 +97,7 @@ def run(plan: Plan, folder: Path, sweep: SweepContext = ALONE) -> results.Result
         report.write(folder, [result])
         for stage in plan.stages:
             stages.ask(stage, "write", folder, plan, journal, otherwise=None)
-        results.leave(folder, result)
+        results.write_result(folder, result)
 
         ended = max((record.at for stage in plan.stages for record in journal.records(stage)), default=0)
         tracker.log(measured, 0, ended)
@@ -107,7 +107,7 @@ def run(plan: Plan, folder: Path, sweep: SweepContext = ALONE) -> results.Result
         head = [fitting.head_path(plan)] if plan.draft.fitted and fitting.head_path(plan).exists() else []
         tracker.artifacts([folder, *head])
         tracker.finish("FAILED" if result["status"] == "failed" else "FINISHED", ended or None)
-        journal.leave(json.dumps(result, indent=1))  # last: whoever sees it does not start this job again
+        journal.write_result(json.dumps(result, indent=1))  # last: whoever sees it does not start this job again
     return result
 
 
@@ -162,7 +162,7 @@ def _result(plan: Plan, journal: Journal, measured: Measurements) -> results.Res
         failures += stages.ask(stage, "failures", plan, journal, otherwise=[])
     result = cast(
         results.Result,
-        {**results.nothing(plan, provenance.collect()), **facts, "measurements": measured, "notes": notes},
+        {**results.empty_result(plan, provenance.collect()), **facts, "measurements": measured, "notes": notes},
     )
     if failures:
         result["status"], result["error"] = "failed", "; ".join(failures)

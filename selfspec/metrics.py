@@ -1,7 +1,7 @@
 """Measured units -> rates, speed-ups, intervals, verdicts. Pure.
 
 A *unit* is the ``data`` of a bench record: prompts decoded together, once plainly and once as configured (and
-once by every reference of ``bench.against``); one prompt, unless ``engine.max_batch`` is more. The definitions
+once by every reference of ``bench.baselines``); one prompt, unless ``engine.max_batch`` is more. The definitions
 are the same for every engine:
 
 - acceptance: accepted draft tokens / proposed draft tokens; at position j, those among drafts that reach j.
@@ -116,7 +116,7 @@ def _drafting(configured: Sequence[Packed]) -> Measurements:
     if not cycles:
         return {}
     found: Measurements = {
-        "tokens_per_cycle": float(column("new_tokens").sum() / cycles),
+        "acceptance_length": float(column("new_tokens").sum() / cycles),
         "draft_ms": float(column("draft_ms").mean()),
         "verify_ms": float(column("verify_ms").mean()),
         "k_mean": float(column("k_asked").mean()),

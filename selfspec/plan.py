@@ -35,7 +35,7 @@ _OTHER_VALUE: dict[str, Callable[[Any], Any]] = {
     "stages": lambda v: ["fit"] if list(v) != ["fit"] else ["bench"],
 }
 
-_ASKED_OF_A_FITTED_DRAFT = ("width", "budget", "sample", "longest", "shortest", "shared")
+_ASKED_OF_A_FITTED_DRAFT = ("width", "budget", "sample", "max_match", "min_match", "cross_request")
 """How a fitted draft is used: what was fitted does not depend on it."""
 
 
@@ -77,7 +77,7 @@ class Plan:
     def fixed_ks(self) -> tuple[int, ...]:
         """The fixed K measured beside a controller that adapts."""
         adapts = self.controller.name in (schema.ControllerName.adaptive, schema.ControllerName.cost)
-        return tuple(self.bench.fixed) if adapts and self.speculative else ()
+        return tuple(self.bench.fixed_k) if adapts and self.speculative else ()
 
     @property
     def label(self) -> str:
@@ -173,7 +173,7 @@ class Plan:
             hardware=(self.hardware.device, self.hardware.dtype, self.hardware.threads),
             workload=asdict(replace(self.workload, name="", source=prompts, sha256=None)),
             scale=asdict(replace(self.scale, name="")),
-            bench=(self.bench.against, self.fixed_ks),
+            bench=(self.bench.baselines, self.fixed_ks),
             seed=self.seed,
             stages={stage: STAGE_VERSIONS[stage] for stage in self.stages},
             fit=STAGE_VERSIONS["fit"] if self.draft.fitted else None,

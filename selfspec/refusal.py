@@ -10,13 +10,14 @@ from typing import NoReturn
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from selfspec.config import RENAMED, BackendConfig
 from selfspec.errors import SelfspecError, UserError, one_line
 
 BY_USER = (UserError, HydraException, OmegaConfBaseException)
 """What the user can put right: told in one line, exit code 2."""
 
 
-def leave(error: Exception) -> NoReturn:
+def exit_with(error: Exception) -> NoReturn:
     """Says what happened and exits: with 2 for what the user can put right, else with 1."""
     say(error)
     foreseen = isinstance(error, BY_USER) or _of_the_disk(error)
@@ -36,6 +37,8 @@ def sentence(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file or "").rpartition("/")
+        if f"{group}={option}" in RENAMED:
+            return f"{group}={option}: is now {RENAMED[f'{group}={option}']}"
         return f"{group}={option}: no such option; allowed are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         reason = error.message.splitlines()[0]
@@ -44,6 +47,8 @@ def sentence(error: Exception) -> str:
         return _unknown_key(cause)
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         asked = str(error).removeprefix("Error merging override ").splitlines()[0]
+        if asked in RENAMED:
+            return f"{asked}: is now {RENAMED[asked]}"
         return f"{asked}: {str(cause).splitlines()[0]}"
     if isinstance(error, HydraException):
         return str(error).splitlines()[0]
@@ -60,6 +65,10 @@ def _of_the_disk(error: Exception) -> bool:
 def _unknown_key(error: BaseException | None) -> str:
     key = str(getattr(error, "full_key", ""))
     owner = getattr(error, "object_type", None)
+    if owner is BackendConfig:  # an item of a list: OmegaConf does not say of which
+        key = f"serve.backends[].{key}"
+    if key in RENAMED:
+        return f"{key}: is now {RENAMED[key]}"
     if not (isinstance(owner, type) and is_dataclass(owner)):
         return f"{key}: no such key"
     prefix = key.rpartition(".")[0]

@@ -24,19 +24,19 @@ _MEANS: dict[str, set[str]] = {
     "adapter": {"exit_layer", "form", "ridge", "sgd_epochs"} | _READOUT,
     "medusa": {"heads", "init", "ridge", "sgd_epochs"} | _READOUT,
     "eagle": {"alpha"} | _HEAD | _READOUT,
-    "vanilla": {"source", "sha256", "sample"},
-    "ngram": {"longest", "shortest"},
-    "suffix": {"longest", "shortest", "shared", "corpus", "width", "budget"},
-    "hybrid": {"lookup", "learned", "longest", "shortest", "shared", "corpus", "width", "budget"},
+    "draft_model": {"source", "sha256", "sample"},
+    "ngram": {"max_match", "min_match"},
+    "suffix": {"max_match", "min_match", "cross_request", "corpus", "width", "budget"},
+    "hybrid": {"lookup", "learned", "max_match", "min_match", "cross_request", "corpus", "width", "budget"},
 }
 """The settings each draft mode has a use for; a hybrid also has those of its learned draft."""
-_LOOKUP = ("longest", "shortest")
+_LOOKUP = ("max_match", "min_match")
 _NEEDS: dict[str, tuple[str, ...]] = {
     "layerskip": ("exit_layer",),
     "lsq": ("exit_layer", "form"),
     "adapter": ("exit_layer",),
     "medusa": ("heads", "init"),
-    "vanilla": ("source",),
+    "draft_model": ("source",),
     "ngram": _LOOKUP,
     "suffix": _LOOKUP,
     "hybrid": _LOOKUP,
@@ -44,11 +44,11 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 """Those it cannot do without."""
 REFERENCES: dict[str, Callable[[schema.Draft], schema.Draft]] = {
     "hf": lambda draft: schema.Draft("none"),
-    "hf_prompt_lookup": lambda draft: schema.Draft("ngram", longest=draft.longest or 2, shortest=1),
+    "hf_prompt_lookup": lambda draft: schema.Draft("ngram", max_match=draft.max_match or 2, min_match=1),
     "hf_early_exit": lambda draft: schema.Draft("layerskip", exit_layer=draft.exit_layer or 12),
     "hf_assistant": lambda draft: draft,
 }
-"""What ``bench.against`` may name, and what Hugging Face's ``generate`` is then asked to draft with."""
+"""What ``bench.baselines`` may name, and what Hugging Face's ``generate`` is then asked to draft with."""
 
 
 def check(config: schema.Config) -> None:
@@ -119,8 +119,8 @@ def _check_backends(serve: schema.Serve) -> None:
             raise ConfigError(f"{key}.url={shown}: must be http(s)://HOST/..., without credentials (see key_env)")
         if backend.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", backend.key_env):
             raise ConfigError(f"{key}.key_env: must be the name of an environment variable, not a key")
-    if serve.router.policy is schema.RouteName.length and serve.router.longest is None:
-        raise ConfigError("serve.router.longest=null: policy=length needs to know when to leave our engine")
+    if serve.router.policy is schema.RouteName.length and serve.router.max_total_tokens is None:
+        raise ConfigError("serve.router.max_total_tokens=null: policy=length needs to know when to leave our engine")
 
 
 def _check_checkpoint(place: str) -> None:
@@ -218,21 +218,21 @@ def _check_policy(config: schema.Config) -> None:
 
 def _check_bench(config: schema.Config) -> None:
     adapts = config.controller.name in (schema.ControllerName.adaptive, schema.ControllerName.cost)
-    if config.draft.shared and (config.scale.repeats > 1 or (adapts and config.bench.fixed)):
+    if config.draft.cross_request and (config.scale.repeats > 1 or (adapts and config.bench.fixed_k)):
         raise ConfigError(
-            "draft.shared=true: would look up what it said to the same prompt before; "
-            "use scale.repeats=1 and bench.fixed=[]"
+            "draft.cross_request=true: would look up what it said to the same prompt before; "
+            "use scale.repeats=1 and bench.fixed_k=[]"
         )
-    for name in config.bench.against:
+    for name in config.bench.baselines:
         if name not in REFERENCES:
-            raise ConfigError(f"bench.against={name}: allowed are {', '.join(REFERENCES)}")
-    if "hf_assistant" in config.bench.against and config.draft.name != "vanilla":
-        raise ConfigError("bench.against=hf_assistant: needs draft=vanilla, whose model it drafts with")
-    if config.bench.against and config.engine.max_batch > 1:
-        raise ConfigError(f"engine.max_batch={config.engine.max_batch}: bench.against decodes one request at a time")
-    for k in config.bench.fixed:
+            raise ConfigError(f"bench.baselines={name}: allowed are {', '.join(REFERENCES)}")
+    if "hf_assistant" in config.bench.baselines and config.draft.name != "draft_model":
+        raise ConfigError("bench.baselines=hf_assistant: needs draft=draft_model, whose model it drafts with")
+    if config.bench.baselines and config.engine.max_batch > 1:
+        raise ConfigError(f"engine.max_batch={config.engine.max_batch}: bench.baselines decodes one request at a time")
+    for k in config.bench.fixed_k:
         if not 1 <= k <= 64:
-            raise ConfigError(f"bench.fixed={k}: must be from 1 to 64")
+            raise ConfigError(f"bench.fixed_k={k}: must be from 1 to 64")
 
 
 def check_controller(controller: schema.Controller) -> None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from selfspec.config import Config
 from selfspec.errors import Interrupted, SelfspecError, StageError
 from selfspec.interrupt import trap
-from selfspec.refusal import BY_USER, leave, say
+from selfspec.refusal import BY_USER, exit_with, say
 
 _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> float | None:
         try:
             result = job.run(todo, folder, SweepContext.from_env())
         except (*BY_USER, SelfspecError) as error:
-            leave(error)  # from here: Hydra would print a line of its own first
+            exit_with(error)  # from here: Hydra would print a line of its own first
     else:
         try:
             result = job.run(todo, folder, SweepContext.load(Path(settings.sweep.dir)))
@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> float | None:
             return None
     report.show([result], explain=alone)  # a sweep explains its words and its failures once, at its end
     if alone and result["status"] == "failed":
-        leave(StageError(f"{result['label']}: {result['error']}"))
+        exit_with(StageError(f"{result['label']}: {result['error']}"))
     return result["measurements"].get("bench/speedup")
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     except Exception as error:
         if full_errors:
             raise
-        leave(error)
+        exit_with(error)
 
 
 if __name__ == "__main__":

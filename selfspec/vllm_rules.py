@@ -9,14 +9,14 @@ from selfspec.errors import ConfigError
 _TRAINED = {"source": "the model that drafts, or a checkpoint of heads"}
 _NEEDS: dict[str, dict[str, str]] = {
     "none": {},
-    "ngram": {"longest": "a number", "shortest": "a number"},
-    "suffix": {"longest": "a number"},
-    "vanilla": _TRAINED,
+    "ngram": {"max_match": "a number", "min_match": "a number"},
+    "suffix": {"max_match": "a number"},
+    "draft_model": _TRAINED,
     "medusa": _TRAINED,
     "eagle": _TRAINED,
 }
 """The drafts that vLLM itself has, and the settings they cannot do without."""
-_MAY = {"suffix": {"shared"}, "vanilla": {"sha256"}, "medusa": {"sha256"}, "eagle": {"sha256"}}
+_MAY = {"suffix": {"cross_request"}, "draft_model": {"sha256"}, "medusa": {"sha256"}, "eagle": {"sha256"}}
 """Those they can be given besides."""
 EARLY = ("layerskip", "lsq")
 """The drafts that our plugin runs inside vLLM."""
@@ -93,7 +93,7 @@ def _check_own(config: schema.Config) -> None:
     name, blank = draft.name, schema.Draft(name=draft.name)
     known = {"name", *_NEEDS[name], *_MAY.get(name, ())}
     for key, value in asdict(draft).items():
-        anyway = (name, key, value) == ("suffix", "shortest", 1)  # it believes a match of one token
+        anyway = (name, key, value) == ("suffix", "min_match", 1)  # it believes a match of one token
         if value != getattr(blank, key) and key not in known and not anyway:
             hint = f"; see draft=vllm_{name}" if name in ("suffix", "medusa", "eagle") else ""
             raise ConfigError(
@@ -114,5 +114,7 @@ def _check_early(config: schema.Config) -> None:
     controller = config.controller
     chain(config.draft)
     learning(config.gate, controller, config.engine.tensor_parallel or 1)
-    if controller.name is not ControllerName.fixed and config.bench.fixed:
-        raise ConfigError(f"bench.fixed={config.bench.fixed}: vLLM is started with one controller; use bench.fixed=[]")
+    if controller.name is not ControllerName.fixed and config.bench.fixed_k:
+        raise ConfigError(
+            f"bench.fixed_k={config.bench.fixed_k}: vLLM is started with one controller; use bench.fixed_k=[]"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from selfspec.config import Order
-from selfspec.engine.base import Engine, Progress
+from selfspec.engine.base import Engine, RequestOutput
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.fake.session import FakeSession, Parts
 from selfspec.plan import Plan
@@ -92,7 +92,7 @@ class GatedSession(FakeSession):
         super().__init__(parts, made.capacity, made.positions, made.admission)
         self.engine = engine
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[RequestOutput]:
         """Waits for its turn first."""
         if not self.engine.turns.acquire(blocking=False):
             self.engine.waits.set()

@@ -131,7 +131,7 @@ def test_training_sees_what_drafting_does(bench: Bench, name: str) -> None:
         cache.admit()
         for i in range(len(x)):
             alone.append(layer(x[i : i + 1], cache, cache.place([Tree.chain([0])])))
-            cache.keep(0, [0])
+            cache.commit(0, [0])
     torch.testing.assert_close(torch.cat(alone), together, atol=1e-4, rtol=1e-4)
 
 

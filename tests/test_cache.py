@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.tree import Tree
 
 LAYERS, HEADS, SIZE = 3, 2, 4
@@ -32,7 +32,7 @@ def chain(count: int) -> Tree:
     return Tree.chain([0] * count)
 
 
-def write(cache: KVCache, at: Place, marks: Sequence[float], *layers: int) -> list[tuple[Tensor, Tensor]]:
+def write(cache: KVCache, at: AttentionMetadata, marks: Sequence[float], *layers: int) -> list[tuple[Tensor, Tensor]]:
     """Appends tokens whose keys are all one number, and whose values are its negative; layer l adds l / 4."""
     keys = torch.tensor(marks, dtype=torch.float32)[:, None, None].expand(-1, HEADS, SIZE)
     return [cache.append(layer, keys + layer / 4, -keys - layer / 4, at) for layer in layers or range(LAYERS)]
@@ -42,7 +42,7 @@ def begun(cache: KVCache, marks: Sequence[float]) -> int:
     """A row that holds these verified tokens."""
     row = cache.admit()
     write(cache, cache.place([chain(len(marks))], row=row), marks)
-    cache.keep(row, range(len(marks)))
+    cache.commit(row, range(len(marks)))
     return row
 
 
@@ -53,7 +53,7 @@ def held(keys: Tensor) -> list[list[float]]:
     return marks
 
 
-def looked_at(at: Place, row: int = 0) -> list[list[int]]:
+def looked_at(at: AttentionMetadata, row: int = 0) -> list[list[int]]:
     """For each new token of a row, the slots it may look at."""
     assert at.mask is not None
     return [[slot for slot, may in enumerate(token) if may] for token in at.mask[row, 0].tolist()]
@@ -174,7 +174,7 @@ class TestRows:
         row = cache.admit()
         for layer, (keys, values) in enumerate(write(cache, cache.place([chain(3)], row=row), [1, 2, 3])):
             assert held(keys) == [[mark + layer / 4 for mark in (1, 2, 3)]] and torch.equal(values, -keys)
-        cache.keep(row, range(3))
+        cache.commit(row, range(3))
         for layer, (keys, values) in enumerate(write(cache, cache.place([chain(2)]), [4, 5])):
             assert held(keys) == [[mark + layer / 4 for mark in (1, 2, 3, 4, 5)]] and torch.equal(values, -keys)
 
@@ -182,7 +182,7 @@ class TestRows:
         cache = empty()
         begun(cache, [1, 2])
         write(cache, cache.place([chain(4)]), [3, 4, 5, 6])  # the last token, and three drafted
-        cache.keep(0, [0, 1])  # one of them stands
+        cache.commit(0, [0, 1])  # one of them stands
         assert cache.lengths == [4]
         caches.check(cache, LAYERS)
         keys, _ = write(cache, cache.place([chain(1)]), [7], 0)[0]
@@ -196,7 +196,7 @@ class TestRows:
         for layer, (keys, _) in enumerate(write(cache, cache.place([chain(2)]), [5, 6], 1, 2), start=1):
             assert held(keys) == [[mark + layer / 4 for mark in (1, 2, 5, 6)]]
         assert held(cache.kv[0, 0, :, :, :4]) == [[1, 2, 3, 4]]
-        cache.keep(0, [0, 1])
+        cache.commit(0, [0, 1])
         caches.check(cache, LAYERS)
 
     @pytest.mark.parametrize("path", [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4], [0, 2, 5]], ids=str)
@@ -205,8 +205,8 @@ class TestRows:
         begun(cache, [1, 2])
         begun(cache, [3])
         write(cache, cache.place([BUSHY, chain(2)]), [10, 11, 12, 13, 14, 15, 20, 21])
-        cache.keep(0, path)
-        cache.keep(1, [0, 1])
+        cache.commit(0, path)
+        cache.commit(1, [0, 1])
         assert cache.lengths == [2 + len(path), 3]
         caches.check(cache, LAYERS)
         for layer, (keys, values) in enumerate(write(cache, cache.place([chain(1)] * 2), [30, 40])):
@@ -253,7 +253,7 @@ class TestCheck:
         write(cache, cache.place([chain(1 + rejected)], row=1), [6] * (1 + rejected))
         caches.check(cache, LAYERS)  # nothing of it stands
         write(cache, cache.place([chain(2)], row=1), [6, 7], 0, 2)
-        cache.keep(1, [0])
+        cache.commit(1, [0])
         with pytest.raises(AssertionError, match="layer 1, row 1: not written"):
             caches.check(cache, LAYERS)
 
@@ -334,7 +334,7 @@ def live(rng: random.Random, steps: int, cls: type[KVCache] = KVCache) -> None:
             look(cache, model, trees, marks, 0, 1, 2)
             for row, tree in enumerate(trees):
                 path = path_to(tree, rng.randrange(len(tree)))
-                cache.keep(row, path)
+                cache.commit(row, path)
                 model.rows[row] += [marks[row][node] for node in path]
         assert cache.lengths == [len(tokens) for tokens in model.rows]
         caches.check(cache, LAYERS)
@@ -377,7 +377,7 @@ def test_random_lives(rng: random.Random, steps: int) -> None:
 class Forgetful(KVCache):
     """Does not move a path's keys and values up."""
 
-    def keep(self, row: int, path: Sequence[int]) -> None:
+    def commit(self, row: int, path: Sequence[int]) -> None:
         self.lengths[row] += len(path)
 
 
@@ -393,7 +393,7 @@ class Careless(KVCache):
 class Flat(KVCache):
     """Takes a slot for a position, and every tree for a chain."""
 
-    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> Place:
+    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> AttentionMetadata:
         return super().place([Tree.chain(tree.tokens) for tree in trees], first, row)
 
 

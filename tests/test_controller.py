@@ -38,7 +38,7 @@ def drive(controller: Controller, cycles: int, outcome: Callable[[int], Cycle], 
     for n in range(cycles):
         if n % new_request == 0:
             history = []
-        asked.append(controller.ask(history, 1))
+        asked.append(controller.num_draft_tokens(history, 1))
         history.append(outcome(asked[-1]))
         controller.observe([history[-1]])
     return asked
@@ -54,7 +54,7 @@ def through_json(controller: Controller, other: Controller) -> Controller:
 def test_every_controller_is_made(made: config.Controller) -> None:
     controller = make(made, seed=1)
     assert (controller.exit_layer(12) in EXITS) == (made.name is ControllerName.autotune)
-    assert all(0 <= k <= made.most for k in drive(controller, 50, lambda k: cycle(k, k)))
+    assert all(0 <= k <= made.max_k for k in drive(controller, 50, lambda k: cycle(k, k)))
     assert through_json(controller, make(made, seed=1)).state() == controller.state()
 
 
@@ -238,8 +238,8 @@ def test_the_rows_of_a_batch_are_asked_alike() -> None:
     made, other = make(COST), make(COST)
     good, bad = [cycle(8, 8, 14)] * 50, [cycle(8, 0, 14)] * 50
     for _ in range(400):
-        k = made.ask(good, 2)
-        assert made.ask(bad, 2) == k == other.ask(bad, 2)
+        k = made.num_draft_tokens(good, 2)
+        assert made.num_draft_tokens(bad, 2) == k == other.num_draft_tokens(bad, 2)
         for one in (made, other):
             one.observe([cycle(k, k, 10 + 3 * k, batch=2), cycle(k, 0, 10 + 3 * k, batch=2)])
 
@@ -249,7 +249,7 @@ def test_k_by_batch_size() -> None:
     made, asked = make(COST), {1: list[int](), 8: list[int]()}
     for n in range(1600):
         batch = 8 if n // 40 % 2 else 1
-        k = made.ask([], batch)
+        k = made.num_draft_tokens([], batch)
         asked[batch].append(k)
         made.observe([cycle(k, k, 10 + k * (0.5 if batch == 1 else 12), batch=batch)] * batch)
     assert asked[1][-200:].count(8) > 150 and asked[8][-200:].count(0) > 150

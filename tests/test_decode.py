@@ -13,7 +13,7 @@ from torch import Tensor
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName
 from selfspec.engine.torch.session import Scheduler
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation import gate
@@ -161,7 +161,7 @@ class TestCounts:
         told: list[Cycle] = []
 
         class Growing(Controller):
-            def ask(self, history: Sequence[Cycle], batch: int) -> int:
+            def num_draft_tokens(self, history: Sequence[Cycle], batch: int) -> int:
                 assert batch == 1
                 seen.append(list(history))
                 return len(history)
@@ -294,7 +294,9 @@ class TestSharing:
         passes: list[tuple[int, int, int, int]] = []
         real = Llama.run
 
-        def counting(self: Llama, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
+        def counting(
+            self: Llama, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int
+        ) -> Tensor:
             passes.append((at.start, len(hidden), first, last))
             return real(self, hidden, cache, at, first, last)
 
@@ -385,7 +387,9 @@ class TestLayerSkipping:
         deepest = 0
         real: Callable[..., Tensor] = Llama.run
 
-        def watching(self: Llama, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
+        def watching(
+            self: Llama, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int
+        ) -> Tensor:
             nonlocal deepest
             deepest = max(deepest, last)
             return real(self, hidden, cache, at, first, last)

@@ -171,7 +171,7 @@ def test_logits_of_a_ragged_batch_of_trees(pair: tuple[Llama, HFModel]) -> None:
             row = cache.admit()
             at = cache.place([Tree.chain(prompt)], row=row)
             model.run(model.embed(prompt, at), cache, at, 0, last)
-            cache.keep(row, range(len(prompt)))
+            cache.commit(row, range(len(prompt)))
         at = cache.place(trees)
         hidden = model.embed([token for tree in trees for token in tree.tokens], at)
         states = model.norm(model.run(model.run(hidden, cache, at, 0, EXIT), cache, at, EXIT, last))

@@ -50,14 +50,14 @@ def prompts(*lengths: int) -> list[tuple[int, ...]]:
 REQUESTS = [Request(prompt, NEW, ignore_eos=True) for prompt in prompts(3, 12, 20)]
 DRAFTS = {
     "none": Draft("none"),
-    "ngram": Draft("ngram", longest=3, shortest=1),
+    "ngram": Draft("ngram", max_match=3, min_match=1),
     "layerskip": Draft("layerskip", exit_layer=3),
-    "vanilla": Draft("vanilla"),
+    "draft_model": Draft("draft_model"),
 }
 
 
 def draft(name: str, folder: Path) -> Draft:
-    return replace(DRAFTS[name], source=f"file:{folder}" if name == "vanilla" else None)
+    return replace(DRAFTS[name], source=f"file:{folder}" if name == "draft_model" else None)
 
 
 @pytest.mark.parametrize("name", DRAFTS)
@@ -93,7 +93,7 @@ def test_tokens_and_cycles(plain: plan.Plan, tiny_folder: Path, name: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ngram", "layerskip", "vanilla"])
+@pytest.mark.parametrize("name", ["ngram", "layerskip", "draft_model"])
 def test_drafts_are_of_some_use(plain: plan.Plan, tiny_folder: Path, name: str) -> None:
     """Else the counts above would all be nothing; and K is what was asked, or the plan's."""
     engine = HFEngine(replace(plain, draft=draft(name, tiny_folder)))
@@ -101,7 +101,7 @@ def test_drafts_are_of_some_use(plain: plan.Plan, tiny_folder: Path, name: str) 
         cycles = [cycle for done in engine.generate(REQUESTS, k=k) for cycle in done.cycles]
         assert max(cycle.proposed for cycle in cycles) == most
         assert 0 < sum(cycle.accepted for cycle in cycles) <= sum(cycle.proposed for cycle in cycles)
-        if name == "vanilla":  # its draft is the model itself
+        if name == "draft_model":  # its draft is the model itself
             assert all(cycle.accepted == cycle.proposed for cycle in cycles)
     plainly = [cycle for done in engine.generate(REQUESTS, plain=True) for cycle in done.cycles]
     assert all((cycle.k_asked, cycle.proposed, cycle.new_tokens) == (0, 0, 1) for cycle in plainly)
@@ -140,7 +140,7 @@ def test_references_share_weights_and_nothing_else(plain: plan.Plan, tiny_folder
         controller=schema.Controller(schema.ControllerName.cost, K=K, window=4),
         policy=schema.Policy(schema.PolicyName.topk_agree, k=2),
     )
-    assisted = replace(configured, draft=draft("vanilla", tiny_folder))
+    assisted = replace(configured, draft=draft("draft_model", tiny_folder))
     references = {
         name: factory.reference(name, assisted if name == "hf_assistant" else configured) for name in factory.REFERENCES
     }
@@ -171,14 +171,14 @@ class TestRefusals:
         [
             ({"draft": Draft("lsq", exit_layer=3)}, r"^draft=lsq: engine=hf cannot run it; it runs none, ngram, "),
             ({"draft": Draft("layerskip", exit_layer=3, vocab=40)}, "^draft.vocab=40: means nothing to engine=hf$"),
-            ({"draft": Draft("ngram", longest=3, shortest=2)}, "^draft.shortest=2: .* must be 1$"),
+            ({"draft": Draft("ngram", max_match=3, min_match=2)}, "^draft.min_match=2: .* must be 1$"),
             ({"policy": schema.Policy(schema.PolicyName.topk_agree, k=2)}, "^policy=topk_agree: engine=hf decodes ex"),
             ({"policy": schema.Policy(verify=False)}, "^policy=longest_prefix: engine=hf decodes exactly, and verif"),
             ({"gate": schema.Gate(schema.GateName.maxp, 0.5)}, "^gate=maxp: engine=hf asks no gate"),
             ({"engine": schema.Engine(EngineName.hf, max_batch=8)}, "^engine.max_batch=8: .* one request at a time$"),
             (
                 {
-                    "draft": Draft("ngram", longest=3, shortest=1),
+                    "draft": Draft("ngram", max_match=3, min_match=1),
                     "controller": schema.Controller(schema.ControllerName.cost, K=4),
                 },
                 "^controller=cost: engine=hf drafts K tokens always",

@@ -29,12 +29,12 @@ from selfspec.types import Completion, Cycle, Request
 pytestmark = pytest.mark.usefixtures("inference")
 
 EXIT = 3
-NGRAM = DraftConfig("hybrid", EXIT, lookup="ngram", learned="layerskip", longest=4, shortest=2)
-SUFFIX = DraftConfig("hybrid", EXIT, lookup="suffix", learned="layerskip", longest=4, shortest=1, width=3)
+NGRAM = DraftConfig("hybrid", EXIT, lookup="ngram", learned="layerskip", max_match=4, min_match=2)
+SUFFIX = DraftConfig("hybrid", EXIT, lookup="suffix", learned="layerskip", max_match=4, min_match=1, width=3)
 HYBRIDS = {
     "ngram or layerskip": NGRAM,
     "ngram and layerskip": replace(NGRAM, budget=9),
-    "suffix or layerskip": replace(SUFFIX, shortest=2),
+    "suffix or layerskip": replace(SUFFIX, min_match=2),
     "suffix and layerskip": replace(SUFFIX, budget=9),
 }
 

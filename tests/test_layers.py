@@ -14,8 +14,8 @@ import pytest
 REPO = Path(__file__).parents[1]
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),
-    ("config", "data.assets", "heads", "interrupt", "metrics", "progress", "refusal"),
-    ("data", "files", "provenance", "sweep.compose", "vllm_rules"),
+    ("config", "data.assets", "heads", "interrupt", "metrics", "progress"),
+    ("data", "files", "provenance", "refusal", "sweep.compose", "vllm_rules"),
     ("checkpoint", "rules", "sweep.context", "tracking"),
     ("plan",),
     ("model", "report"),

@@ -79,7 +79,7 @@ def begin(model: Llama, cache: KVCache, tokens: Sequence[int]) -> int:
     row = cache.admit()
     if tokens:
         full(model, cache, [Tree.chain(tokens)], row)
-        cache.keep(row, range(len(tokens)))
+        cache.commit(row, range(len(tokens)))
     return row
 
 
@@ -89,7 +89,7 @@ def logits(model: Llama, tokens: Sequence[int], *cuts: int) -> Tensor:
     row = cache.admit()
     for start, stop in zip((0, *cuts), (*cuts, len(tokens)), strict=True):
         out.append(full(model, cache, [Tree.chain(tokens[start:stop])], row))
-        cache.keep(row, range(stop - start))
+        cache.commit(row, range(stop - start))
     caches.check(cache, LAYERS)
     return torch.cat(out)
 
@@ -254,8 +254,8 @@ class TestTrees:
         while at >= 0:
             path.insert(0, at)
             at = BUSHY.parents[at]
-        cache.keep(0, path)
-        cache.keep(1, [0])
+        cache.commit(0, path)
+        cache.commit(1, [0])
         caches.check(cache, LAYERS)
         got = full(qwen, cache, [Tree.chain([40, 41]), Tree.chain([42])])
         wanted = logits(qwen, [*TOKENS[:4], *self.path(BUSHY, node), 40, 41])[-2:]

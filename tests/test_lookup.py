@@ -28,16 +28,16 @@ from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
 
-NGRAM = DraftConfig("ngram", longest=4, shortest=1)
-SUFFIX = DraftConfig("suffix", longest=5, shortest=1, width=3, budget=9)
+NGRAM = DraftConfig("ngram", max_match=4, min_match=1)
+SUFFIX = DraftConfig("suffix", max_match=5, min_match=1, width=3, budget=9)
 UNUSED: Any = None
 """Lookups look at neither model, gate, states nor cache."""
 
 
-def texts(count: int, alphabet: int = 4, longest: int = 40) -> list[list[int]]:
+def texts(count: int, alphabet: int = 4, max_match: int = 40) -> list[list[int]]:
     """Random texts that repeat themselves a lot."""
     rng = random.Random(count)
-    return [rng.choices(range(alphabet), k=rng.randint(2, longest)) for _ in range(count)]
+    return [rng.choices(range(alphabet), k=rng.randint(2, max_match)) for _ in range(count)]
 
 
 def row_of(draft: Draft, prompt: Sequence[int], *steps: Sequence[int]) -> Row:
@@ -67,24 +67,24 @@ def in_steps(text: Sequence[int]) -> list[Sequence[int]]:
 
 class TestPromptLookup:
     @staticmethod
-    def searched(text: Sequence[int], longest: int, shortest: int) -> int | None:
+    def searched(text: Sequence[int], max_match: int, min_match: int) -> int | None:
         """By looking everywhere."""
-        for length in range(longest, shortest - 1, -1):
+        for length in range(max_match, min_match - 1, -1):
             for start in range(len(text) - length - 1, -1, -1):
                 if list(text[start : start + length]) == list(text[-length:]):
                     return start + length
         return None
 
-    @pytest.mark.parametrize(("longest", "shortest"), [(1, 1), (3, 1), (4, 2), (6, 6)])
-    def test_it_finds_the_latest_of_the_longest_matches(self, longest: int, shortest: int) -> None:
+    @pytest.mark.parametrize(("max_match", "min_match"), [(1, 1), (3, 1), (4, 2), (6, 6)])
+    def test_it_finds_the_latest_of_the_longest_matches(self, max_match: int, min_match: int) -> None:
         found = []
         for text in texts(200):
-            index, known = Latest(longest, shortest), 0
+            index, known = Latest(max_match, min_match), 0
             for end in range(2, len(text) + 1):
                 index.learn(text[:end], known)
                 known = end
             found.append(index.find(text))
-            assert found[-1] == self.searched(text, longest, shortest)
+            assert found[-1] == self.searched(text, max_match, min_match)
         assert any(place is None for place in found) and any(place is not None for place in found)
 
     def test_a_copy_that_reaches_the_end_repeats_itself(self) -> None:
@@ -108,24 +108,24 @@ class TestPromptLookup:
         assert [tree.tokens for tree in trees] == [[1, 2, 3], [1, 5], [8]]
 
 
-def followers(text: Sequence[int], longest: int) -> dict[tuple[int, ...], Counter[int]]:
+def followers(text: Sequence[int], max_match: int) -> dict[tuple[int, ...], Counter[int]]:
     """What follows every context, by looking everywhere."""
     found: dict[tuple[int, ...], Counter[int]] = {}
     for place in range(1, len(text)):
-        for start in range(max(place - longest, 0), place):
+        for start in range(max(place - max_match, 0), place):
             found.setdefault(tuple(text[start:place]), Counter())[text[place]] += 1
     return found
 
 
 class TestCounts:
-    @pytest.mark.parametrize("longest", [1, 3, 6])
-    def test_they_are_those_of_a_count_from_scratch(self, longest: int) -> None:
+    @pytest.mark.parametrize("max_match", [1, 3, 6])
+    def test_they_are_those_of_a_count_from_scratch(self, max_match: int) -> None:
         for text in texts(50):
-            counts, known = Counts(longest, 1.0), 0
+            counts, known = Counts(max_match, 1.0), 0
             for piece in in_steps(text):
                 counts.learn(text[: known + len(piece)], known)
                 known += len(piece)
-            wanted = followers(text, longest)
+            wanted = followers(text, max_match)
             assert counts.followers == wanted
             assert counts.totals == {context: after.total() for context, after in wanted.items()}
 
@@ -150,7 +150,7 @@ class TestCounts:
 def probability(draft: Suffix, own: Counts, context: tuple[int, ...], token: int) -> float:
     """The formula at the head of the module, from the shortest context up."""
     p = 0.0
-    for length in range(draft.shortest, min(draft.longest, len(context)) + 1):
+    for length in range(draft.min_match, min(draft.max_match, len(context)) + 1):
         for counts in reversed([own, *draft.others]):
             after = counts.followers.get(context[-length:], {})
             if after:
@@ -184,7 +184,7 @@ class TestSuffix:
     ) -> None:
         monkeypatch.setattr(suffix, "WORTH", 0.04)  # so that the limits are reached
         limited = Suffix(
-            UNUSED, DraftConfig("suffix", longest=5, shortest=1, width=width, budget=budget), draft.others[0]
+            UNUSED, DraftConfig("suffix", max_match=5, min_match=1, width=width, budget=budget), draft.others[0]
         )
         sizes, widths = set(), set()
         for text in texts(30, alphabet=6):
@@ -225,7 +225,7 @@ class TestSuffix:
             assert len(tree) == draft.nodes(30) or not left_out
 
     def test_a_match_that_is_too_short_is_not_believed(self) -> None:
-        believing, doubting = (Suffix(UNUSED, DraftConfig("suffix", longest=4, shortest=n)) for n in (1, 2))
+        believing, doubting = (Suffix(UNUSED, DraftConfig("suffix", max_match=4, min_match=n)) for n in (1, 2))
         text = [1, 2, 3, 1]
         assert tree_of(believing, row_of(believing, text), 2).tokens[:2] == [1, 2]
         assert tree_of(doubting, row_of(doubting, text), 2).tokens == [1]
@@ -234,7 +234,7 @@ class TestSuffix:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(suffix, "SHARED_TOKENS", 50)
-        config = DraftConfig("suffix", longest=4, shortest=1, shared=True)
+        config = DraftConfig("suffix", max_match=4, min_match=1, cross_request=True)
         first, second = Suffix(UNUSED, config), Suffix(UNUSED, config)
         row_of(first, [40, 41, 50], [51, 52])
         assert tree_of(first, row_of(first, [9, 50]), 2).tokens == [50, 51]  # a third is too unlikely: 1/9 of 1/9
@@ -242,7 +242,7 @@ class TestSuffix:
         assert tree_of(second, row_of(second, [9, 50]), 2).tokens == [50]
         for start in range(100, 1000, 10):
             row_of(first, [start, start], range(start, start + 9))
-        assert first.shared is not None and sum(first.shared.totals.values()) <= 4 * 50
+        assert first.cross_request is not None and sum(first.cross_request.totals.values()) <= 4 * 50
         assert tree_of(first, row_of(first, [9, 50]), 2).tokens == [50], "forgotten"
 
 
@@ -294,7 +294,7 @@ def corpus(model: Llama, requests: Sequence[Request], plain: Sequence[Completion
     traces = [
         trace(model, request.tokens, answer.tokens, None) for request, answer in zip(requests, plain, strict=True)
     ]
-    return suffix.fit(model, *split(traces * 5), DraftConfig("suffix", longest=5, shortest=1, corpus=True), 0)
+    return suffix.fit(model, *split(traces * 5), DraftConfig("suffix", max_match=5, min_match=1, corpus=True), 0)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -308,10 +308,10 @@ def test_tokens_are_those_of_plain_decoding(
         case "suffix":
             draft = suffix.make(SUFFIX, model, None)
         case "suffix corpus":
-            config = DraftConfig("suffix", longest=5, shortest=1, width=3, budget=9, corpus=True)
+            config = DraftConfig("suffix", max_match=5, min_match=1, width=3, budget=9, corpus=True)
             draft = suffix.make(config, model, corpus(model, requests[:2], plain[:2]))
         case _:
-            draft = suffix.make(DraftConfig("suffix", longest=5, shortest=1), model, None)
+            draft = suffix.make(DraftConfig("suffix", max_match=5, min_match=1), model, None)
     got = decoded(draft, requests, k, rows)
     assert [c.tokens for c in got] == [c.tokens for c in plain]
     cycles: list[Cycle] = [cycle for completion in got for cycle in completion.cycles]
@@ -327,7 +327,7 @@ def test_a_corpus_foretells_its_own_answers(model: Llama, requests: list[Request
     lengths = head.tensors["corpus_lengths"].tolist()
     assert lengths == [1 + len(answer.tokens) for answer in plain] * 5 and len(head.tensors["corpus"]) == sum(lengths)
     assert set(head.tensors["corpus"].tolist()) >= set(tokens)
-    draft = suffix.make(DraftConfig("suffix", longest=5, shortest=1, width=2, budget=9, corpus=True), model, head)
+    draft = suffix.make(DraftConfig("suffix", max_match=5, min_match=1, width=2, budget=9, corpus=True), model, head)
     knowing = sum(len(c.cycles) for c in decoded(draft, requests, 9, 1))
-    blank = suffix.make(DraftConfig("suffix", longest=5, shortest=1, width=2, budget=9), model, None)
+    blank = suffix.make(DraftConfig("suffix", max_match=5, min_match=1, width=2, budget=9), model, None)
     assert knowing < 0.7 * sum(len(c.cycles) for c in decoded(blank, requests, 9, 1))

@@ -27,7 +27,7 @@ from selfspec.config import Draft as DraftConfig
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName, HeadForm, HeadInit, Order
 from selfspec.engine.torch.session import Scheduler
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation import fit, gate
@@ -63,10 +63,10 @@ DRAFTS = {
     "eagle": replace(_LSQ, name="eagle", exit_layer=None),
     "eagle block": replace(_BLOCK, name="eagle"),
     "eagle tree": replace(_BLOCK, name="eagle", width=2, budget=9),
-    "vanilla": DraftConfig("vanilla", source="file:{folder}/small"),
-    "ngram": DraftConfig("ngram", longest=4, shortest=1),
-    "suffix": DraftConfig("suffix", longest=4, shortest=1, shared=True, width=2, budget=9),
-    "hybrid": DraftConfig("hybrid", EXIT, lookup="ngram", learned="layerskip", longest=4, shortest=2),
+    "draft_model": DraftConfig("draft_model", source="file:{folder}/small"),
+    "ngram": DraftConfig("ngram", max_match=4, min_match=1),
+    "suffix": DraftConfig("suffix", max_match=4, min_match=1, cross_request=True, width=2, budget=9),
+    "hybrid": DraftConfig("hybrid", EXIT, lookup="ngram", learned="layerskip", max_match=4, min_match=2),
 }
 LOOKUPS = {"ngram", "suffix"}
 """Drafts without a distribution: no gate has anything to say to them."""
@@ -337,27 +337,27 @@ class Wrap(Draft):
 class NoRollBack(KVCache):
     """Counts all that was written as verified."""
 
-    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> Place:
+    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> AttentionMetadata:
         rows = range(len(trees)) if row is None else [row]
         self.stops = {row: self.lengths[row] + len(tree) for row, tree in zip(rows, trees, strict=True)}
         return super().place(trees, first, row)
 
-    def keep(self, row: int, path: Sequence[int]) -> None:
-        super().keep(row, path)
+    def commit(self, row: int, path: Sequence[int]) -> None:
+        super().commit(row, path)
         self.lengths[row] = self.stops[row]
 
 
 class Forgetful(KVCache):
     """Leaves the keys and values of a path where the tree had them."""
 
-    def keep(self, row: int, path: Sequence[int]) -> None:
+    def commit(self, row: int, path: Sequence[int]) -> None:
         self.lengths[row] += len(path)
 
 
 class BySlot(KVCache):
     """Takes a node's slot for its position."""
 
-    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> Place:
+    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> AttentionMetadata:
         at = super().place(trees, first, row)
         return replace(at, positions=slice(at.start, at.stop) if at.slot is None else at.slot)
 

@@ -66,7 +66,7 @@ def test_acceptance_by_position() -> None:
 
 
 def test_tokens_per_cycle_leaves_out_the_first_and_what_a_stop_cut_off() -> None:
-    assert summarise(EXAMPLE, 0)["tokens_per_cycle"] == (3 + 2 + 1 + 1 + 2) / 5
+    assert summarise(EXAMPLE, 0)["acceptance_length"] == (3 + 2 + 1 + 1 + 2) / 5
 
 
 def test_means_over_cycles() -> None:
@@ -112,7 +112,7 @@ class TestSpeedup:
         assert metrics.decode_rate(single["configured"]) is None
         assert summarise([timed("a", 3.0, 1.0), single], 0)["speedup"] == 3
         alone = summarise([single], 0)
-        assert not {"tok_s", "plain_tok_s", "speedup", "speedup_low", "acceptance", "tokens_per_cycle"} & set(alone)
+        assert not {"tok_s", "plain_tok_s", "speedup", "speedup_low", "acceptance", "acceptance_length"} & set(alone)
         assert (alone["e2e_tok_s"], alone["new_tokens"], alone["equal_tokens"]) == (1, 1, 1)
 
 

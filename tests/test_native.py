@@ -66,13 +66,13 @@ def states(model: Llama, rows: list[list[int]], trees: list[Tree], layers: tuple
     for prompt in rows:
         at = cache.place([Tree.chain(prompt)], row=(row := cache.admit()))
         model.run(model.embed(prompt), cache, at, 0, LAYERS)
-        cache.keep(row, range(len(prompt)))
+        cache.commit(row, range(len(prompt)))
     at = cache.place(trees)
     hidden = model.embed([token for tree in trees for token in tree.tokens])
     for first, last in pairwise(layers):
         hidden = model.run(hidden, cache, at, first, last)
     for row, tree in enumerate(trees):
-        cache.keep(row, range(len(tree)))
+        cache.commit(row, range(len(tree)))
     caches.check(cache, LAYERS)
     return model.norm(hidden)
 

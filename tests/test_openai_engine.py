@@ -26,7 +26,7 @@ from selfspec.types import Request
 pytestmark = pytest.mark.slow
 
 Make = Callable[..., Plan]
-SMALL = ("hardware.threads=1", "stages=[bench]", "serve.max_positions=512", "serve.max_prompt_tokens=256")
+SMALL = ("hardware.threads=1", "stages=[bench]", "serve.max_model_len=512", "serve.max_prompt_tokens=256")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_served_bench_is_the_local_one(make: Make, tmp_path: Path, monkeypatch
         assert (result["lossless"], result["status"], result["label"]) == ("yes", "finished", "served over HTTP")
         assert tokens(theirs) == tokens(ours)
         assert result["acceptance_by_position"] == local["acceptance_by_position"] != []
-        for name in ("acceptance", "tokens_per_cycle", "new_tokens", "prompts", "k_mean"):
+        for name in ("acceptance", "acceptance_length", "new_tokens", "prompts", "k_mean"):
             assert result["measurements"][f"bench/{name}"] == local["measurements"][f"bench/{name}"], name
         assert {"bench/speedup", "bench/tok_s", "bench/plain_tok_s", "bench/ttft_ms"} <= set(result["measurements"])
         assert result["provenance"]["extra"] == {"engine": "openai", "model": "tiny"}

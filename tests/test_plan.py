@@ -122,7 +122,7 @@ def test_idle_handles_of_the_smallest_model() -> None:
     ("overrides", "reason"),
     [
         ("engine=fake", "draft=lsq: engine=fake cannot run it; it runs none, layerskip"),
-        ("draft.name=nope", "draft=nope: engine=torch cannot run it; it runs adapter, eagle, .*, vanilla"),
+        ("draft.name=nope", "draft=nope: engine=torch cannot run it; it runs adapter, draft_model, eagle, "),
         ("exit_layer=30", "exit_layer=30: SmolLM2-135M-Instruct has 30 layers; must be from 1 to 29"),
         ("draft=layerskip exit_layer=99", "exit_layer=99: .* must be from 1 to 29"),
         ("draft=lsq_lowrank draft.rank=null", "draft.rank=None: form=low_rank needs a rank"),
@@ -130,14 +130,17 @@ def test_idle_handles_of_the_smallest_model() -> None:
         ("draft=layerskip draft.exit_layer=null", "draft.exit_layer=null: draft=layerskip needs one"),
         ("draft=ngram policy.verify=false", "only layerskip and lsq can do without, draft=ngram cannot"),
         ("draft=hybrid draft.lookup=medusa", "draft.lookup=medusa: allowed are ngram, suffix"),
-        ("draft=hybrid draft.learned=ngram", "draft.learned=ngram: allowed are adapter, eagle"),
+        ("draft=hybrid draft.learned=ngram", "draft.learned=ngram: allowed are adapter, draft_model, eagle"),
         ("policy.temperature=1", "policy.temperature=1: policy=longest_prefix is greedy; use policy=rejection"),
         ("policy=rejection temperature=0.001", "policy.temperature=0.001: must be 0"),
         ("draft.sample=true", "draft.sample=true: only policy=rejection"),
         ("policy=typical policy.delta=null", "policy.delta=null: policy=typical needs a number"),
-        ("bench.against=[vllm]", "bench.against=vllm: allowed are hf, hf_prompt_lookup"),
-        ("bench=peers engine.max_batch=2", "engine.max_batch=2: bench.against decodes one request at a time"),
-        ("draft=suffix draft.shared=true scale.repeats=2", "draft.shared=true: would look up what it said"),
+        ("bench.baselines=[vllm]", "bench.baselines=vllm: allowed are hf, hf_prompt_lookup"),
+        ("bench=peers engine.max_batch=2", "engine.max_batch=2: bench.baselines decodes one request at a time"),
+        (
+            "draft=suffix draft.cross_request=true scale.repeats=2",
+            "draft.cross_request=true: would look up what it said",
+        ),
         ("controller=autotune", "controller=autotune: chooses among raw exits"),
         ("controller=autotune draft=layerskip controller.exits=[30]", "controller.exits=30: .* from 1 to 29"),
         (
@@ -148,7 +151,7 @@ def test_idle_handles_of_the_smallest_model() -> None:
         ("draft.previous=true policy.verify=false", "draft.previous=true: reads the verified final state"),
         *(
             (f"draft=layerskip draft.{o}", "means nothing to draft=layerskip")
-            for o in ("ridge=1", "heads=2", "longest=3")
+            for o in ("ridge=1", "heads=2", "max_match=3")
         ),
         ("gate=varH gate.threshold=null", "gate.threshold=null: gate=varH needs a number"),
         *((o, f"{o}: must be from 0 to 1") for o in ("tau=1.5", "tau=nan")),

@@ -24,7 +24,7 @@ BENCH = {
     "bench/speedup_high": 1.31,
     "bench/acceptance": 0.417,
     "bench/proposed_share": 0.61,
-    "bench/tokens_per_cycle": 2.05,
+    "bench/acceptance_length": 2.05,
     "bench/ttft_ms": 31.5,
     "bench/plain_ttft_ms": 30.9,
 }

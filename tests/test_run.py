@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from selfspec import job
+from selfspec import config, job
 from selfspec.data.assets import identity
 from selfspec.run import main
 
@@ -222,3 +222,15 @@ def test_interrupted_before_the_job_began(fake: list[str], run: Run, monkeypatch
     except KeyboardInterrupt:
         pytest.fail("a traceback")
     assert code == 130 and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("old", config.RENAMED)
+def test_who_uses_an_old_name_is_told_the_new_one(old: str, run: Run, tmp_path: Path) -> None:
+    *_, item = old.split("[].")
+    asked = old if "=" in old else f"serve.backends=[{{name: a, {item}: 1}}]" if "[]" in old else f"{old}=1"
+    for override in (asked, f"+{asked}"):
+        if override[0] == "+" and ("=" in old or "[]" in old):
+            continue
+        code, out, err = run(override, f"output_dir={tmp_path / 'out'}")
+        assert (code, out, err) == (2, "", f"error: {old}: is now {config.RENAMED[old]}\n")
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from selfspec.config import Gate as GateConfig
-from selfspec.engine.base import Progress
+from selfspec.engine.base import RequestOutput
 from selfspec.engine.torch.session import Scheduler
 from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
@@ -54,7 +54,7 @@ class Checked(Scheduler):
         self.seen: list[list[int]] = []
         """Who was being decoded, by number, after each step."""
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[RequestOutput]:
         told = super().step()
         caches.check(self.cache, LAYERS)
         assert self.cache.lengths == [len(member.row.tokens) - 1 for member in self.members]
@@ -176,7 +176,7 @@ class TestBatch:
         asked: list[tuple[int, int]] = []
 
         class Watching(Controller):
-            def ask(self, history: Sequence[Cycle], batch: int) -> int:
+            def num_draft_tokens(self, history: Sequence[Cycle], batch: int) -> int:
                 asked.append((len(history), batch))
                 return self.k
 
@@ -196,7 +196,7 @@ class TestBatch:
         """Rows with different K in a cycle, none at all among them, and ends that come one by one."""
 
         class ByAge(Controller):
-            def ask(self, history: Sequence[Cycle], batch: int) -> int:
+            def num_draft_tokens(self, history: Sequence[Cycle], batch: int) -> int:
                 return (0, 3, 1, 5)[len(history) % 4]
 
         draft = EarlyExit(model, 3, RawExit(model))

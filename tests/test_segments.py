@@ -120,13 +120,13 @@ def test_what_a_job_leaves(place: str) -> None:
     folder, _, plan = place.rpartition("/")
     with begin(f"{folder}/plans/{plan}") as journal:
         assert finished(folder, plan) is None
-        journal.leave('{"status": "failed"}')
+        journal.write_result('{"status": "failed"}')
         assert finished(folder, plan) == {"status": "failed"}
-        journal.leave('{"status": "finished"}')
+        journal.write_result('{"status": "finished"}')
     assert finished(folder + "/", plan) == {"status": "finished"}
     with begin(f"{folder}/plans/{plan}", Resume.never) as journal:
         assert finished(folder, plan) is None  # it is another journal's
-        journal.leave("[]")
+        journal.write_result("[]")
     with pytest.raises(JournalError, match=f"{plan}/result.json: is no result; delete it, and the job writes it again"):
         finished(folder, plan)
 
@@ -200,7 +200,7 @@ def test_a_zombie_is_fenced(gcs: Proxy) -> None:
     with begin() as successor:
         for act in (
             lambda: zombie.append("bench", "unit 1", {}, "zombie"),
-            lambda: zombie.leave("{}"),
+            lambda: zombie.write_result("{}"),
         ):
             with pytest.raises(LeaseError, match="another process"):
                 act()

@@ -43,8 +43,8 @@ def hydra() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def made() -> Plan:
     limits = (
-        *("max_positions=200", "max_tokens=100", "max_streams=4", "max_body_bytes=5000", "max_batch=2"),
-        "patience_s=1e6",
+        *("max_model_len=200", "max_tokens=100", "max_concurrent_requests=4", "max_body_bytes=5000", "max_batch=2"),
+        "client_timeout_s=1e6",
     )
     fake = ("engine=fake", "draft=layerskip", "model.name=tiny", "model.layers=16")
     return plan.make(compose("config", [*fake, *(f"serve.{limit}" for limit in limits)]))
@@ -182,7 +182,7 @@ class TestOpenAIClient:
     def test_statistics_on_demand(self, server: Serving) -> None:
         asked: Any = {"model": MODEL, "prompt": "hello", "max_tokens": 20, "extra_body": {"selfspec": {"stats": True}}}
         stats = client(server.url).completions.create(**asked).selfspec  # type: ignore[attr-defined]
-        assert stats.keys() >= {"cycles", "proposed", "accepted", "acceptance", "tokens_per_cycle", "queue_ms"}
+        assert stats.keys() >= {"cycles", "proposed", "accepted", "acceptance", "acceptance_length", "queue_ms"}
         assert stats["backend"] == "local" and stats["cache"] == "off" and stats["ttft_ms"] <= stats["total_ms"]
         events = list(client(server.url).completions.create(**asked, stream=True))
         assert [hasattr(event, "selfspec") for event in events] == [False] * (len(events) - 1) + [True]
@@ -202,7 +202,7 @@ class TestOpenAIClient:
         import openai
 
         prompts = [f"prompt {i}" for i in range(16)]
-        with serving(replace(made, serve=replace(made.serve, max_streams=16))) as server:
+        with serving(replace(made, serve=replace(made.serve, max_concurrent_requests=16))) as server:
             api = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=None)
 
             async def one(prompt: str, new: int) -> str:
@@ -336,7 +336,7 @@ class TestRefusals:
         connection.close()
 
     def test_a_body_that_does_not_come(self, made: Plan) -> None:
-        with over(says("a"), replace(made.serve, patience_s=0.05)) as (url, backend, gateway):
+        with over(says("a"), replace(made.serve, client_timeout_s=0.05)) as (url, backend, gateway):
             with opened(url, b'{"model"', 100) as connection, HTTPResponse(connection) as response:
                 response.begin()
                 assert response.status == 408 and json.loads(response.read())["error"]["code"] == "request_timeout"
@@ -516,7 +516,11 @@ class TestLeaving:
 
     def test_a_stream_that_is_not_read_is_given_up(self, made: Plan) -> None:
         """After more than the sockets' buffers hold."""
-        with over([Chunk("x" * 100_000, 1)] * 200, replace(made.serve, patience_s=0.1)) as (url, backend, gateway):
+        with over([Chunk("x" * 100_000, 1)] * 200, replace(made.serve, client_timeout_s=0.1)) as (
+            url,
+            backend,
+            gateway,
+        ):
             with raw(url, OK | {"stream": True}):
                 while 'kind="Unread"} 1.0' not in gateway.metrics.exposition().decode():
                     time.sleep(0.001)

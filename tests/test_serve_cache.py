@@ -273,7 +273,7 @@ def test_through_the_gateway(served: Callable[..., Any]) -> None:
     from openai import AsyncOpenAI
 
     async def run() -> None:
-        limits = ("serve.max_positions=128", "serve.max_prompt_tokens=64", "serve.max_tokens=32")
+        limits = ("serve.max_model_len=128", "serve.max_prompt_tokens=64", "serve.max_tokens=32")
         plan = served("serve.cache.mode=same_words", *limits)
         async with gateway(plan) as (url, ours):
 

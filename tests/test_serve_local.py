@@ -37,7 +37,7 @@ def hydra() -> Iterator[None]:
 
 @pytest.fixture
 def made(fake: list[str]) -> Plan:
-    return plan.make(compose("config", [*fake, "serve.max_batch=2", "serve.max_positions=80", "serve.max_tokens=64"]))
+    return plan.make(compose("config", [*fake, "serve.max_batch=2", "serve.max_model_len=80", "serve.max_tokens=64"]))
 
 
 @asynccontextmanager
@@ -98,7 +98,7 @@ def test_statistics_and_metrics(made: Plan) -> None:
             assert last.stats is not None
             stats = dict(last.stats)
         assert stats["acceptance"] == stats["accepted"] / stats["proposed"]
-        assert stats["tokens_per_cycle"] * stats["cycles"] == pytest.approx(11)
+        assert stats["acceptance_length"] * stats["cycles"] == pytest.approx(11)
         assert 0 <= stats["queue_ms"] < stats["ttft_ms"] < stats["total_ms"]
         told = metrics.exposition().decode()
         assert f'selfspec_proposed_tokens_total{{draft="layerskip"}} {stats["proposed"]:.1f}' in told
@@ -268,7 +268,7 @@ class TestTinyModel:
 
     @pytest.fixture
     def real(self, overrides: list[str]) -> Plan:
-        chosen = ("draft=layerskip", "K=3", "hardware.threads=1", "serve.max_batch=3", "serve.max_positions=100")
+        chosen = ("draft=layerskip", "K=3", "hardware.threads=1", "serve.max_batch=3", "serve.max_model_len=100")
         return plan.make(compose("config", [*overrides, *chosen]))
 
     @pytest.mark.parametrize("order", ["fcfs", "chunked_prefill"])

@@ -37,7 +37,7 @@ def made() -> Iterator[Plan]:
         "K=4",
         "hardware=cpu_fp32",
         "serve.max_batch=3",
-        "serve.max_positions=256",
+        "serve.max_model_len=256",
     )
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield plan.make(compose("config", list(chosen)))

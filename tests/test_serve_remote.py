@@ -124,7 +124,7 @@ def test_cancelling_while_waiting_for_the_first_token_says_nothing_of_the_server
         assert back_end.breaker.state == "closed"
 
     rogue = Rogue("hang")
-    against(rogue, body, failures=1)
+    against(rogue, body, breaker_threshold=1)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_the_breaker_leaves_a_failing_server_alone_and_probes_it() -> None:
         assert back_end.breaker.state == "closed"
 
     rogue = Rogue(500, 500, "ok")
-    against(rogue, body, retries=0, failures=2, cool_s=1000)
+    against(rogue, body, retries=0, breaker_threshold=2, breaker_reset_s=1000)
 
 
 def test_health() -> None:

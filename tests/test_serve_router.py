@@ -85,7 +85,7 @@ def test_fixed_keeps_the_order() -> None:
 
 @pytest.mark.parametrize("policy", RouteName)
 def test_who_names_a_back_end_gets_no_other(policy: RouteName) -> None:
-    options = [option(Stub("a"), longest=1), option(Stub("b"))]
+    options = [option(Stub("a"), max_total_tokens=1), option(Stub("b"))]
     for name in ("b", "model-of-b"):
         assert chosen(options, replace(CALL, model=name), policy=policy) == [("b", "named")]
     with pytest.raises(Unavailable, match="no back end serves c"):
@@ -99,7 +99,11 @@ def test_two_that_serve_a_model_stand_in_for_each_other() -> None:
 
 
 def test_length() -> None:
-    options = [option(Stub("a"), longest=104), option(Stub("b"), longest=200), option(Stub("c"), longest=300)]
+    options = [
+        option(Stub("a"), max_total_tokens=104),
+        option(Stub("b"), max_total_tokens=200),
+        option(Stub("c"), max_total_tokens=300),
+    ]
     for answer, name, reason in ((101, "a", "length"), (102, "b", "length"), (298, "c", "beyond_all")):
         found = chosen(options, replace(CALL, max_tokens=answer), policy=RouteName.length)
         assert found[0] == (name, reason)
@@ -229,7 +233,7 @@ def test_through_the_gateway_a_dead_back_end_is_stood_in_for(served: Any, monkey
     async def run() -> None:
         async with rogue.serving() as url:
             back_ends = f"serve.backends=[{{name: api, url: '{url}', retries: 0, connect_s: 1e6, first_s: 1e6}}]"
-            plan: Plan = served(back_ends, "serve.router.policy=length", "serve.router.longest=1")
+            plan: Plan = served(back_ends, "serve.router.policy=length", "serve.router.max_total_tokens=1")
             async with gateway(plan) as (_, ours):
                 call = replace(CALL, prompt="hello", max_tokens=5, stats=True)
                 chunks = [chunk async for chunk in ours.answer(call)]
@@ -257,7 +261,7 @@ def test_through_the_gateway_a_dead_back_end_is_stood_in_for(served: Any, monkey
         ("serve.backends=[{url: 'http://h/v1'}]", r"serve.backends\[0\].name: has no value"),
         ("serve.backends=[{name: a, url: 'http://h/v1', first_s: 0}]", r"serve.backends\[0\].first_s=0.0: must be >="),
         ("serve.backends=[{name: a, url: 'http://h/v1', input_price: -1}]", r"input_price=-1.0: must be >= 0"),
-        ("serve.router.policy=length", "serve.router.longest=null: policy=length needs to know"),
+        ("serve.router.policy=length", "serve.router.max_total_tokens=null: policy=length needs to know"),
         ("serve.router.budget_s=-1", "serve.router.budget_s=-1.0: must be >= 0"),
         ("serve.cache.entries=0", "serve.cache.entries=0: must be >= 1"),
     ],
@@ -297,7 +301,7 @@ def test_what_cannot_be_served_is_refused_before_it_is_loaded(served: Any, monke
 def test_local_full_local_quantised_and_the_cache_on_the_real_model() -> None:
     """``serve=routed``: both engines answer by name, and nobody is asked twice."""
     GlobalHydra.instance().clear()
-    limits = ("serve.max_positions=256", "serve.max_prompt_tokens=128", "serve.max_tokens=64", "serve.max_batch=2")
+    limits = ("serve.max_model_len=256", "serve.max_prompt_tokens=128", "serve.max_tokens=64", "serve.max_batch=2")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         plan = plans.make(compose("config", ["draft=ngram", "serve=routed", *limits]))
 

@@ -16,7 +16,7 @@ from selfspec import plan
 from selfspec.config import Order
 from selfspec.engine import admission
 from selfspec.engine.admission import STALL, Waiting
-from selfspec.engine.base import Load, Progress
+from selfspec.engine.base import Load, RequestOutput
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.engine.torch.session import Scheduler
@@ -63,9 +63,9 @@ class Watched(Speculation):
 
     noted: list[int]
 
-    def read(self, row: Row, first: int, count: int, cache: KVCache, index: int) -> Tensor:
+    def prefill(self, row: Row, first: int, count: int, cache: KVCache, index: int) -> Tensor:
         self.noted.append(count)
-        return super().read(row, first, count, cache, index)
+        return super().prefill(row, first, count, cache, index)
 
     def step(self, rows: Sequence[Row], cache: KVCache) -> None:
         self.noted.append(0)
@@ -92,7 +92,7 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(torch.randint(80, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
-def checked(session: Scheduler) -> list[Progress]:
+def checked(session: Scheduler) -> list[RequestOutput]:
     """A step, after which the cache must hold what is being decoded and nothing else."""
     told = session.step()
     caches.check(session.cache, LAYERS)
@@ -146,30 +146,30 @@ class TestCost:
         return [Waiting(i, Request((1,) * n, new), arrival) for i, (n, new, arrival) in enumerate(asked)]
 
     def test_short_work_first(self) -> None:
-        cost = admission.make(Order.cost, 1)
+        cost = admission.make(Order.hrrn, 1)
         assert cost.choose(self.waiting((50, 50, 0.0), (5, 60, 0.0), (5, 5, 0.0)), 0, 0.0) == 2
         assert cost.choose(self.waiting((5, 5, 0.0), (5, 5, 0.0)), 0, 0.0) == 0
 
     def test_what_a_token_takes_is_measured(self) -> None:
-        cost, asked = admission.make(Order.cost, 1), self.waiting((100, 2, 0.0), (2, 20, 0.0))
+        cost, asked = admission.make(Order.hrrn, 1), self.waiting((100, 2, 0.0), (2, 20, 0.0))
         assert cost.choose(asked, 0, 0.0) == 1
         for _ in range(50):
-            cost.has_read(100, 0.1)  # a millisecond a token
-            cost.has_decoded(2.0, 0.2)  # a hundred
+            cost.observe_prefill(100, 0.1)  # a millisecond a token
+            cost.observe_decode(2.0, 0.2)  # a hundred
         assert cost.choose(asked, 0, 0.0) == 0
 
     def test_who_waits_long_enough_is_next(self) -> None:
-        cost = admission.make(Order.cost, 1)
-        cost.has_read(1, 0.001)
-        cost.has_decoded(1.0, 0.01)
+        cost = admission.make(Order.hrrn, 1)
+        cost.observe_prefill(1, 0.001)
+        cost.observe_decode(1.0, 0.01)
         long = (100, 400, 0.0)
         chosen = [cost.choose(self.waiting(long, (5, 10, now)), 0, now) for now in (0.0, 1.0, 10.0, 100.0)]
         assert chosen == [1, 0, 0, 0]  # the short one has just come each time
 
     def test_prompts_hold_up_a_batch_for_a_few_cycles_at_most(self) -> None:
-        cost = admission.make(Order.cost, 1)
-        cost.has_read(100, 0.1)
-        cost.has_decoded(1.0, 0.01)
+        cost = admission.make(Order.hrrn, 1)
+        cost.observe_prefill(100, 0.1)
+        cost.observe_decode(1.0, 0.01)
         most = round(STALL * 0.01 / 0.001)
         asked = self.waiting((20, 5, 0.0))
         assert cost.choose(asked, 0, 0.0) == 0
@@ -253,7 +253,7 @@ class TestCancel:
         session = opened(made, 2, Order.chunked_prefill, chunk=4)
         first = session.submit(Request(prompt(30), 5))
         checked(session)
-        assert session.reading is not None and session.cancel(first) is None
+        assert session.prefilling is not None and session.cancel(first) is None
         assert not session.busy
         assert opened(made, 2, Order.chunked_prefill).run([request])[0].tokens == alone
         session.submit(request)  # over what the other left behind
@@ -272,7 +272,7 @@ def test_logprobs_are_the_models(model: Llama) -> None:
     session = opened(speculation(model), 3)
     for request in asked:
         session.submit(request)
-    told = list[Progress]()
+    told = list[RequestOutput]()
     while session.busy:
         told += checked(session)
     for number, request in enumerate(asked):
@@ -320,7 +320,7 @@ class TestEngines:
 
     def test_more_positions_than_the_model_has(self, overrides: list[str]) -> None:
         engine = TorchEngine(plan.make(compose("config", [*overrides, "draft=layerskip"])))
-        with pytest.raises(ConfigError, match=r"serve.max_positions=513: tiny has 512"):
+        with pytest.raises(ConfigError, match=r"serve.max_model_len=513: tiny has 512"):
             engine.open(1, 513, Order.fcfs)
 
     def test_torch_text(self, overrides: list[str]) -> None:

@@ -73,7 +73,7 @@ def finish(made: Plan) -> None:
     folder = Path(made.checkpoint.dir) / "plans" / made.id
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(
-        json.dumps({**results.nothing(made, {}), "measurements": {"bench/speedup": 2.0}})
+        json.dumps({**results.empty_result(made, {}), "measurements": {"bench/speedup": 2.0}})
     )
 
 
@@ -160,7 +160,7 @@ def test_failures_hide_nothing(jobs: list[Job]) -> None:
 def test_a_result_that_says_failed_stands(jobs: list[Job]) -> None:
     folder = Path(jobs[0].plan.checkpoint.dir) / "plans" / jobs[0].plan.id
     folder.mkdir(parents=True)
-    verdict = {**results.nothing(jobs[0].plan, {}), "status": "failed", "error": "not lossless"}
+    verdict = {**results.empty_result(jobs[0].plan, {}), "status": "failed", "error": "not lossless"}
     (folder / "result.json").write_text(json.dumps(verdict))
     run(sky := Script(jobs[:1]), jobs[:1])
     assert jobs[0].failed and sky.launched == [] and jobs[0].note == "not lossless"

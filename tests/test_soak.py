@@ -178,7 +178,7 @@ def test_what_makes_it_another_soak(make: Make) -> None:
     made = make()
     for same in ("serve.port=9", "serve.host=localhost", "serve.api_key=other", "soak.max_drift=0.5", "soak.name=x"):
         assert make(same).id == made.id, same
-    for other in ("soak.users=4", "soak.interval=0.5", "serve.max_batch=2", "serve.scheduler=cost", "K=3"):
+    for other in ("soak.users=4", "soak.interval=0.5", "serve.max_batch=2", "serve.scheduler=hrrn", "K=3"):
         assert make(other).id != made.id, other
     assert make("stages=[bench]", "soak.users=4").id == make("stages=[bench]").id
 
@@ -212,7 +212,7 @@ def test_timings_of_different_hardware_are_not_pooled(make: Make, tmp_path: Path
         [
             "serve.backends=[{name: far, url: 'http://x/v1', key_env: KEY}]",
             "serve.router.policy=length",
-            "serve.router.longest=99",
+            "serve.router.max_total_tokens=99",
         ],
     ],
 )
@@ -233,7 +233,7 @@ def test_the_gateway_is_given_the_plan_of_the_job(make: Make, more: list[str]) -
         (["soak.server=vllm"], "soak.server=vllm: use engine=vllm; or engine=torch draft=none, the model alone"),
         (["soak.server=vllm", "draft=none", "engine=torch"], "vLLM is not installed here"),
         (["soak.arguments=[--enforce-eager]"], "of soak.server=vllm; the gateway is given the job's"),
-        (["soak.users=65"], "soak.users=65: serve.max_streams=64 would refuse it"),
+        (["soak.users=65"], "soak.users=65: serve.max_concurrent_requests=64 would refuse it"),
         (["soak.seconds=1"], "soak.seconds=1: must be at least three times soak.interval=0.7"),
         (["soak.sentinels=7"], "soak.sentinels=7: must be from 0 to 6"),
         (["soak.max_drift=2"], "soak.max_drift=2.0: must be from 0 to 1"),

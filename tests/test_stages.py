@@ -96,7 +96,7 @@ def test_fit_and_bench_of_a_gated_head(make: Make, tmp_path: Path, monkeypatch: 
         "tok_s",
         "plain_tok_s",
         "acceptance",
-        "tokens_per_cycle",
+        "acceptance_length",
         "ttft_ms",
     }
     assert {f"bench/{name}" for name in named} <= set(measured)

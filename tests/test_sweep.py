@@ -53,7 +53,7 @@ main()
 """The command line with an engine that says when it works, and does so once there is something in a file."""
 
 Run = Callable[..., tuple[int, str, str]]
-leave = results.leave
+write_result = results.write_result
 
 
 @pytest.fixture
@@ -312,7 +312,9 @@ def test_interrupted_at_its_report(run: Run, uri: str, monkeypatch: pytest.Monke
 
 @pytest.mark.filterwarnings("ignore:Callback Sweep.on_multirun_end raised")
 def test_a_job_without_a_result_is_missed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "leave", lambda folder, result: "K=2" in result["label"] or leave(folder, result))
+    monkeypatch.setattr(
+        results, "write_result", lambda folder, result: "K=2" in result["label"] or write_result(folder, result)
+    )
     code, out, err = run("-m", "K=1,2")
     assert code == 1 and "| layerskip3 K=1 |" in out
     assert err == f"error: {folders(tmp_path)[0]}: 1 of 2 jobs have left no result\n"

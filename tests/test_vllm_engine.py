@@ -316,7 +316,7 @@ def test_a_bench_and_a_quality_stage(engine: Engine, tmp_path: Path, monkeypatch
     found = result["measurements"]
     assert (result["status"], result["lossless"]) == ("finished", "yes") and result["label"] == "ngram K=4 by vllm"
     assert result["provenance"]["extra"]["vllm"] and result["acceptance_by_position"]
-    assert {"bench/speedup", "bench/acceptance", "bench/ttft_ms", "bench/tokens_per_cycle"} <= set(found)
+    assert {"bench/speedup", "bench/acceptance", "bench/ttft_ms", "bench/acceptance_length"} <= set(found)
     assert found["quality/reference_delta_ppl"] == pytest.approx(0, abs=1e-3 * found["quality/plain_reference_ppl"])
     assert found["quality/identical_texts"] == 1
 

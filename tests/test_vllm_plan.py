@@ -42,8 +42,11 @@ def made(*overrides: str) -> Plan:
         (["draft=hybrid"], "draft=hybrid: engine=vllm cannot run it; it runs none, ngram"),
         (["draft=suffix"], "draft.width=8: means nothing to vLLM's draft=suffix; see draft=vllm_suffix"),
         (["draft=medusa"], "draft.ridge=0.001: means nothing to vLLM's draft=medusa; see draft=vllm_medusa"),
-        (["draft=ngram", "draft.longest=null"], "draft.longest=null: vLLM's draft=ngram needs a number"),
-        (["draft=vanilla", "draft.source=null"], "draft.source=null: vLLM's draft=vanilla needs the model that drafts"),
+        (["draft=ngram", "draft.max_match=null"], "draft.max_match=null: vLLM's draft=ngram needs a number"),
+        (
+            ["draft=draft_model", "draft.source=null"],
+            "draft.source=null: vLLM's draft=draft_model needs the model that drafts",
+        ),
         (["draft=vllm_eagle"], "draft.source=null: vLLM's draft=eagle needs the model that drafts, or a ch"),
         (["draft=ngram", "gate=varH"], "gate=varH: vLLM's draft=ngram asks no gate; layerskip and lsq do"),
         (["draft=ngram", "controller=cost"], "controller=cost: vLLM's draft=ngram has one K, use fixed; layerskip"),
@@ -52,7 +55,7 @@ def made(*overrides: str) -> Plan:
         (["draft=layerskip", "draft.width=2"], "draft.width=2: inside vLLM a draft is a chain"),
         (
             ["draft=layerskip", "controller=adaptive"],
-            r"bench.fixed=\[1, 2, 4, 8\]: vLLM is started with one controller",
+            r"bench.fixed_k=\[1, 2, 4, 8\]: vLLM is started with one controller",
         ),
         (["draft=layerskip", "controller=autotune"], "controller=autotune: inside vLLM one exit serves all"),
         (
@@ -120,10 +123,10 @@ class TestArguments:
                 },
             ),
             (
-                ["draft=vllm_suffix", "draft.shared=true", "scale.repeats=1"],
+                ["draft=vllm_suffix", "draft.cross_request=true", "scale.repeats=1"],
                 {"method": "suffix", "suffix_decoding_max_tree_depth": 24},
             ),
-            (["draft=vanilla"], {"method": "draft_model", "model": "DRAFTER"}),
+            (["draft=draft_model"], {"method": "draft_model", "model": "DRAFTER"}),
             (["draft=vllm_medusa", "draft.source=hf:a/b"], {"method": "medusa", "model": "DRAFTER"}),
             (["draft=vllm_eagle", "draft.source=hf:a/b"], {"method": "eagle", "model": "DRAFTER"}),
         ],
@@ -228,6 +231,6 @@ class TestVersions:
 
 def test_the_drafts_own_model(tiny_folder: Path) -> None:
     assert factory.drafter(made("draft=ngram")) is None
-    asked = made("draft=vanilla", f"draft.source=file:{tiny_folder}", "draft.sha256=null")
+    asked = made("draft=draft_model", f"draft.source=file:{tiny_folder}", "draft.sha256=null")
     assert factory.drafter(asked) == tiny_folder
     assert factory.ENGINES.keys() == set(EngineName) and replace(asked).engine.name is EngineName.vllm

@@ -10,7 +10,7 @@ bucket.py      objects by fsspec: retries, and errors in one line
 
 from selfspec.checkpoint.folder import FILE, on_disk
 from selfspec.checkpoint.journal import Journal, Record, begun_here, inspect
-from selfspec.checkpoint.store import Store, answers_place, ask_of_each, at, finished, plan_place
+from selfspec.checkpoint.store import Store, answers_place, at, finished, map_concurrent, plan_place
 
 __all__ = [
     "FILE",
@@ -18,11 +18,11 @@ __all__ = [
     "Record",
     "Store",
     "answers_place",
-    "ask_of_each",
     "at",
     "begun_here",
     "finished",
     "inspect",
+    "map_concurrent",
     "on_disk",
     "plan_place",
 ]

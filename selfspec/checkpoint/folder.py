@@ -93,7 +93,7 @@ class FileLines:
                 raise
             self._end += len(line)
 
-    def leave(self, name: str, data: bytes) -> None:
+    def write_file(self, name: str, data: bytes) -> None:
         """Write a file beside the journal, whole or not at all."""
         write_atomic(self.folder / name, data)
 

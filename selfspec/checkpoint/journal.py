@@ -80,7 +80,7 @@ class Lines(Protocol):
     def append(self, line: bytes) -> None:
         """Add a line that outlives the process once this returns; or fail, and take no more."""
 
-    def leave(self, name: str, data: bytes) -> None:
+    def write_file(self, name: str, data: bytes) -> None:
         """Write a file beside the journal, whole or not at all."""
 
     def close(self) -> None:
@@ -200,14 +200,14 @@ class Journal:
             self._lines.append(line)
             self._notes[key] = json.loads(line)["value"]
 
-    def leave(self, result: str) -> None:
+    def write_result(self, result: str) -> None:
         """Leave what came of the plan, as JSON, for :func:`finished`.
 
         Raises:
             StorageError: it cannot be written.
             LeaseError: another process holds the journal by now.
         """
-        self._lines.leave(RESULT, result.encode())
+        self._lines.write_file(RESULT, result.encode())
 
     def close(self) -> None:
         """Let go of the journal; what it holds can still be read here."""

@@ -96,7 +96,7 @@ class Segments:
                 )
             self._next = number + 1
 
-    def leave(self, name: str, data: bytes) -> None:
+    def write_file(self, name: str, data: bytes) -> None:
         """Write an object beside the journal."""
         self._lease.renew()
         self._bucket.write(name, data)

@@ -99,7 +99,7 @@ def finished(place: str, plan_id: str) -> dict[str, Any] | None:
     return result
 
 
-def ask_of_each(question: Callable[[A], T], those: Sequence[A]) -> list[T]:
+def map_concurrent(question: Callable[[A], T], those: Sequence[A]) -> list[T]:
     """The answers, in order: a bucket takes its time for each, and none to answer several. Raises the first's error."""
     if len(those) == 1:  # a client in another thread is another client, with a connection of its own
         return [question(those[0])]

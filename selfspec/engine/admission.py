@@ -13,7 +13,7 @@ from selfspec.types import Request
 PACE = 0.2
 """How much the last measurement weighs in what a token is thought to take."""
 STALL = 4
-"""``cost``: cycles that reading prompts may hold up those being decoded, at a time."""
+"""``hrrn``: cycles that reading prompts may hold up those being decoded, at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class Admission:
         """
         return 0
 
-    def has_read(self, tokens: int, seconds: float) -> None:
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
         """What reading so much of a prompt took."""
 
-    def has_decoded(self, tokens: float, seconds: float) -> None:
+    def observe_decode(self, tokens: float, seconds: float) -> None:
         """What a cycle took, and how many tokens it brought a row on average."""
 
 
@@ -68,8 +68,8 @@ class Chunked(Admission):
         self.chunk: int | None = chunk
 
 
-class Cost(Admission):
-    """``cost``: short work first, and no more prompts at a time than those being decoded can wait for.
+class HighestResponseRatio(Admission):
+    """``hrrn``: short work first, and no more prompts at a time than those being decoded can wait for.
 
     The next is who has waited longest in proportion to the work asked for: highest response ratio next (Brinch
     Hansen 1971), under which nobody waits for ever. What a token read and a token decoded take is measured.
@@ -93,11 +93,11 @@ class Cost(Admission):
         read_s, decode_s = (self._read_s, self._decode_s) if self._decode_s else (1.0, 1.0)
         return len(request.tokens) * read_s + request.max_new_tokens * decode_s
 
-    def has_read(self, tokens: int, seconds: float) -> None:
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
         """A moving average."""
         self._read_s = _towards(self._read_s, seconds / tokens)
 
-    def has_decoded(self, tokens: float, seconds: float) -> None:
+    def observe_decode(self, tokens: float, seconds: float) -> None:
         """Likewise."""
         self._decode_s = _towards(self._decode_s, seconds / tokens)
         self._cycle_s = _towards(self._cycle_s, seconds)
@@ -116,6 +116,6 @@ def make(order: Order, chunk: int) -> Admission:
             return DecodeFirst()
         case Order.chunked_prefill:
             return Chunked(chunk)
-        case Order.cost:
-            return Cost()
+        case Order.hrrn:
+            return HighestResponseRatio()
     raise AssertionError(order)

@@ -25,7 +25,7 @@ class Tie(NamedTuple):
         return self.gap <= self.rounding
 
 
-class Progress(NamedTuple):
+class RequestOutput(NamedTuple):
     """What a step brought one request.
 
     Attributes:
@@ -70,7 +70,7 @@ class Session(Protocol):
         """
         ...
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[RequestOutput]:
         """Admits what there is room for, runs one cycle: what is new, by request."""
         ...
 

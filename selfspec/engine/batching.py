@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
 from selfspec.engine.admission import Admission, Waiting
-from selfspec.engine.base import Load, Progress, Session, check_room
+from selfspec.engine.base import Load, RequestOutput, Session, check_room
 from selfspec.types import Completion, Cycle, Logprob, Request
 
 
@@ -25,7 +25,7 @@ class Decoded(Protocol):
     cycles: list[Cycle]
     logprobs: list[Logprob]
 
-    def said(self, start: int) -> Sequence[int]:
+    def output_tokens(self, start: int) -> Sequence[int]:
         """Its new tokens from number ``start`` on."""
         ...
 
@@ -39,16 +39,16 @@ class Member(Generic[R]):
 
     number: int
     row: R
-    told: int = 0
+    reported: int = 0
 
 
 @dataclass(slots=True)
-class Reading(Generic[R]):
+class Prefilling(Generic[R]):
     """A prompt that is read in pieces; it has no row of the batch yet."""
 
     number: int
     row: R
-    read: int = 0
+    done: int = 0
 
 
 class Batching(Session, ABC, Generic[R]):
@@ -59,9 +59,9 @@ class Batching(Session, ABC, Generic[R]):
         self.capacity, self.positions, self.admission = capacity, positions, admission
         self.waiting: list[Waiting] = []
         self.members: list[Member[R]] = []
-        self.reading: Reading[R] | None = None
+        self.prefilling: Prefilling[R] | None = None
         self._submitted = 0
-        self._has_read = False
+        self._prefilled = False
 
     @abstractmethod
     def _now(self) -> float:
@@ -72,12 +72,12 @@ class Batching(Session, ABC, Generic[R]):
         """A row for a request, of which nothing has been read."""
 
     @abstractmethod
-    def _join(self, row: R, done: int) -> None:
+    def _prefill_rest(self, row: R, done: int) -> None:
         """Reads a prompt from token ``done`` on into the batch's next row, and gives its first token."""
 
     @abstractmethod
-    def _read(self, row: R, done: int, count: int) -> None:
-        """Reads ``count`` tokens of a prompt from token ``done`` on, aside; some remain for :meth:`_join`."""
+    def _prefill_part(self, row: R, done: int, count: int) -> None:
+        """Reads ``count`` tokens of a prompt from token ``done`` on, aside; some remain for :meth:`_prefill_rest`."""
 
     @abstractmethod
     def _cycle(self, rows: Sequence[R]) -> None:
@@ -88,7 +88,7 @@ class Batching(Session, ABC, Generic[R]):
         """Frees a row; the last one takes its place."""
 
     @abstractmethod
-    def _finish(self, row: R) -> Literal["stop", "length"] | None:
+    def _finish_reason(self, row: R) -> Literal["stop", "length"] | None:
         """How it ended, if it did."""
 
     @abstractmethod
@@ -98,12 +98,12 @@ class Batching(Session, ABC, Generic[R]):
     @property
     def busy(self) -> bool:
         """Whether anything is waiting or being decoded."""
-        return bool(self.waiting or self.members or self.reading)
+        return bool(self.waiting or self.members or self.prefilling)
 
     @property
     def load(self) -> Load:
         """How full it is; may be asked for by any thread."""
-        return Load(len(self.waiting) + (self.reading is not None), len(self.members), self._kv_used())
+        return Load(len(self.waiting) + (self.prefilling is not None), len(self.members), self._kv_used())
 
     def submit(self, request: Request) -> int:
         """See :meth:`Session.submit <selfspec.engine.base.Session.submit>`."""
@@ -115,22 +115,22 @@ class Batching(Session, ABC, Generic[R]):
     def cancel(self, number: int) -> Completion | None:
         """Drops a request; its row is free at once. What it had come to, if it was being decoded."""
         self.waiting = [one for one in self.waiting if one.number != number]
-        if self.reading is not None and self.reading.number == number:
-            self.reading = None
+        if self.prefilling is not None and self.prefilling.number == number:
+            self.prefilling = None
         for index, member in enumerate(self.members):
             if member.number == number:
-                return self._leave(index, "stop")
+                return self._retire(index, "stop")
         return None
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[RequestOutput]:
         """Reads prompts where there is room, or runs a cycle, by turns: what is new."""
         decodes = bool(self.members)
-        self._has_read = not (self._has_read and decodes) and self._admit()
-        if decodes and not self._has_read:
+        self._prefilled = not (self._prefilled and decodes) and self._admit()
+        if decodes and not self._prefilled:
             began, rows = self._now(), [member.row for member in self.members]
             self._cycle(rows)
             new = sum(row.cycles[-1].new_tokens for row in rows)
-            self.admission.has_decoded(new / len(rows), self._now() - began)
+            self.admission.observe_decode(new / len(rows), self._now() - began)
         return self._report()
 
     def _admit(self) -> bool:
@@ -140,49 +140,49 @@ class Batching(Session, ABC, Generic[R]):
             left = None if self.admission.chunk is None else self.admission.chunk - read
             if left == 0:
                 break
-            if self.reading is None:
+            if self.prefilling is None:
                 index = self.admission.choose(self.waiting, read, self._now()) if self.waiting else None
                 if index is None:
                     break
                 chosen = self.waiting.pop(index)
-                self.reading = Reading(chosen.number, self._start(chosen.request, chosen.arrival))
-            read += self._go_on(self.reading, left)
+                self.prefilling = Prefilling(chosen.number, self._start(chosen.request, chosen.arrival))
+            read += self._go_on(self.prefilling, left)
         return read > 0
 
-    def _go_on(self, reading: Reading[R], most: int | None) -> int:
+    def _go_on(self, prefilling: Prefilling[R], most: int | None) -> int:
         """Reads up to ``most`` tokens of a prompt; how many."""
-        began, left = self._now(), len(reading.row.request.tokens) - reading.read
+        began, left = self._now(), len(prefilling.row.request.tokens) - prefilling.done
         if most is None or left <= most:
-            self._join(reading.row, reading.read)
-            self.members.append(Member(reading.number, reading.row))
-            self.reading, count = None, left
+            self._prefill_rest(prefilling.row, prefilling.done)
+            self.members.append(Member(prefilling.number, prefilling.row))
+            self.prefilling, count = None, left
         else:
-            self._read(reading.row, reading.read, most)
-            reading.read += most
+            self._prefill_part(prefilling.row, prefilling.done, most)
+            prefilling.done += most
             count = most
-        self.admission.has_read(count, self._now() - began)
+        self.admission.observe_prefill(count, self._now() - began)
         return count
 
-    def _report(self) -> list[Progress]:
+    def _report(self) -> list[RequestOutput]:
         """What is new, by number; those that are done leave, last first."""
-        told = []
+        reported = []
         for index in reversed(range(len(self.members))):
             member = self.members[index]
-            tokens, finish = tuple(member.row.said(member.told)), self._finish(member.row)
+            tokens, finish = tuple(member.row.output_tokens(member.reported)), self._finish_reason(member.row)
             if tokens:
-                logprobs = tuple(member.row.logprobs[member.told :])
-                member.told += len(tokens)
-                done = self._leave(index, finish) if finish else None
-                told.append(Progress(member.number, tokens, done, logprobs))
-        return sorted(told, key=lambda progress: progress.number)
+                logprobs = tuple(member.row.logprobs[member.reported :])
+                member.reported += len(tokens)
+                done = self._retire(index, finish) if finish else None
+                reported.append(RequestOutput(member.number, tokens, done, logprobs))
+        return sorted(reported, key=lambda progress: progress.number)
 
-    def _leave(self, index: int, finish: Literal["stop", "length"]) -> Completion:
+    def _retire(self, index: int, finish: Literal["stop", "length"]) -> Completion:
         row = self.members[index].row
         self._evict(index)
         self.members[index] = self.members[-1]
         self.members.pop()
         return Completion(
-            tokens=tuple(row.said(0)),
+            tokens=tuple(row.output_tokens(0)),
             cycles=tuple(row.cycles),
             ttft_s=row.first_token - row.arrival,
             total_s=self._now() - row.arrival,

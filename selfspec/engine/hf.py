@@ -1,7 +1,7 @@
 """The hf engine: Hugging Face's own ``generate``, as a peer to measure against.
 
 Drafts are what it offers: prompt lookup (``draft=ngram``), its early exit (``layerskip``), an assistant model
-(``vanilla``), each with K draft tokens a cycle (its "constant" schedule). One request is decoded at a time.
+(``draft_model``), each with K draft tokens a cycle (its "constant" schedule). One request is decoded at a time.
 What comes with the first token is of no cycle; here a first pass verifies drafts too.
 """
 
@@ -24,14 +24,14 @@ from selfspec.errors import ConfigError
 from selfspec.model import gguf, hf
 from selfspec.model.hf import HFModel
 from selfspec.plan import Plan
-from selfspec.speculation.draft import vanilla
+from selfspec.speculation.draft import draft_model
 from selfspec.types import Completion, Cycle, Request
 
 _MEANS = {
     "none": set[str](),
-    "ngram": {"longest", "shortest"},
+    "ngram": {"max_match", "min_match"},
     "layerskip": {"exit_layer"},
-    "vanilla": {"source", "sha256"},
+    "draft_model": {"source", "sha256"},
 }
 """The drafts of ours that ``generate`` has, and the settings it can be given."""
 
@@ -74,7 +74,7 @@ class HFEngine(TorchEngine):
         draft = self.plan.draft
         assert draft.source is not None, "checked by the plan"
         folder = gguf.model_folder(schema.Model(name="draft", source=draft.source, sha256=draft.sha256))
-        if vanilla.vocabulary(folder) != vanilla.vocabulary(self.folder):
+        if draft_model.vocabulary(folder) != draft_model.vocabulary(self.folder):
             raise ConfigError(f"draft.source={draft.source}: its tokenizer's vocabulary is not the target's")
         return hf.read(folder, self.device, self.dtype).eval()
 
@@ -121,7 +121,7 @@ class HFEngine(TorchEngine):
         arguments: dict[str, Any] = {}
         drafts_as = GenerationConfig()
         if k and self.plan.draft.name == "ngram":
-            settings |= {"prompt_lookup_num_tokens": k, "max_matching_ngram_size": self.plan.draft.longest}
+            settings |= {"prompt_lookup_num_tokens": k, "max_matching_ngram_size": self.plan.draft.max_match}
         elif k:
             # An assistant (for an early exit, the model itself) has its own settings for these, on itself.
             schedule = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
@@ -245,8 +245,8 @@ def _check(plan: Plan) -> None:
     for key, value in asdict(draft).items():
         if value != getattr(blank, key) and key not in _MEANS[draft.name]:
             raise ConfigError(f"draft.{key}={value}: means nothing to engine=hf")
-    if draft.name == "ngram" and draft.shortest != 1:
-        raise ConfigError(f"draft.shortest={draft.shortest}: engine=hf looks up single tokens too; must be 1")
+    if draft.name == "ngram" and draft.min_match != 1:
+        raise ConfigError(f"draft.min_match={draft.min_match}: engine=hf looks up single tokens too; must be 1")
     if plan.policy.relaxed:
         raise ConfigError(f"policy={plan.policy.name.name}: engine=hf decodes exactly, and verifies what it drafts")
     if plan.policy.samples and draft.name != "none":

@@ -8,7 +8,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,11 @@ class Model(Protocol):
         """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use."""
         ...
 
-    def embed(self, tokens: Sequence[int] | Tensor, at: Place) -> Tensor:
+    def embed(self, tokens: Sequence[int] | Tensor, at: AttentionMetadata) -> Tensor:
         """Token ids, N of them -> ``[N, D]``, the residual stream before the first layer."""
         ...
 
-    def run(self, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
+    def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
         ...
 

@@ -17,7 +17,7 @@ from selfspec.model.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AttentionMetadata:
     """Where N new tokens go, and what they may look at; made once and used by a range of layers.
 
     Tokens of a row stand together, rows after each other.
@@ -99,7 +99,7 @@ class KVCache:
         self.lengths.append(0)
         return len(self.lengths) - 1
 
-    def adopt(self, other: "KVCache") -> int:
+    def copy_from(self, other: "KVCache") -> int:
         """A new row that holds what row 0 of another cache, of as many layers, holds: its index.
 
         Raises:
@@ -119,7 +119,7 @@ class KVCache:
             self.lengths[row] = length
         self.lengths.pop()
 
-    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> Place:
+    def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> AttentionMetadata:
         """Where the nodes of every row's tree go, from node ``first`` on; those before have been run already.
 
         Args:
@@ -147,7 +147,7 @@ class KVCache:
             limit = torch.tensor(counts)[:, None]
             pad = (begins[:, None] + torch.minimum(within, limit - 1)).flatten().to(self.device)
             unpad = (within < limit).flatten().nonzero()[:, 0].to(self.device)
-        return Place(
+        return AttentionMetadata(
             rows=slice(0, len(trees)),
             width=width,
             start=-1,
@@ -161,7 +161,7 @@ class KVCache:
             causal=False,
         )
 
-    def _place_one(self, tree: Tree, first: int, row: int) -> Place:
+    def _place_one(self, tree: Tree, first: int, row: int) -> AttentionMetadata:
         base = self.lengths[row]
         start, stop = base + first, base + len(tree)
         self._check_room(stop)
@@ -176,7 +176,7 @@ class KVCache:
         elif count > 1:
             mask = torch.ones(count, stop, dtype=torch.bool, device=self.device).tril(start)[None, None]
         rows = slice(row, row + 1)
-        return Place(rows, count, start, stop, positions, None, None, None, None, mask, causal)
+        return AttentionMetadata(rows, count, start, stop, positions, None, None, None, None, mask, causal)
 
     def _mask(self, trees: Sequence[Tree], bases: Sequence[int], first: int, width: int, stop: int) -> Tensor:
         """Every slot verified, then the node's ancestors; padding looks at what its row's last node does."""
@@ -188,7 +188,7 @@ class KVCache:
             mask[r, len(seen) :] = mask[r, len(seen) - 1]
         return mask[:, None].to(self.device)
 
-    def append(self, layer: int, keys: Tensor, values: Tensor, at: Place) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, keys: Tensor, values: Tensor, at: AttentionMetadata) -> tuple[Tensor, Tensor]:
         """Writes a layer's new keys and values ``[N, G, d]``; returns all that attention reads, ``[R, G, stop, d]``."""
         k, v = self._write[layer]
         if at.slot is None:
@@ -201,7 +201,7 @@ class KVCache:
         k, v = self._read[layer]
         return k[at.rows, :, : at.stop], v[at.rows, :, : at.stop]
 
-    def keep(self, row: int, path: Sequence[int]) -> None:
+    def commit(self, row: int, path: Sequence[int]) -> None:
         """Declares a path through the row's tree verified: its nodes, root first, move up to follow each other."""
         base, count = self.lengths[row], len(path)
         if path[-1] != count - 1:  # else the path is the tree's first nodes: they lie in place
@@ -209,7 +209,7 @@ class KVCache:
             self.kv[:, :, row, :, base : base + count] = self.kv[:, :, row, :, source]
         self.lengths[row] = base + count
 
-    def rewind(self, row: int, length: int) -> None:
+    def truncate(self, row: int, length: int) -> None:
         """Forgets a row's verified tokens from ``length`` on."""
         assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} tokens, not {length}"
         self.lengths[row] = length

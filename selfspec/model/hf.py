@@ -1,7 +1,8 @@
 """Any other Hugging Face causal language model, as layers that run in ranges on our own cache.
 
 The model's own modules do the work: each decoder layer is handed the residual stream, our mask, its rotary
-angles and, in the place of a cache, a :class:`Slots` that writes at our :class:`~selfspec.model.cache.Place`.
+angles and, in the place of a cache, a :class:`Slots` that writes where our
+:class:`~selfspec.model.cache.AttentionMetadata` says.
 What a model does *between* its layers (a scaled embedding, a second stream, a state carried along) would be
 lost so; hence every model that is loaded first proves, on a few tokens, that it comes to its own logits.
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from selfspec.config import Layers
 from selfspec.errors import AssetError, ConfigError, one_line
 from selfspec.model.base import Model, Shape
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.gguf import silence
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
@@ -134,12 +135,12 @@ class HFModel:
         size = (s.layers + extra_layers, rows, s.kv_heads, capacity, s.head_dim)
         return KVCache(*size, self.dtype, self.device, s.max_positions)
 
-    def embed(self, tokens: Sequence[int] | Tensor, at: Place) -> Tensor:
+    def embed(self, tokens: Sequence[int] | Tensor, at: AttentionMetadata) -> Tensor:
         """Token ids, N of them -> ``[N, D]``, learned positions included where the model has them."""
         hidden: Tensor = self._embed(torch.as_tensor(tokens, device=self.device))
         return hidden if self._learned is None else hidden + self._learned[at.positions]
 
-    def run(self, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
+    def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
         positions = at.positions
         if isinstance(positions, slice):
@@ -177,7 +178,7 @@ class HFModel:
             at = cache.place([tree], row=row)
             hidden = self.run(self.embed(tree.tokens, at), cache, at, 0, half)
             states.append(self.norm(self.run(hidden, cache, at, half, self.shape.layers)))
-            cache.keep(row, range(len(tree)) if tree.is_chain else [0, 2, 3])
+            cache.commit(row, range(len(tree)) if tree.is_chain else [0, 2, 3])
         ours = self.logits(torch.cat(states)[[0, 1, 2, 3, 5, 6]]).float()
         theirs = self.lm(torch.tensor([prompt + path], device=self.device), use_cache=False).logits[0].float()
         return float((ours - theirs).norm() / theirs.norm())
@@ -186,7 +187,7 @@ class HFModel:
 class Slots:
     """What a decoder layer is given as its cache: it writes at our place, and reads what is to be seen from there."""
 
-    def __init__(self, cache: KVCache, at: Place) -> None:
+    def __init__(self, cache: KVCache, at: AttentionMetadata) -> None:
         self.cache, self.at = cache, at
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -241,7 +242,7 @@ def stop_tokens(lm: Any) -> frozenset[int]:
     return frozenset(token for eos in named for token in ([eos] if isinstance(eos, int) else eos or []))
 
 
-def _rows(tokens: Tensor, at: Place) -> Tensor:
+def _rows(tokens: Tensor, at: AttentionMetadata) -> Tensor:
     """``[N, ...]`` -> ``[R, T, ...]``; shorter rows repeat their last token."""
     tokens = tokens if at.pad is None else tokens[at.pad]
     return tokens.view(at.count, at.width, *tokens.shape[1:])

@@ -6,7 +6,7 @@ are fused (one matrix for q, k, v; one for gate and up) and packed (``linear.py`
 preallocated, and residual additions ride on the matrix products. Decoding one token is bound by reading the
 weights; everything else here only has to stay out of the way.
 
-Shapes: R rows, N new tokens of all rows together (see :class:`~selfspec.model.cache.Place`), D hidden size,
+Shapes: R rows, N new tokens of all rows together (see :class:`~selfspec.model.cache.AttentionMetadata`), D hidden size,
 H query heads, G key-value heads, d head size.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from selfspec.errors import AssetError, ConfigError
 from selfspec.model.base import Shape
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.kernels.native import Stack
 from selfspec.model.linear import add_linear, linear, packed, packed_int8, plain
 from selfspec.model.weights import Layer, Weight
@@ -130,11 +130,11 @@ class Llama:
         size = (s.layers + extra_layers, rows, s.kv_heads, capacity, s.head_dim)
         return KVCache(*size, self.dtype, self.device, s.max_positions)
 
-    def embed(self, tokens: Sequence[int] | Tensor, at: Place | None = None) -> Tensor:
+    def embed(self, tokens: Sequence[int] | Tensor, at: AttentionMetadata | None = None) -> Tensor:
         """Token ids, N of them -> ``[N, D]``; positions come in with every layer, so ``at`` is not looked at."""
         return self.embedding[torch.as_tensor(tokens, device=self.device)]
 
-    def run(self, hidden: Tensor, cache: KVCache, at: Place, first: int, last: int) -> Tensor:
+    def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
         if self._stack is not None and not at.causal:  # a long prompt is better off with torch's attention
             cos, sin = self._cos[at.positions], self._sin[at.positions]
@@ -144,7 +144,7 @@ class Llama:
             hidden = self.block(self.layers[index], hidden, cache, index, at, rotation)
         return hidden
 
-    def rotation(self, at: Place) -> "Rotation":
+    def rotation(self, at: AttentionMetadata) -> "Rotation":
         """What every layer of a pass shares: angles of the positions, and the mask for folded heads."""
         mask = None
         if at.mask is not None:  # as numbers to add: each layer would turn truth values into them again
@@ -152,7 +152,9 @@ class Llama:
             mask = hidden.repeat(1, 1, self.shape.heads // self.shape.kv_heads, 1)
         return Rotation(self._cos[at.positions][:, None], self._sin[at.positions][:, None], mask)
 
-    def block(self, w: Layer, hidden: Tensor, cache: KVCache, index: int, at: Place, rotation: "Rotation") -> Tensor:
+    def block(
+        self, w: Layer, hidden: Tensor, cache: KVCache, index: int, at: AttentionMetadata, rotation: "Rotation"
+    ) -> Tensor:
         """One layer on ``[N, D]``, its keys and values at layer ``index`` of the cache."""
         s, eps = self.shape, self.shape.norm_eps
         roped = s.heads + s.kv_heads
@@ -195,7 +197,7 @@ class Rotation(NamedTuple):
     mask: Tensor | None
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, at: Place, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, mask: Tensor | None) -> Tensor:
     """Grouped-query attention: ``[N, H, d]`` over ``[R, G, stop, d]`` -> ``[N, H * d]``.
 
     The H / G heads of a group are laid end to end as if they were more tokens, so that each key-value head

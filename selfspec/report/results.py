@@ -63,7 +63,7 @@ class Result(TypedDict):
     error: str | None
 
 
-def nothing(plan: Plan, where: dict[str, Any]) -> Result:
+def empty_result(plan: Plan, where: dict[str, Any]) -> Result:
     """The result of a plan that has measured nothing yet; ``where`` is the provenance of what will be."""
     return {
         "version": VERSION,
@@ -83,11 +83,11 @@ def nothing(plan: Plan, where: dict[str, Any]) -> Result:
 
 def failed(plan: Plan, folder: Path, error: BaseException, where: dict[str, Any]) -> None:
     """Leaves a result that says why there is none, unless the job wrote one before it failed."""
-    known = read(folder / FILE) if (folder / FILE).exists() else nothing(plan, where)
-    leave(folder, {**known, "status": "failed", "error": one_line(error)})
+    known = read(folder / FILE) if (folder / FILE).exists() else empty_result(plan, where)
+    write_result(folder, {**known, "status": "failed", "error": one_line(error)})
 
 
-def leave(folder: Path, result: Result) -> None:
+def write_result(folder: Path, result: Result) -> None:
     """Writes a job's result into its folder, which is made if need be.
 
     Raises:

@@ -43,7 +43,7 @@ _COLUMNS = (
     "plain tok/s",
     "speed-up",
     "accept. rate",
-    "tokens per cycle",
+    "accept. length",
     "TTFT ms (plain)",
     "lossless?",
 )
@@ -65,7 +65,7 @@ def table(results: Iterable[Result], explain: bool = True) -> Table:
             number(result, "bench/plain_tok_s", ".1f"),
             interval(result, "bench/speedup", ".2f", "x"),
             number(result, "bench/acceptance", ".3f"),
-            number(result, "bench/tokens_per_cycle", ".2f"),
+            number(result, "bench/acceptance_length", ".2f"),
             f"{number(result, 'bench/ttft_ms', '.1f')} ({number(result, 'bench/plain_ttft_ms', '.1f')})"
             if value(result, "bench/ttft_ms") is not None
             else "-",

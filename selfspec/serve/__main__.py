@@ -10,7 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from selfspec.errors import ConfigError, SelfspecError
-from selfspec.refusal import BY_USER, leave
+from selfspec.refusal import BY_USER, exit_with
 from selfspec.run import CONF
 
 _NOTHING_WRITTEN = ("hydra.run.dir=.", "hydra.output_subdir=null", "~hydra.callbacks.selfspec")
@@ -26,7 +26,7 @@ def serve(cfg: DictConfig) -> None:
     try:
         server.run(plan.make(cfg))
     except (*BY_USER, SelfspecError) as error:
-        leave(error)  # from here: Hydra would print a line of its own first
+        exit_with(error)  # from here: Hydra would print a line of its own first
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     except Exception as error:
         if full_errors:
             raise
-        leave(error)
+        exit_with(error)
 
 
 if __name__ == "__main__":

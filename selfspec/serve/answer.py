@@ -4,7 +4,7 @@ import secrets
 from typing import Any
 
 from selfspec.config import Serve
-from selfspec.engine.base import Engine, Progress
+from selfspec.engine.base import Engine, RequestOutput
 from selfspec.metrics import pack
 from selfspec.serve.backend import Call, Chunk, TokenLogprob, Usage
 from selfspec.serve.errors import Invalid, TooLong
@@ -29,11 +29,11 @@ def request(engine: Engine, call: Call, settings: Serve) -> Request:
         raise Invalid("the prompt is empty", param)
     if len(tokens) > settings.max_prompt_tokens:
         raise TooLong(f"the prompt has {len(tokens)} tokens; at most {settings.max_prompt_tokens} are allowed", param)
-    room = settings.max_positions - len(tokens)
+    room = settings.max_model_len - len(tokens)
     asked = max(min(settings.max_tokens, room), 1) if call.max_tokens is None else call.max_tokens
     if asked > room:
         raise TooLong(
-            f"{len(tokens)} tokens of prompt and {asked} of answer; {settings.max_positions} are allowed", "max_tokens"
+            f"{len(tokens)} tokens of prompt and {asked} of answer; {settings.max_model_len} are allowed", "max_tokens"
         )
     return Request(tokens, asked, call.ignore_eos, _sampling(call), call.logprobs)
 
@@ -73,7 +73,7 @@ class Answer:
         """Whether a stop text came: the rest of the progress is not asked for."""
         return self._stops.hit
 
-    def take(self, progress: Progress) -> Chunk:
+    def take(self, progress: RequestOutput) -> Chunk:
         """What is new of the text; token by token, so that nothing counts after a stop text."""
         text, count = "", 0
         for token in progress.tokens:
@@ -118,7 +118,7 @@ def statistics(completion: Completion) -> dict[str, Any]:
         "proposed": proposed,
         "accepted": accepted,
         "acceptance": accepted / proposed if proposed else None,
-        "tokens_per_cycle": sum(c.new_tokens for c in cycles) / len(cycles) if cycles else None,
+        "acceptance_length": sum(c.new_tokens for c in cycles) / len(cycles) if cycles else None,
         "queue_ms": 1e3 * completion.queue_s,
         "ttft_ms": 1e3 * completion.ttft_s,
         "total_ms": 1e3 * completion.total_s,

@@ -70,7 +70,7 @@ class Chunk:
         text: whole characters only; may be empty.
         tokens: how many new tokens came with it, whether or not their text is out yet.
         logprobs: of those tokens, if asked for.
-        stats: ``cycles``, ``proposed``, ``accepted``, ``acceptance``, ``tokens_per_cycle``, ``queue_ms``,
+        stats: ``cycles``, ``proposed``, ``accepted``, ``acceptance``, ``acceptance_length``, ``queue_ms``,
             ``ttft_ms``, ``total_ms``; what a back end does not know is missing. The app adds ``backend``, ``cache``.
     """
 

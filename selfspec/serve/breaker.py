@@ -16,12 +16,12 @@ class Breaker:
 
     Args:
         failures: after so many in a row it opens.
-        cool_s: seconds until one call may probe.
+        breaker_reset_s: seconds until one call may probe.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, failures: int, cool_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._cool, self._clock = failures, cool_s, clock
+    def __init__(self, failures: int, breaker_reset_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._cool, self._clock = failures, breaker_reset_s, clock
         self._failed = 0
         self._opened: float | None = None
         self._probing = False

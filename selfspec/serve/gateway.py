@@ -51,7 +51,7 @@ class Gateway:
             raise UnknownModel(f"model: {call.model} is not served; there is {', '.join(self.router.models)}", "model")
         if call.max_tokens is not None and call.max_tokens > self.settings.max_tokens:
             raise Invalid(f"max_tokens: at most {self.settings.max_tokens} are allowed", "max_tokens")
-        if self.active >= self.settings.max_streams:
+        if self.active >= self.settings.max_concurrent_requests:
             raise Overloaded(f"{self.active} requests are being answered already; try again")
         self.active += 1
         try:

@@ -67,7 +67,7 @@ class Guard:
         Raises:
             TooLarge, TooSlow: it is, or it says so.
         """
-        most, patience = self._gateway.settings.max_body_bytes, self._gateway.settings.patience_s
+        most, patience = self._gateway.settings.max_body_bytes, self._gateway.settings.client_timeout_s
         told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         too_large = TooLarge(f"the body is longer than {most} bytes")
         if told.isdigit() and int(told) > most:

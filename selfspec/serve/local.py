@@ -13,7 +13,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from selfspec.config import Serve
-from selfspec.engine.base import Engine, Load, Progress, Session
+from selfspec.engine.base import Engine, Load, RequestOutput, Session
 from selfspec.serve.answer import Answer, request
 from selfspec.serve.backend import Call, Chunk, Price
 from selfspec.serve.errors import Failed, RequestError, TooLong, Unavailable
@@ -23,20 +23,20 @@ from selfspec.types import Completion, Request
 log = logging.getLogger(__name__)
 
 
-class Caller:
+class ResponseQueue:
     """Where one call's progress is heard. Only the engine's thread writes here, only the event loop reads."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self._loop = asyncio.get_running_loop()
-        self._heard: asyncio.Queue[Progress | Completion | RequestError] = asyncio.Queue()
+        self._heard: asyncio.Queue[RequestOutput | Completion | RequestError] = asyncio.Queue()
 
-    def tell(self, news: Progress | Completion | RequestError) -> None:
-        """Progress; or what a call that was given up had come to; or why there will be no more."""
+    def put(self, news: RequestOutput | Completion | RequestError) -> None:
+        """RequestOutput; or what a call that was given up had come to; or why there will be no more."""
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._heard.put_nowait, news)
 
-    async def hear(self) -> Progress | Completion:
+    async def get(self) -> RequestOutput | Completion:
         """The next news.
 
         Raises:
@@ -65,7 +65,7 @@ class Local:
         """The engine, once it is loaded, or why it cannot be."""
         self.ready.set_running_or_notify_cancel()  # who waits for it no longer does not cancel it
         self._asked: SimpleQueue[Callable[[Session], None] | None] = SimpleQueue()
-        self._callers: dict[int, Caller] = {}
+        self._callers: dict[int, ResponseQueue] = {}
         self._load = Load(0, 0, 0.0)
         metrics.watch(lambda: self._load)
         self._tokenizer = ThreadPoolExecutor(1, "tokenizer")
@@ -93,14 +93,14 @@ class Local:
         """
         if not await self.healthy():
             raise Unavailable("the engine is not ready")
-        engine, loop, caller = self.ready.result(), asyncio.get_running_loop(), Caller()
+        engine, loop, caller = self.ready.result(), asyncio.get_running_loop(), ResponseQueue()
         asked = await loop.run_in_executor(self._tokenizer, request, engine, call, self._settings)
         answer = Answer(engine, call, asked)
         self._asked.put(lambda session: self._submit(session, caller, asked))
         try:
             completion: Completion | None = None
             while completion is None:
-                news = await caller.hear()
+                news = await caller.get()
                 if isinstance(news, Completion):
                     completion = news
                     break
@@ -123,7 +123,7 @@ class Local:
             return
         self.ready.set_result(engine)
         try:
-            while self._obey(session):
+            while self._drain_commands(session):
                 try:
                     told = session.step()
                 except Exception:
@@ -138,9 +138,9 @@ class Local:
             self._give_up(Unavailable("the engine was stopped"))
 
     def _open(self, engine: Engine) -> Session:
-        return engine.open(self._settings.max_batch, self._settings.max_positions, self._settings.scheduler)
+        return engine.open(self._settings.max_batch, self._settings.max_model_len, self._settings.scheduler)
 
-    def _obey(self, session: Session) -> bool:
+    def _drain_commands(self, session: Session) -> bool:
         """Does what callers have asked for, and waits for it where there is nothing else to do; false: to stop."""
         while True:
             try:
@@ -152,33 +152,33 @@ class Local:
             action(session)
             self._load = session.load
 
-    def _submit(self, session: Session, caller: Caller, asked: Request) -> None:
+    def _submit(self, session: Session, caller: ResponseQueue, asked: Request) -> None:
         try:
             caller.number = session.submit(asked)
         except ValueError as error:
-            caller.tell(TooLong(str(error)))
+            caller.put(TooLong(str(error)))
         else:
             self._callers[caller.number] = caller
 
-    def _cancel(self, session: Session, caller: Caller) -> None:
+    def _cancel(self, session: Session, caller: ResponseQueue) -> None:
         """Of a call that is done already, nothing; one that was never admitted has come to nothing."""
         if caller.number is None or self._callers.pop(caller.number, None) is None:
             return
         completion = session.cancel(caller.number)
         if completion is not None:
             self._count(completion)
-            caller.tell(completion)
+            caller.put(completion)
 
-    def _pass_on(self, progress: Progress) -> None:
+    def _pass_on(self, progress: RequestOutput) -> None:
         caller = self._callers[progress.number]
         if progress.completion is not None:
             del self._callers[progress.number]
             self._count(progress.completion)
-        caller.tell(progress)
+        caller.put(progress)
 
     def _give_up(self, error: RequestError) -> None:
         for caller in self._callers.values():
-            caller.tell(error)
+            caller.put(error)
         self._callers.clear()
 
     def _count(self, completion: Completion) -> None:

@@ -40,7 +40,7 @@ class Remote:
 
         assert config.url is not None, "checked by the plan"
         self.name, self.price = config.name, Price(config.input_price, config.output_price)
-        self._config, self.breaker = config, Breaker(config.failures, config.cool_s)
+        self._config, self.breaker = config, Breaker(config.breaker_threshold, config.breaker_reset_s)
         key = "none" if config.key_env is None else os.environ.get(config.key_env, "")
         if not key:
             raise ConfigError(f"serve.backends: {self.name}: key_env={config.key_env}: the environment has none")
@@ -74,7 +74,7 @@ class Remote:
             Failed: an answer broke off.
         """
         if not self.breaker.allows:
-            raise Unavailable(f"{self.name}: is left alone after {self._config.failures} failures in a row")
+            raise Unavailable(f"{self.name}: is left alone after {self._config.breaker_threshold} failures in a row")
         self.breaker.begin()
         settled = False
         answer: AsyncGenerator[Chunk, None] | None = None

@@ -87,7 +87,7 @@ class Reply(Response):
 
     async def _event(self, data: Mapping[str, Any] | str, send: "Send") -> None:
         text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-        async with asyncio.timeout(self._gateway.settings.patience_s):
+        async with asyncio.timeout(self._gateway.settings.client_timeout_s):
             await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
 
 

@@ -35,12 +35,12 @@ class Option(NamedTuple):
 
     Attributes:
         models: the names it answers to.
-        longest: the most tokens, prompt and answer, under ``policy=length``.
+        max_total_tokens: the most tokens, prompt and answer, under ``policy=length``.
     """
 
     backend: Timed
     models: tuple[str, ...]
-    longest: int | None = None
+    max_total_tokens: int | None = None
 
 
 class PolicyRouter:
@@ -49,7 +49,7 @@ class PolicyRouter:
     Args:
         options: in order of preference.
         read: a call -> the tokens of its prompt; asked where the policy needs them.
-        longest: the tokens of an answer where the caller does not say.
+        max_total_tokens: the tokens of an answer where the caller does not say.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class PolicyRouter:
         config: RouterConfig,
         options: Sequence[Option],
         read: Callable[[Call], Awaitable[Sequence[int]]],
-        longest: int,
+        max_total_tokens: int,
     ) -> None:
-        self._config, self._options, self._read, self._longest = config, options, read, longest
+        self._config, self._options, self._read, self._longest = config, options, read, max_total_tokens
         self._health: dict[str, bool] = {}
         self._asked: float | None = None
         self._asking: asyncio.Task[None] | None = None
@@ -96,7 +96,7 @@ class PolicyRouter:
 
     def _by_length(self, tokens: int) -> tuple[Option, str]:
         for option in self._options:
-            if option.longest is None or tokens <= option.longest:
+            if option.max_total_tokens is None or tokens <= option.max_total_tokens:
                 return option, "length"
         return self._options[-1], "beyond_all"  # which is meant for most
 

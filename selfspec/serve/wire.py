@@ -40,7 +40,7 @@ class StreamOptions(_Body):
     include_obfuscation: Literal[False] = False
 
 
-class Wishes(_Body):
+class ExtraOptions(_Body):
     """Of ours: what OpenAI's API has no field for."""
 
     stats: bool = False
@@ -62,7 +62,7 @@ class Common(_Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
-    selfspec: Wishes = Wishes()
+    selfspec: ExtraOptions = ExtraOptions()
 
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None

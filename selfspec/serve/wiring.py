@@ -90,10 +90,10 @@ def router(plan: Plan, local: Local, metrics: Metrics) -> Router:
             raise Unavailable("the engine is not ready")
         return await asyncio.to_thread(tokens, local.ready.result(), call)
 
-    options = [Option(Timed(local), (name, local.name), settings.longest)]
+    options = [Option(Timed(local), (name, local.name), settings.max_total_tokens)]
     for other in plan.serve.backends:
         names = (other.name,) if other.model is None else (other.name, other.model)
-        options.append(Option(Timed(backend(plan, other, local, metrics)), names, other.longest))
+        options.append(Option(Timed(backend(plan, other, local, metrics)), names, other.max_total_tokens))
     return PolicyRouter(settings, options, read, plan.serve.max_tokens)
 
 

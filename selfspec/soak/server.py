@@ -148,7 +148,7 @@ def _vllm(plan: Plan, port: int) -> list[str]:
     asked = vllm_args.arguments(plan, factory.weights(plan))
     asked |= vllm_args.speculation(plan, factory.drafter(plan), head_path(plan) if plan.draft.fitted else None)
     place = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", plan.model.name]
-    limits = ["--max-model-len", str(plan.serve.max_positions), "--max-num-seqs", str(plan.serve.max_batch)]
+    limits = ["--max-model-len", str(plan.serve.max_model_len), "--max-num-seqs", str(plan.serve.max_batch)]
     return [*server, *vllm_args.flags(asked), *place, *limits, *plan.soak.arguments]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
 from selfspec.model.base import Model, Shape
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.llama import attend
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.fit import Trace
@@ -47,7 +47,7 @@ class Block:
         angles = rotation(torch.arange(shape.max_positions), shape.head_dim)
         self._cos, self._sin = (table.to(tensors["qkv"]) for table in angles)
 
-    def __call__(self, x: Tensor, cache: KVCache, at: Place) -> Tensor:
+    def __call__(self, x: Tensor, cache: KVCache, at: AttentionMetadata) -> Tensor:
         """Features ``[N, P]`` of new tokens -> the estimates ``[N, D]``; writes their keys and values."""
         s = self.shape
         q, k, v = self._project(x, at)
@@ -55,12 +55,12 @@ class Block:
         mask = None if at.mask is None else at.mask.repeat(1, 1, s.heads // s.kv_heads, 1)
         return finish(self.tensors, x, attend(q, keys, values, at, mask))
 
-    def write(self, x: Tensor, cache: KVCache, at: Place) -> None:
+    def write(self, x: Tensor, cache: KVCache, at: AttentionMetadata) -> None:
         """Writes the keys and values of features ``[N, P]``: all that is needed of tokens that are known."""
         _, k, v = self._project(x, at)
         cache.append(self.shape.layers, k, v, at)
 
-    def _project(self, x: Tensor, at: Place) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, at: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor]:
         return project(self.tensors, self.shape, x, self._cos[at.positions], self._sin[at.positions])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selfspec.model.base import Model
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation.controller import Controller
 from selfspec.speculation.draft.base import Draft, Row
@@ -32,7 +32,7 @@ class Target:
     depth: int
     readout: Callable[[Tensor], Tensor]
 
-    def run(self, hidden: Tensor, cache: KVCache, at: Place, first: int) -> Tensor:
+    def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int) -> Tensor:
         """Layers ``first`` to ``depth`` on new tokens ``[N, D]``, and their normed final states ``[N, D]``."""
         return self.readout(self.model.run(hidden, cache, at, first, self.depth))
 
@@ -50,7 +50,7 @@ class Speculation:
     def begin(self, request: Request, cache: KVCache, arrival: float) -> Row:
         """Admits a request: its prompt in one pass, and its first token."""
         row, index = self.start(request, arrival), cache.admit()
-        self.settle(row, index, self.read(row, 0, len(request.tokens), cache, index), cache)
+        self.sample_first_token(row, index, self.prefill(row, 0, len(request.tokens), cache, index), cache)
         return row
 
     def start(self, request: Request, arrival: float) -> Row:
@@ -59,16 +59,16 @@ class Speculation:
         row.exit_layer = self.controller.exit_layer(len(request.tokens))
         return row
 
-    def read(self, row: Row, first: int, count: int, cache: KVCache, index: int) -> Tensor:
+    def prefill(self, row: Row, first: int, count: int, cache: KVCache, index: int) -> Tensor:
         """Runs ``count`` tokens of a prompt from number ``first`` on, in a row of the cache: states ``[count, D]``."""
         tokens = row.request.tokens[first : first + count]
         at = cache.place([Tree.chain(tokens)], row=index)
         hidden, depth = self.draft.prefill(tokens, cache, at, row)
         states = self.target.run(hidden, cache, at, depth)
-        cache.keep(index, range(count))
+        cache.commit(index, range(count))
         return states
 
-    def settle(self, row: Row, index: int, states: Tensor, cache: KVCache) -> None:
+    def sample_first_token(self, row: Row, index: int, states: Tensor, cache: KVCache) -> None:
         """Gives the first token of a row whose prompt has been read, given its states ``[P, D]``."""
         # The last token of the prompt is a tree of one node, and nothing is drafted yet.
         trees, logits = [Tree.chain(row.request.tokens[-1:])], self.target.model.logits(states[-1:])
@@ -83,7 +83,7 @@ class Speculation:
         """One cycle for every row of the batch: row r has row r of the cache."""
         began = time.perf_counter()
         self.gate.begin()
-        ks = [min(self.controller.ask(row.cycles, len(rows)), row.remaining - 1) for row in rows]
+        ks = [min(self.controller.num_draft_tokens(row.cycles, len(rows)), row.remaining - 1) for row in rows]
         trees, hidden, depth = self.draft.propose(rows, ks, self.gate, cache)
         drafted = time.perf_counter()
 
@@ -126,7 +126,7 @@ class Speculation:
         stop = self.stop_tokens(row.request)
         new = new[: next((i + 1 for i, token in enumerate(new) if token in stop), len(new))]
         path = verdict.path[: len(new)]
-        cache.keep(index, path)
+        cache.commit(index, path)
         row.tokens += new
         along = states[: len(path)] if path[-1] == len(path) - 1 else states[path]
         row.state = along[-1:]

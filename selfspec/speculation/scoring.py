@@ -34,22 +34,22 @@ def score(
     """
     cache = target.model.new_cache(len(context) + max(map(len, continuations)))
     row = cache.admit()
-    last = _read(target, context, cache, row)[-1:]
+    last = _prefill(target, context, cache, row)[-1:]
     scores = []
     for tokens in continuations:
-        cache.rewind(row, len(context))
+        cache.truncate(row, len(context))
         width = step or len(tokens)
         passes = [tokens[at : min(at + width, len(tokens) - 1)] for at in range(0, len(tokens) - 1, width)]
-        states = torch.cat([last, *(_read(target, part, cache, row) for part in passes)])
+        states = torch.cat([last, *(_prefill(target, part, cache, row) for part in passes)])
         scores.append(_judge(target.model.logits(states), tokens))
     return scores
 
 
-def _read(target: Target, tokens: Sequence[int], cache: KVCache, row: int) -> Tensor:
+def _prefill(target: Target, tokens: Sequence[int], cache: KVCache, row: int) -> Tensor:
     """The target's normed final states ``[N, D]`` of tokens that follow what the row holds, and are held from now."""
     at = cache.place([Tree.chain(tokens)], row=row)
     states = target.run(target.model.embed(tokens, at), cache, at, 0)
-    cache.keep(row, range(len(tokens)))
+    cache.commit(row, range(len(tokens)))
     return states
 
 

@@ -1,8 +1,8 @@
 """The bench stage: the configuration against plain decoding, prompt by prompt in the same process.
 
 Each unit decodes its prompts both ways, in turn first, so that what drifts (clocks, neighbours) hits both;
-the ratio is per unit. The references of ``bench.against`` (and, where the controller adapts, every fixed K of
-``bench.fixed``) are decoded in the same turn. An exact policy must give plain decoding's tokens: where one
+the ratio is per unit. The references of ``bench.baselines`` (and, where the controller adapts, every fixed K of
+``bench.fixed_k``) are decoded in the same turn. An exact policy must give plain decoding's tokens: where one
 differs, the two candidates are compared in float32, and what the dtype's rounding explains is a tie.
 """
 
@@ -157,7 +157,7 @@ def _ways(engine: Engine, plan: Plan) -> dict[str, Way]:
         ways["configured"] = engine.generate
     for k in plan.fixed_ks:
         ways[f"K={k}"] = partial(engine.generate, k=k)
-    for name in plan.bench.against:
+    for name in plan.bench.baselines:
         ways[name] = factory.reference(name, plan).generate
     return ways
 

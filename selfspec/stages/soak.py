@@ -33,7 +33,7 @@ from selfspec.types import Completion, Measurements, Prompt, Request
 
 _READINGS = 20
 """Of the server's memory in an interval."""
-_LIMITS = {"users": "max_streams", "new_tokens": "max_tokens"}
+_LIMITS = {"users": "max_concurrent_requests", "new_tokens": "max_tokens"}
 """Of callers, and the gateway's."""
 _SERVED = (EngineName.torch, EngineName.fake, EngineName.vllm)
 

@@ -25,7 +25,7 @@ from selfspec.errors import ConfigError, Interrupted, LaunchError, SelfspecError
 from selfspec.files import storing
 from selfspec.interrupt import shield
 from selfspec.plan import Plan
-from selfspec.refusal import leave
+from selfspec.refusal import exit_with
 from selfspec.report import results
 from selfspec.report import tables as report
 from selfspec.sweep import compose
@@ -43,12 +43,12 @@ class Sweep(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """One job: refuses a plan that cannot work, before Hydra makes its folder."""
-        _or_leave(lambda: _begin(config))
+        _or_exit(lambda: _begin(config))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: refuses all of it if one of its plans cannot work; else opens its tracker run."""
         _pin_folder(config)
-        _or_leave(lambda: self._open(config))
+        _or_exit(lambda: self._open(config))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Lets go of the job's configs, which every launcher would keep until the last job has ended."""
@@ -56,7 +56,7 @@ class Sweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """One table over all jobs; exits with 1 if any failed."""
-        _or_leave(lambda: self._close(Path(config.hydra.sweep.dir)))
+        _or_exit(lambda: self._close(Path(config.hydra.sweep.dir)))
 
     def _open(self, config: DictConfig) -> None:
         _refuse_chdir(config)
@@ -112,11 +112,11 @@ class Sweep(Callback):
         return [results.read(path) for path in paths if path in listed or path.exists()]
 
 
-def _or_leave(action: Callable[[], object]) -> None:
+def _or_exit(action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as error:  # Hydra would make a warning of it, and go on
-        leave(error)
+        exit_with(error)
 
 
 def _begin(config: DictConfig) -> None:

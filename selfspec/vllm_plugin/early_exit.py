@@ -97,7 +97,7 @@ class EarlyExit(hooks.Proposer):
 
         slots = Slots(runner)
         rows = [row for row, tokens in enumerate(sampled) if tokens]
-        asked = {row: self.controller.ask(self.record.history(ids[row]), len(rows)) for row in rows}
+        asked = {row: self.controller.num_draft_tokens(self.record.history(ids[row]), len(rows)) for row in rows}
         drafts = {row: Drafted(min(most, k, self._room(runner, slots, row))) for row, k in asked.items()}
         going = [row for row in rows if drafts[row].k_asked > 0]
         if going:

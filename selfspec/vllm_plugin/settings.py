@@ -63,16 +63,18 @@ def parse(asked: Any, most: Any, ranks: int = 1) -> Settings:
     assert isinstance(settings, Settings)
     controller = settings.controller
     if controller.K == 0:
-        controller.K = min(most, controller.most or most)
+        controller.K = min(most, controller.max_k or most)
     if settings.exit_layer < 1:
         raise ConfigError(f"{KEY}.exit_layer={settings.exit_layer}: must be >= 1")
     vllm_rules.learning(settings.gate, controller, ranks)
-    if not 0 < controller.most <= most:
+    if not 0 < controller.max_k <= most:
         raise ConfigError(
-            f"{KEY}.controller: asks for up to {controller.most}; must be from 1 to num_speculative_tokens={most}"
+            f"{KEY}.controller: asks for up to {controller.max_k}; must be from 1 to num_speculative_tokens={most}"
         )
-    if not (controller.low or 0) <= controller.K <= controller.most:
-        raise ConfigError(f"{KEY}.controller.K={controller.K}: must be from {controller.low or 0} to {controller.most}")
+    if not (controller.low or 0) <= controller.K <= controller.max_k:
+        raise ConfigError(
+            f"{KEY}.controller.K={controller.K}: must be from {controller.low or 0} to {controller.max_k}"
+        )
     check_gate(settings.gate)
     check_controller(controller)
     return settings
@@ -100,7 +102,7 @@ def arguments(plan: Plan, head: Path | None = None) -> dict[str, Any]:
         "controller": _given(plan.controller),
         "seed": plan.seed,
     }
-    most = plan.controller.most
+    most = plan.controller.max_k
     parse(given, most, plan.engine.tensor_parallel or 1)
     return {"speculative_config": {"model": PROPOSER, "num_speculative_tokens": most, KEY: given}}
 

@@ -86,7 +86,7 @@ def a_pass(engine: TorchEngine, rows: int, rounds: int = 30) -> float:
     index, prompt = cache.admit(), Tree.chain(range(200))
     at = cache.place([prompt])
     model.run(model.embed(prompt.tokens, at), cache, at, 0, model.shape.layers)
-    cache.keep(index, range(len(prompt)))
+    cache.commit(index, range(len(prompt)))
     tree, spent = Tree([1] * rows, [-1, *((node - 1) // 2 for node in range(1, rows))]), []
     for _ in range(rounds):
         begin = time.perf_counter()

@@ -84,7 +84,7 @@ class Fleet:
             LaunchError: SkyPilot does not say which jobs there are.
             ConfigError: it refuses what was asked for.
         """
-        for job, result in zip(self._jobs, checkpoint.ask_of_each(_result, self._jobs), strict=True):
+        for job, result in zip(self._jobs, checkpoint.map_concurrent(_result, self._jobs), strict=True):
             self._take(job, result)
         if any(not job.over for job in self._jobs):
             self._attach()
@@ -172,7 +172,7 @@ class Fleet:
         if job.failed:
             job.note = str(result["error"])
         for folder in job.folders:
-            results.leave(folder, cast(results.Result, result))
+            results.write_result(folder, cast(results.Result, result))
 
     def _settle(self, job: Job, known: dict[str, Any]) -> None:
         """A job is over: its result, or why there is none. One that failed hides no other."""

@@ -77,7 +77,7 @@ class Row:
         """Tokens still to come."""
         return len(self.answer) - self.done
 
-    def said(self, start: int) -> list[int]:
+    def output_tokens(self, start: int) -> list[int]:
         """New tokens that are out, from number ``start`` on."""
         return self.answer[start : self.done]
 
@@ -108,10 +108,10 @@ class FakeSession(Batching[Row]):
         exit_layer = self.control.exit_layer(len(request.tokens))
         return Row(request, whole_answer(request), exit_layer, arrival, self._now())
 
-    def _read(self, row: Row, done: int, count: int) -> None:
+    def _prefill_part(self, row: Row, done: int, count: int) -> None:
         self._pass(self.world.pass_ms(1))
 
-    def _join(self, row: Row, done: int) -> None:
+    def _prefill_rest(self, row: Row, done: int) -> None:
         self._pass(self.world.pass_ms(1))
         row.done, row.first_token = 1, self._now()
         row.logprobs += _logprobs(row, 0)
@@ -119,7 +119,7 @@ class FakeSession(Batching[Row]):
     def _cycle(self, rows: Sequence[Row]) -> None:
         control, stops = self.control, self.stops
         stops.begin()
-        ks = [min(control.ask(row.cycles, len(rows)), row.remaining - 1) for row in rows]
+        ks = [min(control.num_draft_tokens(row.cycles, len(rows)), row.remaining - 1) for row in rows]
         drafts = [self._draft(row, k) for row, k in zip(rows, ks, strict=True)]
         steps = max(max(len(signals), proposed) for proposed, _, signals in drafts)
         draft_ms = self._pass(steps * self.world.draft_ms(len(rows), rows[0].exit_layer))
@@ -164,7 +164,7 @@ class FakeSession(Batching[Row]):
     def _evict(self, index: int) -> None:
         """There is nothing to free."""
 
-    def _finish(self, row: Row) -> Literal["length"] | None:
+    def _finish_reason(self, row: Row) -> Literal["length"] | None:
         return None if row.remaining else "length"
 
     def _kv_used(self) -> float:

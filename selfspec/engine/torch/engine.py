@@ -204,7 +204,7 @@ class TorchEngine:
         speculation = self._plain if plain else self._speculation if k is None else self._fixed(k)
         room = max(self._room(len(r.tokens) + r.max_new_tokens) for r in requests)
         cache = self.model.new_cache(
-            capacity=room + speculation.draft.nodes(k or self.plan.controller.most),
+            capacity=room + speculation.draft.nodes(k or self.plan.controller.max_k),
             rows=min(len(requests), max_batch or self.plan.engine.max_batch),
             extra_layers=speculation.draft.layers,
         )
@@ -219,10 +219,10 @@ class TorchEngine:
         """
         limit = self.model.shape.max_positions
         if positions > limit:
-            raise ConfigError(f"serve.max_positions={positions}: {self.plan.model.name} has {limit}")
+            raise ConfigError(f"serve.max_model_len={positions}: {self.plan.model.name} has {limit}")
         made = self._speculation
         made = replace(made, policy=policy.Mixed(made.policy))
-        capacity = positions + made.draft.nodes(self.plan.controller.most)
+        capacity = positions + made.draft.nodes(self.plan.controller.max_k)
         cache = self.model.new_cache(capacity, rows, made.draft.layers)
         return Scheduler(made, cache, order, self.plan.serve.chunk, positions)
 
@@ -292,7 +292,7 @@ class TorchEngine:
         """See :meth:`Engine.score <selfspec.engine.base.Engine.score>`."""
         self._room(len(context) + max(map(len, continuations)) - 1)  # the last token is not read
         decides = self._plain if plain or self.plan.policy.verify else self._speculation
-        step = self.plan.controller.most + 1 if self.plan.speculative and not plain else None
+        step = self.plan.controller.max_k + 1 if self.plan.speculative and not plain else None
         return scoring.score(decides.target, context, continuations, step)
 
     @torch.inference_mode()
@@ -350,7 +350,7 @@ def _next_logits(model: Model, context: Sequence[int], alone: int = 0) -> Tensor
     for part in (context[:together], *([token] for token in context[together:])):
         at = cache.place([Tree.chain(part)], row=row)
         hidden = model.run(model.embed(part, at), cache, at, 0, model.shape.layers)
-        cache.keep(row, range(len(part)))
+        cache.commit(row, range(len(part)))
     return model.logits(model.norm(hidden[-1:]))[0]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selfspec.config import Order
 from selfspec.engine import admission
-from selfspec.engine.base import Progress
+from selfspec.engine.base import RequestOutput
 from selfspec.engine.batching import Batching
 from selfspec.model.cache import KVCache
 from selfspec.speculation.decode import Speculation
@@ -39,7 +39,7 @@ class Scheduler(Batching[Row]):
         self._states: list[Tensor] = []
 
     @torch.inference_mode()
-    def step(self) -> list[Progress]:
+    def step(self) -> list[RequestOutput]:
         """See :meth:`Batching.step <selfspec.engine.batching.Batching.step>`."""
         return super().step()
 
@@ -54,7 +54,7 @@ class Scheduler(Batching[Row]):
     def _start(self, request: Request, arrival: float) -> Row:
         return self.speculation.start(request, arrival)
 
-    def _read(self, row: Row, done: int, count: int) -> None:
+    def _prefill_part(self, row: Row, done: int, count: int) -> None:
         if self._aside is None:
             draft, model = self.speculation.draft, self.speculation.target.model
             self._aside = model.new_cache(self.cache.capacity, 1, draft.layers)
@@ -63,20 +63,20 @@ class Scheduler(Batching[Row]):
                 self._aside.evict(0)
             self._aside.admit()
             self._states = []
-        self._states.append(self.speculation.read(row, done, count, self._aside, 0))
+        self._states.append(self.speculation.prefill(row, done, count, self._aside, 0))
 
-    def _join(self, row: Row, done: int) -> None:
+    def _prefill_rest(self, row: Row, done: int) -> None:
         left = len(row.request.tokens) - done
         if done:
             assert self._aside is not None, "the beginning lies there"
-            self._read(row, done, left)
-            index, states = self.cache.adopt(self._aside), torch.cat(self._states)
+            self._prefill_part(row, done, left)
+            index, states = self.cache.copy_from(self._aside), torch.cat(self._states)
             self._aside.evict(0)
             self._states = []
         else:
             index = self.cache.admit()
-            states = self.speculation.read(row, 0, left, self.cache, index)
-        self.speculation.settle(row, index, states, self.cache)
+            states = self.speculation.prefill(row, 0, left, self.cache, index)
+        self.speculation.sample_first_token(row, index, states, self.cache)
 
     def _cycle(self, rows: Sequence[Row]) -> None:
         self.speculation.step(rows, self.cache)
@@ -84,7 +84,7 @@ class Scheduler(Batching[Row]):
     def _evict(self, index: int) -> None:
         self.cache.evict(index)
 
-    def _finish(self, row: Row) -> Literal["stop", "length"] | None:
+    def _finish_reason(self, row: Row) -> Literal["stop", "length"] | None:
         if row.tokens[-1] in self.speculation.stop_tokens(row.request):
             return "stop"
         return "length" if row.remaining <= 0 else None

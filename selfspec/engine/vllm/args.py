@@ -8,7 +8,6 @@ from selfspec.plan import Plan
 from selfspec.vllm_plugin import settings
 from selfspec.vllm_rules import EARLY
 
-_METHODS = {"vanilla": "draft_model"}
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "auto": "auto"}
 
 
@@ -44,14 +43,14 @@ def speculation(plan: Plan, drafter: Path | None = None, head: Path | None = Non
     if draft.name in EARLY:
         return settings.arguments(plan, head) | {"per_request_spec_decode_metrics": "detailed"}
     method: dict[str, Any] = {
-        "method": _METHODS.get(draft.name, draft.name),
+        "method": draft.name,
         "num_speculative_tokens": plan.controller.K,
     }
     if draft.name == "ngram":
-        method |= {"prompt_lookup_max": draft.longest, "prompt_lookup_min": draft.shortest}
+        method |= {"prompt_lookup_max": draft.max_match, "prompt_lookup_min": draft.min_match}
     if draft.name == "suffix":
-        method |= {"suffix_decoding_max_tree_depth": draft.longest}
-        method |= {} if draft.shared else {"suffix_decoding_max_cached_requests": 0}
+        method |= {"suffix_decoding_max_tree_depth": draft.max_match}
+        method |= {} if draft.cross_request else {"suffix_decoding_max_cached_requests": 0}
     if drafter is not None:
         method |= {"model": str(drafter)}
         if draft.name == "eagle":

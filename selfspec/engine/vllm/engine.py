@@ -169,7 +169,7 @@ class VLLMEngine(TorchEngine):
             ConfigError: there are fewer positions.
         """
         if positions > self._positions:
-            raise ConfigError(f"serve.max_positions={positions}: {self.plan.model.name} has {self._positions}")
+            raise ConfigError(f"serve.max_model_len={positions}: {self.plan.model.name} has {self._positions}")
         return self._session(False, rows, positions)
 
     def _session(self, plain: bool, rows: int, positions: int) -> VLLMSession:
@@ -178,7 +178,7 @@ class VLLMEngine(TorchEngine):
 
     @property
     def _most(self) -> int:
-        return self.plan.controller.most if self.plan.speculative else 0
+        return self.plan.controller.max_k if self.plan.speculative else 0
 
     def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
         """As the torch engine, by the same weights: what rounding explains is theirs, whoever runs them.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfspec.engine.base import Load, Progress, Session, check_room
+from selfspec.engine.base import Load, RequestOutput, Session, check_room
 from selfspec.engine.vllm import cycles as vllm_cycles
 from selfspec.types import Completion, Cycle, Logprob, Request, Score
 
@@ -102,7 +102,7 @@ class VLLMSession(Session):
                 return row.completion("stop")
         return None
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[RequestOutput]:
         """One step of vLLM's: what is new, by request."""
         while self._waiting and len(self._running) < self.rows:
             self._admit(self._waiting.popleft())
@@ -136,7 +136,7 @@ class VLLMSession(Session):
         known = self.core.engine_core.engine_core.scheduler.requests.get(row.id)
         return known is None or known.num_computed_tokens > 0
 
-    def _hear(self, row: Row, output: Any, drafted_ms: float, verify_ms: float, batch: int) -> Progress | None:
+    def _hear(self, row: Row, output: Any, drafted_ms: float, verify_ms: float, batch: int) -> RequestOutput | None:
         (said,) = output.outputs
         new = list(said.token_ids)
         if row.tokens and new:
@@ -149,7 +149,9 @@ class VLLMSession(Session):
             del self._running[output.request_id]
             done = row.completion(said.finish_reason)
         return (
-            Progress(row.number, tuple(new), done, _logprobs(row.request, new, said.logprobs)) if new or done else None
+            RequestOutput(row.number, tuple(new), done, _logprobs(row.request, new, said.logprobs))
+            if new or done
+            else None
         )
 
     def _cycle(self, row: Row, new: int, draft_ms: float, verify_ms: float, batch: int) -> Cycle:

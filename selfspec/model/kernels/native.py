@@ -22,7 +22,7 @@ from torch import Tensor
 
 from selfspec.data import assets
 from selfspec.errors import one_line
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.weights import Layer
 
 SOURCES = Path(__file__).parent
@@ -158,7 +158,9 @@ class Stack:
         whole = head_dim in _HEADS and all(width % _LANES == 0 for width in widths)
         return plain and whole and dtype in _DTYPES
 
-    def run(self, hidden: Tensor, cache: KVCache, at: Place, cos: Tensor, sin: Tensor, first: int, last: int) -> Tensor:
+    def run(
+        self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, cos: Tensor, sin: Tensor, first: int, last: int
+    ) -> Tensor:
         """Layers ``first`` to ``last - 1`` on ``[N, D]``; ``cos``, ``sin``: ``[N, d]``, of the positions."""
         row, slot = at.each()
         chosen = [weights[first:last] for weights in self._weights]

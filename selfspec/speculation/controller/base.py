@@ -12,7 +12,7 @@ class Controller:
     def __init__(self, k: int) -> None:
         self.k = k
 
-    def ask(self, history: Sequence[Cycle], batch: int) -> int:
+    def num_draft_tokens(self, history: Sequence[Cycle], batch: int) -> int:
         """Positions ahead the draft is to look (>= 0), given this request's cycles and how many are decoded at once."""
         return self.k
 

@@ -132,7 +132,7 @@ class Cost(Controller):
         self._asked: int | None = None
         self._settled: tuple[int, float] | None = None
 
-    def ask(self, history: Sequence[Cycle], batch: int) -> int:
+    def num_draft_tokens(self, history: Sequence[Cycle], batch: int) -> int:
         """One answer for all rows of a cycle."""
         if self._asked is None and self._stays_plain(history, batch):
             self._asked = 0

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
 from selfspec.model.base import Model
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.speculation import block
 from selfspec.speculation.block import Block
 from selfspec.speculation.draft.base import Row
@@ -32,17 +32,17 @@ class Adapter(EarlyExit):
         super().__init__(model, draft.exit_layer, raw, readout, draft.width, draft.budget, draft.sample)
         self.block = Block(head.tensors, model.shape)
 
-    def prefill(self, tokens: Sequence[int], cache: KVCache, at: Place, row: Row) -> tuple[Tensor, int]:
+    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Row) -> tuple[Tensor, int]:
         """The exit layers, and the block's keys and values."""
         hidden = self.model.run(self.model.embed(tokens, at), cache, at, 0, self.exit_layer)
         self.remember(hidden, cache, at)
         return hidden, self.exit_layer
 
-    def estimate(self, hidden: Tensor, previous: Tensor, cache: KVCache, at: Place) -> Tensor:
+    def estimate(self, hidden: Tensor, previous: Tensor, cache: KVCache, at: AttentionMetadata) -> Tensor:
         """Through the block; ``previous`` is not looked at."""
         return self.block(features(hidden), cache, at)
 
-    def remember(self, hidden: Tensor, cache: KVCache, at: Place) -> None:
+    def remember(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata) -> None:
         """Keys and values alone."""
         self.block.write(features(hidden), cache, at)
 

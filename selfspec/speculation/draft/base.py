@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selfspec.model.base import Model
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation.gate import Gate
 from selfspec.types import Cycle, Logprob, Request
@@ -44,9 +44,9 @@ class Row:
     @property
     def new_tokens(self) -> list[int]:
         """What has been generated."""
-        return self.said(0)
+        return self.output_tokens(0)
 
-    def said(self, start: int) -> list[int]:
+    def output_tokens(self, start: int) -> list[int]:
         """What has been generated, from new token number ``start`` on."""
         return self.tokens[len(self.request.tokens) + start :]
 
@@ -88,7 +88,7 @@ class Draft:
         """The most nodes of a tree of depth ``k``, its root included."""
         return k + 1
 
-    def prefill(self, tokens: Sequence[int], cache: KVCache, at: Place, row: Row) -> tuple[Tensor, int]:
+    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Row) -> tuple[Tensor, int]:
         """The draft's share of a prompt's pass: the residual stream ``[P, D]`` and how many layers it has run."""
         return self.model.embed(tokens, at), 0
 

@@ -1,7 +1,7 @@
 """Two drafts: a lookup first, and a learned one where it has nothing, or beside it.
 
 Without ``draft.budget`` each row is served by one of them: by the learned draft where the lookup finds nothing
-that it believes (``draft.shortest``). With a budget the learned draft, as a chain, is asked for every row, and the
+that it believes (``draft.min_match``). With a budget the learned draft, as a chain, is asked for every row, and the
 lookup's tree is laid over it, its likeliest tokens first, up to that many tokens in all. Gates doubt the learned
 draft only.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
 from selfspec.model.base import Model
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation.draft import suffix
 from selfspec.speculation.draft.base import Draft, Proposal, Row
@@ -46,7 +46,7 @@ class Hybrid(Draft):
         most = max(self.lookup.nodes(k), self.learned.nodes(k))
         return most if self.budget is None else max(most, 1 + self.budget)
 
-    def prefill(self, tokens: Sequence[int], cache: KVCache, at: Place, row: Row) -> tuple[Tensor, int]:
+    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Row) -> tuple[Tensor, int]:
         """The learned draft's share; a lookup has none."""
         row.memory = Memories()
         with _remembering("learned", [row]):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
 from selfspec.model.base import Model
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.draft.base import Draft, Proposal, Row, stack
@@ -46,11 +46,11 @@ class EarlyExit(Draft):
         self.exit_layer, self.head, self.readout = exit_layer, head, readout or Readout(model)
         self.width, self.budget, self.sample = width, budget, sample
 
-    def estimate(self, hidden: Tensor, previous: Tensor, cache: KVCache, at: Place) -> Tensor:
+    def estimate(self, hidden: Tensor, previous: Tensor, cache: KVCache, at: AttentionMetadata) -> Tensor:
         """Exit states and the previous positions' final states -> estimates of the final ones, all ``[N, D]``."""
         return self.head(hidden, previous)
 
-    def remember(self, hidden: Tensor, cache: KVCache, at: Place) -> None:
+    def remember(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata) -> None:
         """Exit states ``[N, D]`` that are not read out: a draft with keys and values of its own writes them now."""
 
     def nodes(self, k: int) -> int:

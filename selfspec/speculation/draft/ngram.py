@@ -20,9 +20,9 @@ from selfspec.speculation.head import Head
 class PromptLookup(Draft):
     """Copies what followed the longest match of a request's last tokens in its own text, as a chain."""
 
-    def __init__(self, model: Model, longest: int, shortest: int) -> None:
+    def __init__(self, model: Model, max_match: int, min_match: int) -> None:
         super().__init__(model)
-        self.longest, self.shortest = longest, shortest
+        self.max_match, self.min_match = max_match, min_match
 
     def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """The k tokens after each row's match; none where there is no match."""
@@ -31,7 +31,7 @@ class PromptLookup(Draft):
     def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         """Notes where each run of tokens was last followed by another."""
         if row.memory is None:
-            row.memory = Latest(self.longest, self.shortest)
+            row.memory = Latest(self.max_match, self.min_match)
         row.memory.learn(row.tokens, len(row.tokens) - len(tokens))
 
     def _tree(self, row: Row, k: int) -> Tree:
@@ -41,10 +41,10 @@ class PromptLookup(Draft):
 
 
 class Latest:
-    """For each run of ``shortest`` to ``longest`` tokens, the place after its latest occurrence that has one."""
+    """For each run of ``min_match`` to ``max_match`` tokens, the place after its latest occurrence that has one."""
 
-    def __init__(self, longest: int, shortest: int) -> None:
-        self.lengths = range(longest, shortest - 1, -1)
+    def __init__(self, max_match: int, min_match: int) -> None:
+        self.lengths = range(max_match, min_match - 1, -1)
         self._after: dict[tuple[int, ...], int] = {}
 
     def learn(self, tokens: Sequence[int], first: int) -> None:
@@ -71,5 +71,5 @@ def copied(tokens: Sequence[int], start: int, count: int) -> list[int]:
 
 def make(draft: DraftConfig, model: Model, head: Head | None) -> PromptLookup:
     """The lookup with the match lengths a config asks for."""
-    assert draft.longest is not None and draft.shortest is not None, "checked by the plan"
-    return PromptLookup(model, draft.longest, draft.shortest)
+    assert draft.max_match is not None and draft.min_match is not None, "checked by the plan"
+    return PromptLookup(model, draft.max_match, draft.min_match)

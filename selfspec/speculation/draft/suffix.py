@@ -44,10 +44,15 @@ class Suffix(Draft):
 
     def __init__(self, model: Model, draft: DraftConfig, corpus: "Counts | None" = None) -> None:
         super().__init__(model)
-        assert draft.longest is not None and draft.shortest is not None, "checked by the plan"
-        self.longest, self.shortest, self.width, self.budget = draft.longest, draft.shortest, draft.width, draft.budget
-        self.shared = Counts(OTHERS_LONGEST, OTHERS_DOUBT, SHARED_TOKENS) if draft.shared else None
-        self.others = [counts for counts in (self.shared, corpus) if counts is not None]
+        assert draft.max_match is not None and draft.min_match is not None, "checked by the plan"
+        self.max_match, self.min_match, self.width, self.budget = (
+            draft.max_match,
+            draft.min_match,
+            draft.width,
+            draft.budget,
+        )
+        self.cross_request = Counts(OTHERS_LONGEST, OTHERS_DOUBT, SHARED_TOKENS) if draft.cross_request else None
+        self.others = [counts for counts in (self.cross_request, corpus) if counts is not None]
 
     def nodes(self, k: int) -> int:
         """The root, and as many tokens as the budget allows; without one, k."""
@@ -61,16 +66,16 @@ class Suffix(Draft):
         """Counts the new tokens in the row's own text and, those of its answer, for all requests to come."""
         first = len(row.tokens) - len(tokens)
         if row.memory is None:
-            row.memory = Counts(self.longest, OWN_DOUBT)
+            row.memory = Counts(self.max_match, OWN_DOUBT)
         row.memory.learn(row.tokens, first)
-        if self.shared is not None:
-            self.shared.learn(row.tokens, max(first, len(row.request.tokens)))
+        if self.cross_request is not None:
+            self.cross_request.learn(row.tokens, max(first, len(row.request.tokens)))
 
     def likely(self, own: "Counts", context: tuple[int, ...], least: float) -> list[tuple[float, int]]:
         """The ``width`` likeliest tokens after a context, best first, with probabilities of ``least`` or more."""
         found: defaultdict[int, float] = defaultdict(float)
         left, sources = 1.0, [own, *self.others]
-        for length in range(min(self.longest, len(context)), self.shortest - 1, -1):
+        for length in range(min(self.max_match, len(context)), self.min_match - 1, -1):
             suffix = context[-length:]
             for counts in sources:
                 total = counts.totals.get(suffix)
@@ -85,7 +90,7 @@ class Suffix(Draft):
 
     def _tree(self, row: Row, k: int, worth: float) -> Tree:
         own: Counts = row.memory
-        tree, depths, contexts = Tree.chain(row.tokens[-1:]), [0], [tuple(row.tokens[-self.longest :])]
+        tree, depths, contexts = Tree.chain(row.tokens[-1:]), [0], [tuple(row.tokens[-self.max_match :])]
         best: list[tuple[float, int, int]] = []  # a heap: minus a path's probability, its last node's parent and token
 
         def look(node: int, p: float) -> None:
@@ -96,14 +101,14 @@ class Suffix(Draft):
         look(0, 1.0)
         while best and len(tree) < self.nodes(k):
             p, parent, token = heappop(best)
-            contexts.append((*contexts[parent], token)[-self.longest :])
+            contexts.append((*contexts[parent], token)[-self.max_match :])
             depths.append(depths[parent] + 1)
             look(tree.add(parent, token), -p)
         return tree
 
 
 class Counts:
-    """How often which token followed each context of up to ``longest`` tokens.
+    """How often which token followed each context of up to ``max_match`` tokens.
 
     Args:
         doubt: how little a single count says; see the head of this module.
@@ -114,8 +119,8 @@ class Counts:
         totals: for every context, how often any followed.
     """
 
-    def __init__(self, longest: int, doubt: float, room: int | None = None) -> None:
-        self.longest, self.doubt, self.room = longest, doubt, room
+    def __init__(self, max_match: int, doubt: float, room: int | None = None) -> None:
+        self.max_match, self.doubt, self.room = max_match, doubt, room
         self.followers: dict[tuple[int, ...], dict[int, int]] = {}
         self.totals: dict[tuple[int, ...], int] = {}
         self._seen: deque[tuple[tuple[int, ...], int]] = deque()
@@ -123,7 +128,7 @@ class Counts:
     def learn(self, tokens: Sequence[int], first: int) -> None:
         """Counts the tokens from place ``first`` on, each after those before it."""
         for place in range(max(first, 1), len(tokens)):
-            context, token = tuple(tokens[max(place - self.longest, 0) : place]), tokens[place]
+            context, token = tuple(tokens[max(place - self.max_match, 0) : place]), tokens[place]
             for start in range(len(context)):
                 suffix = context[start:]
                 after = self.followers.setdefault(suffix, {})
@@ -186,10 +191,10 @@ def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConf
 
 def _guess(draft: Suffix, trace: Trace, at: Tensor, step: int, states: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest token after each place, given the text before it; -1 where nothing is known."""
-    tokens, own, known, guesses = trace.tokens.tolist(), Counts(draft.longest, OWN_DOUBT), 0, []
+    tokens, own, known, guesses = trace.tokens.tolist(), Counts(draft.max_match, OWN_DOUBT), 0, []
     for end in (at + 1).tolist():
         own.learn(tokens[:end], known)
         known = end
-        likely = draft.likely(own, tuple(tokens[max(end - draft.longest, 0) : end]), 0.0)
+        likely = draft.likely(own, tuple(tokens[max(end - draft.max_match, 0) : end]), 0.0)
         guesses.append(likely[0][1] if likely else -1)
     return torch.tensor(guesses), states

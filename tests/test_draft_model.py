@@ -18,9 +18,9 @@ from selfspec.model.llama import Llama
 from selfspec.speculation import gate
 from selfspec.speculation.controller import Fixed
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft import vanilla
+from selfspec.speculation.draft import draft_model
 from selfspec.speculation.draft.base import Draft
-from selfspec.speculation.draft.vanilla import Vanilla
+from selfspec.speculation.draft.draft_model import DraftModel
 from selfspec.speculation.gate import Gate
 from selfspec.speculation.policy import LongestPrefix, Policy, Rejection
 from selfspec.types import Completion, Request, Sampling
@@ -71,7 +71,7 @@ def bench(tiny_folder: Path, inference: None) -> Bench:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_target_itself_is_always_right(bench: Bench, rows: int) -> None:
     """Through accepted drafts, tokens caught up on, rows that leave and rows that join: so its cache is right too."""
-    draft = Vanilla(bench.target, bench.target)
+    draft = DraftModel(bench.target, bench.target)
     for k in (1, 4):  # the second time with another cache
         cycles = [cycle for run in bench.decode(draft, k, rows) for cycle in run.cycles]
         assert all(cycle.accepted == cycle.proposed == cycle.k_asked for cycle in cycles)
@@ -81,12 +81,12 @@ def test_the_target_itself_is_always_right(bench: Bench, rows: int) -> None:
 def test_after_a_rejection_it_drafts_as_if_from_the_start(bench: Bench, rows: int) -> None:
     """What a draft with a cache proposes is what one that runs all tokens anew would."""
 
-    class Anew(Vanilla):
+    class Anew(DraftModel):
         def _catch_up(self) -> Tensor:
             self._cache.lengths = [0] * len(self._rows)
             return super()._catch_up()
 
-    kept, anew = (bench.decode(kind(bench.target, bench.small), 4, rows) for kind in (Vanilla, Anew))
+    kept, anew = (bench.decode(kind(bench.target, bench.small), 4, rows) for kind in (DraftModel, Anew))
     accepted = [[cycle.accepted for cycle in run.cycles] for run in kept]
     assert accepted == [[cycle.accepted for cycle in run.cycles] for run in anew]
     assert {0, 1, 4} <= {count for run in accepted for count in run}
@@ -96,7 +96,7 @@ def test_drawn_from_the_target_itself_every_token_stands(bench: Bench) -> None:
     """The ratio p / q by which tokens are accepted is 1: so the draft says truly what it drew from."""
     requests = [replace(request, sampling=Sampling(1.0, top_k=40)) for request in bench.requests]
     for sample in (True, False):
-        draft = Vanilla(bench.target, bench.target, sample)
+        draft = DraftModel(bench.target, bench.target, sample)
         runs = bench.decode(draft, 4, 3, policy=Rejection(), requests=requests)
         cycles = [cycle for run in runs for cycle in run.cycles]
         assert all(cycle.accepted == cycle.proposed == cycle.k_asked for cycle in cycles) == sample
@@ -105,15 +105,15 @@ def test_drawn_from_the_target_itself_every_token_stands(bench: Bench) -> None:
 def test_tokens_are_run_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right drafts are not run again: no token of prompt or answer goes through the smaller model twice."""
     ran = 0
-    run = Vanilla._run
+    run = DraftModel._run
 
-    def counted(self: Vanilla, tokens: list[int], at: object) -> Tensor:
+    def counted(self: DraftModel, tokens: list[int], at: object) -> Tensor:
         nonlocal ran
         ran += len(tokens)
         return run(self, tokens, at)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Vanilla, "_run", counted)
-    got = bench.decode(Vanilla(bench.target, bench.target), 3, 1)
+    monkeypatch.setattr(DraftModel, "_run", counted)
+    got = bench.decode(DraftModel(bench.target, bench.target), 3, 1)
     said = sum(len(request.tokens) + len(run.tokens) for request, run in zip(bench.requests, got, strict=True))
     assert ran < said
 
@@ -127,11 +127,11 @@ def test_embeddings_may_be_padded_differently(bench: Bench) -> None:
     narrow.embedding, narrow.lm_head = narrow.embedding[:60], narrow.lm_head[:60]
     narrow.shape = replace(narrow.shape, vocab=60)
     for small in (wide, narrow):
-        got = bench.decode(Vanilla(bench.target, small), 3, 3)
+        got = bench.decode(DraftModel(bench.target, small), 3, 3)
         assert [run.tokens for run in got] == [run.tokens for run in bench.plain]
         assert any(cycle.accepted for run in got for cycle in run.cycles)
         for name in (GateName.entropy, GateName.varH):
-            runs = bench.decode(Vanilla(bench.target, small), 1, 3, gate.make(GateConfig(name, 1.0)))
+            runs = bench.decode(DraftModel(bench.target, small), 1, 3, gate.make(GateConfig(name, 1.0)))
             assert all(signal >= 0 for run in runs for cycle in run.cycles for signal in cycle.signals)
 
 
@@ -139,7 +139,7 @@ def test_too_short_a_model_is_refused(bench: Bench) -> None:
     short = bench.small.to(torch.float32)
     short.shape = replace(short.shape, max_positions=47)
     with pytest.raises(ConfigError, match=r"^draft\.source: has 47 positions; 48 are needed$"):
-        bench.decode(Vanilla(bench.target, short), 3, 1)
+        bench.decode(DraftModel(bench.target, short), 3, 1)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -147,13 +147,13 @@ def test_a_model_just_long_enough_will_do(bench: Bench, rows: int) -> None:
     """The cache has more slots than that: room for drafts, which need no positions of their own."""
     enough = bench.small.to(torch.float32)
     enough.shape = replace(enough.shape, max_positions=48)
-    got = bench.decode(Vanilla(bench.target, enough), 5, rows)
+    got = bench.decode(DraftModel(bench.target, enough), 5, rows)
     assert [run.tokens for run in got] == [run.tokens for run in bench.plain]
 
 
 class TestMake:
     def test_the_same_vocabulary_will_do(self, bench: Bench, tiny_folder: Path) -> None:
-        made = vanilla.make(DraftConfig("vanilla", source=f"file:{tiny_folder}"), bench.target, None)
+        made = draft_model.make(DraftConfig("draft_model", source=f"file:{tiny_folder}"), bench.target, None)
         assert made.small.dtype is torch.float32 and made.small is not bench.target
 
     def test_another_vocabulary_of_the_same_size_is_refused(
@@ -166,17 +166,17 @@ class TestMake:
         vocab["tokens"], vocab["drafts"] = vocab["drafts"], vocab["tokens"]
         (other / "tokenizer.json").write_text(json.dumps(file))
         with pytest.raises(ConfigError, match=r"^draft\.source=file:.*other: .* vocabulary") as refused:
-            vanilla.make(DraftConfig("vanilla", source=f"file:{other}"), bench.target, None)
+            draft_model.make(DraftConfig("draft_model", source=f"file:{other}"), bench.target, None)
         assert "\n" not in str(refused.value)
 
     def test_no_tokenizer_is_refused(self, bench: Bench, tiny_folder: Path, tmp_path: Path) -> None:
         shutil.copytree(tiny_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
         with pytest.raises(AssetError, match=r"bare: has no tokenizer\.json"):
-            vanilla.make(DraftConfig("vanilla", source=f"file:{tmp_path / 'bare'}"), bench.target, None)
+            draft_model.make(DraftConfig("draft_model", source=f"file:{tmp_path / 'bare'}"), bench.target, None)
 
 
 @pytest.mark.parametrize("entries", [{"a": 0, "b": 1}, [["a", -1.0], ["b", -2.0]]], ids=["mapping", "unigram"])
 def test_vocabularies_are_read(tmp_path: Path, entries: object) -> None:
     added = [{"id": 2, "content": "<eos>"}]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": entries}, "added_tokens": added}))
-    assert vanilla.vocabulary(tmp_path) == {0: "a", 1: "b", 2: "<eos>"}
+    assert draft_model.vocabulary(tmp_path) == {0: "a", 1: "b", 2: "<eos>"}

@@ -20,7 +20,7 @@ from selfspec.config import Model as ModelConfig
 from selfspec.errors import AssetError, ConfigError
 from selfspec.model import gguf, hf
 from selfspec.model.base import Model
-from selfspec.model.cache import KVCache, Place
+from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation.draft.base import Draft, Proposal, Row
 from selfspec.speculation.gate import Gate
@@ -32,7 +32,7 @@ _NEVER = -1e4
 """A logit of no probability, and yet a number: gates multiply the two."""
 
 
-class Vanilla(Draft):
+class DraftModel(Draft):
     """Drafts chains with another model, on a cache of its own.
 
     ``Row.memory`` is the tokens run beyond the cache's length: drafts, of which the first may come true.
@@ -77,7 +77,7 @@ class Vanilla(Draft):
             said = row.tokens[self._cache.lengths[index] :]
             right = len(list(takewhile(bool, map(eq, row.memory, said[:-1]))))  # the last one's logits are wanted
             if right:
-                self._cache.keep(index, range(right))
+                self._cache.commit(index, range(right))
             row.memory = []
         here = {id(row) for row in rows}
         for index in reversed(range(len(self._rows))):
@@ -91,7 +91,7 @@ class Vanilla(Draft):
                 self._check_room(row)
                 index, prompt = self._cache.admit(), Tree.chain(row.tokens[:-1])
                 self._run(prompt.tokens, self._cache.place([prompt], row=index))
-                self._cache.keep(index, range(len(prompt)))
+                self._cache.commit(index, range(len(prompt)))
                 self._rows.append(row)
                 row.memory = []
 
@@ -106,7 +106,7 @@ class Vanilla(Draft):
         unseen = [Tree.chain(row.tokens[known:]) for row, known in zip(self._rows, self._cache.lengths, strict=True)]
         hidden = self._run([token for tree in unseen for token in tree.tokens], self._cache.place(unseen))
         for index, tree in enumerate(unseen):
-            self._cache.keep(index, range(len(tree)))
+            self._cache.commit(index, range(len(tree)))
         last = torch.tensor([len(tree) for tree in unseen]).cumsum(0) - 1
         return self._logits(hidden[last.to(hidden.device)])
 
@@ -117,7 +117,7 @@ class Vanilla(Draft):
         drafted = [Tree.chain(row.memory) for row in self._rows]
         return self._logits(self._run(tokens, self._cache.place(drafted, first=len(drafted[0]) - 1)))
 
-    def _run(self, tokens: Sequence[int], at: Place) -> Tensor:
+    def _run(self, tokens: Sequence[int], at: AttentionMetadata) -> Tensor:
         """All layers of the small model on N tokens: ``[N, D]``."""
         small, known = self.small, self.small.shape.vocab - 1
         embedded = small.embed([min(token, known) for token in tokens], at)  # paddings of embeddings may differ
@@ -145,7 +145,7 @@ def vocabulary(folder: Path) -> dict[int, str]:
         raise AssetError(f"{folder}: has no tokenizer.json that can be read") from error
 
 
-def make(draft: DraftConfig, model: Model, head: Head | None) -> Vanilla:
+def make(draft: DraftConfig, model: Model, head: Head | None) -> DraftModel:
     """A draft by the model that ``draft.source`` names, on the target's device and in its dtype.
 
     Raises:
@@ -157,4 +157,4 @@ def make(draft: DraftConfig, model: Model, head: Head | None) -> Vanilla:
     assert model.folder is not None, "a target that was loaded"
     if vocabulary(folder) != vocabulary(model.folder):
         raise ConfigError(f"draft.source={draft.source}: its tokenizer's vocabulary is not the target's")
-    return Vanilla(model, hf.load(folder, model.device, model.dtype, Layers.auto), draft.sample)
+    return DraftModel(model, hf.load(folder, model.device, model.dtype, Layers.auto), draft.sample)
