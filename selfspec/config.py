@@ -379,7 +379,7 @@ class Serve:
     model_name: str | None = None
     """What callers name our model; ``None``: ``model.name``."""
     scheduler: Order = Order.fcfs
-    """Who is admitted when, and in which pieces prompts are read (see ``engine/torch/session.py``)."""
+    """Which request is admitted when, and in which chunks prompts are prefilled (see ``engine/admission.py``)."""
     chunk: int = bounded(64, 1)
     """``chunked_prefill``: the most tokens of a prompt read between two cycles."""
     max_batch: int = bounded(8, 1, 256)

@@ -5,7 +5,8 @@ once by every reference of ``bench.baselines``); one prompt, unless ``engine.max
 are the same for every engine:
 
 - acceptance: accepted draft tokens / proposed draft tokens; at position j, those among drafts that reach j.
-- tokens per cycle: new tokens of cycles / cycles, the first token of a completion not being of any.
+- acceptance length: new tokens of cycles / cycles, the bonus token included, as vLLM counts it; the first token of a
+  completion is of no cycle.
 - decode tok/s: new tokens after the first / seconds after the first; of a batch, all of them / seconds from
   when all prompts have their first token. End-to-end: all new tokens / seconds since arrival.
 - speed-up: for each unit, decode tok/s over plain decode tok/s of the same repeat; the mean over its

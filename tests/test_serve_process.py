@@ -198,7 +198,7 @@ def test_the_config_is_shown_without_loading_anything(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", show, "--cfg", "job"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and "max_positions: 1024" in done.stdout, done.stderr
+    assert done.returncode == 0 and "max_model_len: 1024" in done.stdout, done.stderr
 
 
 def test_the_key_is_in_no_record(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """One holder at a time of something in a bucket, wherever processes run.
 
-Each holder has a numbered object of its own, its *epoch*, which only one process can create. It overwrites it now
-and then as a sign of life. Who finds the latest epoch given back, or without a sign of life for its whole term,
-creates the next one and holds the lease. So there is never a moment without a holder known to all, and nothing is
-asked of the store but to create an object once.
+Each holder has a numbered object of its own, its *epoch*, which only one process can create. It renews it by
+overwriting it now and then. A waiter that finds the latest epoch released, or unrenewed for a full term, creates the
+next one and holds the lease. So there is never a moment without a holder known to all, and nothing is asked of the
+store but to create an object once.
 
 Two processes can still *believe* that they hold it, for a while: one was stopped, or cut off, and does not know what
 happened since. What must not be written twice is therefore kept apart by other means (``segments.py``).

@@ -1,7 +1,7 @@
-"""Who is admitted when, and in which pieces prompts are read: the orders that ``serve.scheduler`` names.
+"""Which request is admitted when, and in which chunks prompts are prefilled: the orders of ``serve.scheduler``.
 
-Reading a prompt holds up everyone who is being decoded. The orders differ in how long, and for whom; what
-anyone is told does not depend on them.
+Prefill stalls running decodes. The orders differ in how long, and for which requests; no request's tokens depend on
+them.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Admission:
     """``fcfs``: first come, first served, as soon as there is a row. The base of the others.
 
     Attributes:
-        chunk: the most tokens of prompts read between two cycles; ``None``: prompts are read whole.
+        chunk: the most prompt tokens prefilled between two cycles; ``None``: prompts are prefilled whole.
     """
 
     chunk: int | None = None
@@ -62,7 +62,7 @@ class DecodeFirst(Admission):
 
 
 class Chunked(Admission):
-    """``chunked_prefill``: prompts are read in bounded pieces between cycles (Sarathi, 2308.16369)."""
+    """``chunked_prefill``: prompts are prefilled in bounded chunks between cycles (Sarathi, 2308.16369)."""
 
     def __init__(self, chunk: int) -> None:
         self.chunk: int | None = chunk

@@ -1,7 +1,7 @@
 """Continuous batching: requests join as rows become free, advance by what each accepts, and leave when done.
 
 What a row is and how it is decoded, an engine says (:class:`Batching` is the base of its session). A step is what
-happens between two looks at the queue: prompts are read, or there is a cycle. So first tokens are out before the
+happens between two looks at the queue: prompts are prefilled, or there is a cycle. So first tokens are out before the
 next cycle, and nobody who is being decoded waits for more prompts than the order of admission allows.
 """
 
@@ -44,7 +44,7 @@ class Member(Generic[R]):
 
 @dataclass(slots=True)
 class Prefilling(Generic[R]):
-    """A prompt that is read in pieces; it has no row of the batch yet."""
+    """A prompt that is prefilled in chunks; it has no row of the batch yet."""
 
     number: int
     row: R

@@ -1,4 +1,4 @@
-"""How well each gate's signal foretells, at each exit layer, whether a drafted token will stand: ROC curves.
+"""How well each gate's signal predicts, at each exit layer, whether a drafted token will stand: ROC curves.
 
 A gate that keeps the tokens on one side of a threshold proposes some of those that would stand (true positives)
 and some that would not (false positives); the curve is that trade over all thresholds, its area (AUC) the chance

@@ -1,4 +1,4 @@
-"""One trained transformer layer that foretells the target's final states: the adapter of Kangaroo (2404.18911),
+"""One trained transformer layer that predicts the target's final states: the adapter of Kangaroo (2404.18911),
 which reads an early exit; the decoder layer of EAGLE (2401.15077), which reads embedding and previous final state.
 
 Its estimate of the normed final state is a linear map of the features x (see ``head.py``), to which attention

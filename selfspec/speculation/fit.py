@@ -1,6 +1,6 @@
 """What fitting a draft is made of: traces of the model's own answers, ridge regression, SGD, and agreement.
 
-With X the features (states of unit RMS, a constant) and Y the normed final state to be foretold, the map is
+With X the features (states of unit RMS, a constant) and Y the normed final state to be predicted, the map is
 B = argmin |Y - X B|^2 + lambda |B|^2, that is (X'X + lambda I)^-1 X'Y, lambda in units of the mean diagonal
 of X'X. The low-rank form is a fitted scale for each of the first coordinates, which late exits need most, and
 reduced-rank regression (Izenman 1975) of what that leaves: B V V', V the leading eigenvectors of

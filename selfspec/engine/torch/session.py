@@ -20,7 +20,7 @@ from selfspec.types import Completion, Request
 class Scheduler(Batching[Row]):
     """As many requests at once as the cache has rows; row r of the batch is row r of the cache.
 
-    A prompt that is read in pieces lies in a cache of its own until it is whole: the batch's rows stand together.
+    A prompt that is prefilled in chunks lies in a cache of its own until it is whole: the batch's rows stand together.
     """
 
     def __init__(

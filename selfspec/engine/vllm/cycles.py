@@ -3,7 +3,7 @@
 vLLM has an entry for each draft that it verified: tokens proposed, tokens accepted. A step that nothing was drafted
 for has none; with us it is a cycle too. And vLLM drafts its K tokens even where fewer may still be said, and counts
 those beyond, as accepted or not; here, as with our own decoder, what lies beyond the last token that was asked for is
-not proposed. So acceptance and tokens per cycle mean the same for both engines.
+not proposed. So acceptance and acceptance length mean the same for both engines.
 """
 
 from collections.abc import Mapping, Sequence

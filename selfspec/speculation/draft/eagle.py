@@ -1,4 +1,4 @@
-"""Drafting on the level of final states (EAGLE, 2401.15077): the next one is foretold, read, and gone on from.
+"""Drafting on the level of final states (EAGLE, 2401.15077): the next one is predicted, read, and gone on from.
 
 Without training (``draft.alpha``) it is extrapolated, h + alpha (h - h_previous), whichever token was read.
 Fitted (``draft.form``), it is a linear map of the state and of the token read from it, each scaled to unit

@@ -1,4 +1,4 @@
-"""Heads that foretell several positions at once from the last final state (Medusa, 2401.10774).
+"""Heads that predict several positions at once from the last final state (Medusa, 2401.10774).
 
 With f the normed final state that gave the verified token, head j estimates the final state j positions later
 as f + M_j(x), which the frozen language-model head reads: the token j positions after the verified one. x is f

@@ -178,7 +178,7 @@ def make(draft: DraftConfig, model: Model, head: Head | None) -> Suffix:
 def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
     """The answers themselves: ``corpus``, int32 ``[n]``, and how long each is, ``corpus_lengths``, int32 ``[answers]``.
 
-    All of them are kept; how well they foretell is measured on those held out with the others only.
+    All of them are kept; how well they predict is measured on those held out with the others only.
     """
     begin = time.perf_counter()
     known, answers = ([trace.tokens[trace.first :].int() for trace in part] for part in (train, [*train, *heldout]))
