@@ -125,32 +125,33 @@ INT4 = {
 """As the INT4 checkpoint of ``model=llama4_scout_int4`` says of its weights."""
 
 
+@pytest.fixture(scope="module")
+def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scout")
+    with torch.no_grad():
+        build("Llama4ForCausalLM", SCOUT, folder)
+    look_at("Llama4ForCausalLM")
+    return folder
+
+
 class TestScout:
     """Llama 4 as ``model=llama4_scout_int4`` has it, with tiny random weights."""
-
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("scout")
-        with torch.no_grad():
-            build("Llama4ForCausalLM", SCOUT, folder)
-        look_at("Llama4ForCausalLM")
-        return folder
 
     @staticmethod
     def plan(folder: Path, *more: str) -> Plan:
         there = ("model=llama4_scout_int4", f"model.source=file:{folder}", "model.layers=4", "engine.kv_gib=0.1")
         return made(*there, "draft=none", *more)
 
-    def test_tokens_are_those_of_its_layers(self, folder: Path) -> None:
-        asked = self.plan(folder)
+    def test_tokens_are_those_of_its_layers(self, scout: Path) -> None:
+        asked = self.plan(scout)
         theirs = factory.make(asked)
         ours = TorchEngine(replace(asked, engine=replace(asked.engine, name=EngineName.torch)))
         requests = [Request(tuple(range(5, 5 + n)), 16, ignore_eos=True) for n in (3, 25)]
         wanted = [one.tokens for one in ours.generate(requests, plain=True)]
         assert [one.tokens for one in theirs.generate(requests)] == wanted
 
-    def test_int4_weights_are_what_vllm_expects(self, folder: Path, tmp_path: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
+    def test_int4_weights_are_what_vllm_expects(self, scout: Path, tmp_path: Path) -> None:
+        config = json.loads((scout / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": INT4}))
         engine = factory.make(self.plan(tmp_path, "hardware=cpu", "hardware.dtype=bf16"))
         settled = engine.arguments({}).create_engine_config()  # type: ignore[attr-defined]
