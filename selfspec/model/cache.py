@@ -115,6 +115,7 @@ class KVCache:
         last = len(self.lengths) - 1
         if row != last:
             length = self.lengths[last]
+            # All layers, a draft's own included; `Batching._retire` moves the member in the same way.
             self.kv[:, :, row, :, :length] = self.kv[:, :, last, :, :length]
             self.lengths[row] = length
         self.lengths.pop()
@@ -127,6 +128,7 @@ class KVCache:
                 where another has some.
         """
         start = 0 if row is None else row
+        # One row's slots follow each other: slices, which cost less than gathering by index.
         if len(trees) == 1:
             return self._place_one(trees[0], first, start)
         bases, counts = self.lengths, [len(tree) - first for tree in trees]
@@ -145,6 +147,7 @@ class KVCache:
             begins = torch.tensor([0, *counts[:-1]]).cumsum(0)
             within = torch.arange(width).expand(len(trees), -1)
             limit = torch.tensor(counts)[:, None]
+            # Padding repeats some token that is there; `unpad` drops what comes of it, so any will do.
             pad = (begins[:, None] + torch.minimum(within, limit - 1)).flatten().to(self.device)
             unpad = (within < limit).flatten().nonzero()[:, 0].to(self.device)
         return AttentionMetadata(
@@ -171,6 +174,7 @@ class KVCache:
         if not tree.is_chain:
             positions = self._index([base + depth for depth in tree.depths()[first:]])
             mask = self._mask([tree], [base], first, count, stop)
+        # With nothing before it, a chain's mask is the plain triangle, for which attention has a kernel of its own.
         elif start == 0:
             causal = count > 1
         elif count > 1:
@@ -185,12 +189,14 @@ class KVCache:
         for r, tree in enumerate(trees):
             seen = tree.visible()[first:]
             mask[r, : len(seen), bases[r] : bases[r] + len(tree)] = seen
+            # Were padding to look at nothing, its softmax would be over nothing, and NaN.
             mask[r, len(seen) :] = mask[r, len(seen) - 1]
         return mask[:, None].to(self.device)
 
     def append(self, layer: int, keys: Tensor, values: Tensor, at: AttentionMetadata) -> tuple[Tensor, Tensor]:
         """Writes a layer's new keys and values ``[N, G, d]``; returns all that attention reads, ``[R, G, stop, d]``."""
         k, v = self._write[layer]
+        # What a rejected draft left in these slots is overwritten here, before attention reads as far as `stop`.
         if at.slot is None:
             row = at.rows.start
             k[row, at.start : at.stop] = keys
@@ -204,6 +210,7 @@ class KVCache:
     def commit(self, row: int, path: Sequence[int]) -> None:
         """Declares a path through the row's tree verified: its nodes, root first, move up to follow each other."""
         base, count = self.lengths[row], len(path)
+        # Nodes increase along a path. `source` is an index, so the right side is a copy and may overlap the left.
         if path[-1] != count - 1:  # else the path is the tree's first nodes: they lie in place
             source = self._index([base + node for node in path])
             self.kv[:, :, row, :, base : base + count] = self.kv[:, :, row, :, source]

@@ -43,6 +43,7 @@ def packed(weight: Weight, own: bool) -> Tensor:
     tiles = native.tiled(weight) if own else None
     if tiles is not None or not torch._C._has_mkldnn:
         return weight if tiles is None else tiles
+    # 1: of the batch sizes that oneDNN may lay a weight out for, the one of decoding.
     laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
     return laid_out
 
@@ -84,6 +85,7 @@ def add_linear(residual: Tensor, x: Tensor, weight: Weight) -> Tensor:
 
 
 def _int8(x: Tensor, weight: Int8) -> Tensor:
+    # By row: one scale for the whole pass would make a token depend on its neighbours in the batch.
     scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-9) / 127
     sums = torch._int_mm((x / scale).round_().to(torch.int8), weight.values)
     return (sums * (scale * weight.scale)).to(x.dtype)

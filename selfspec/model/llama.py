@@ -110,6 +110,7 @@ class Llama:
 
     def to(self, dtype: torch.dtype) -> "Llama":
         """The same model in another dtype (a copy; used to look at a tie in float32)."""
+        # Neither packed nor handed to the kernels: a copy to look at ties with, whose speed does not matter.
         other = object.__new__(Llama)
         other.shape, other.folder, other.device, other.dtype = self.shape, self.folder, self.device, dtype
         other.embedding = self.embedding.to(dtype)
@@ -119,6 +120,7 @@ class Llama:
             Layer(*(None if w is None else plain(w).to(dtype) for w in (getattr(layer, f) for f in Layer.__slots__)))  # type: ignore[arg-type]
             for layer in self.layers
         ]
+        # Weights rounded to int8 stay rounded: a tie is looked at in the model that ran, not in a better one.
         other._head = plain(self._head).to(dtype) if self.int8 and self._head is not None else None
         other._rotary = self._rotary
         other._cos, other._sin = (table.to(self.device, dtype) for table in self._rotary)
@@ -157,6 +159,7 @@ class Llama:
     ) -> Tensor:
         """One layer on ``[N, D]``, its keys and values at layer ``index`` of the cache."""
         s, eps = self.shape, self.shape.norm_eps
+        # Queries and keys stand together in `qkv`, and so are rotated by one operator in the place of two.
         roped = s.heads + s.kv_heads
         x = F.rms_norm(hidden, (s.hidden,), w.attention_norm, eps)
         qkv = linear(x, w.qkv, w.qkv_bias).view(-1, roped + s.kv_heads, s.head_dim)
@@ -169,6 +172,7 @@ class Llama:
         qk = torch.addcmul(qk * rotation.cos, qk.roll(s.head_dim // 2, -1), rotation.sin)
         keys, values = cache.append(index, qk[:, s.heads :], qkv[:, roped:], at)
         mixed = attend(qk[:, : s.heads], keys, values, at, rotation.mask)
+        # The residual is added within the product: rounded once, and not read again to be added.
         hidden = add_linear(hidden, mixed, w.out)
         x = F.rms_norm(hidden, (s.hidden,), w.mlp_norm, eps)
         gate, up = linear(x, w.gate_up).chunk(2, -1)
@@ -204,6 +208,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, mask:
     is read once (4x faster on a CPU in bf16); ``mask`` repeats in step. Prefill keeps the causal kernel.
     """
     heads, size = q.shape[1:]
+    # Rows are laid out side by side here only; every matrix product runs on packed tokens.
     if at.pad is not None:
         q = q[at.pad]
     q = q.view(at.count, at.width, heads, size).transpose(1, 2)

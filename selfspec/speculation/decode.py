@@ -1,7 +1,7 @@
 """The speculative loop: draft, verify, accept (Leviathan et al., 2211.17192; Chen et al., 2302.01318).
 
 Plain decoding is the same loop with a draft that proposes nothing. A batch advances together, each row by
-what it accepts; ``scheduler.py`` says who is in it.
+what it accepts; ``engine/batching.py`` says who is in it.
 """
 
 import time
@@ -82,19 +82,25 @@ class Speculation:
     def step(self, rows: Sequence[Row], cache: KVCache) -> None:
         """One cycle for every row of the batch: row r has row r of the cache."""
         began = time.perf_counter()
+        # After `began`: what choosing a threshold and a K takes is part of what drafting costs.
         self.gate.begin()
+        # A cycle brings a bonus token besides what it accepts: of more than `remaining - 1` drafts the rest is wasted.
         ks = [min(self.controller.num_draft_tokens(row.cycles, len(rows)), row.remaining - 1) for row in rows]
         trees, hidden, depth = self.draft.propose(rows, ks, self.gate, cache)
         drafted = time.perf_counter()
 
         at = cache.place(trees)
+        # A draft that ran layers hands over the residual stream of every node: verification starts at `depth`, and the
+        # layers below have their keys and values in these very slots already.
         if hidden is None:
             hidden = self.target.model.embed([token for tree in trees for token in tree.tokens], at)
         states = self.target.run(hidden, cache, at, depth)
         logits = self.target.model.logits(states)
+        # Policies read tokens on the CPU, and so wait for a GPU's pass: `verified` below is not taken too early.
         verdicts = self.policy(trees, logits, [_choice(row) for row in rows])
         accepted, first = [], 0
         for index, (row, tree, verdict) in enumerate(zip(rows, trees, verdicts, strict=True)):
+            # States and logits lie tree after tree, whole trees: `first` counts nodes, not what was accepted of them.
             own = slice(first, first := first + len(tree))
             new = self._accept(row, index, tree, verdict, states[own], cache)
             row.logprobs += _logprobs(row.request, logits[own][verdict.path[:new]], row.tokens[-new:])
@@ -106,6 +112,7 @@ class Speculation:
                 k_asked=k,
                 proposed=len(tree) - 1,
                 depth=max(tree.depths()),
+                # Acceptance is the draft's, also where a stop token cuts off what stood; the row got `new_tokens`.
                 accepted=len(verdict.path) - 1,
                 new_tokens=new,
                 signals=tuple(tree.signals),
@@ -117,6 +124,7 @@ class Speculation:
         ]
         for row, cycle in zip(rows, cycles, strict=True):
             row.cycles.append(cycle)
+        # Once a cycle, not once a row: the rows share the time of one pass, which must not count R times.
         self.gate.observe(cycles)
         self.controller.observe(cycles)
 
@@ -125,11 +133,14 @@ class Speculation:
         new = [*(tree.tokens[node] for node in verdict.path[1:]), verdict.token]
         stop = self.stop_tokens(row.request)
         new = new[: next((i + 1 for i, token in enumerate(new) if token in stop), len(new))]
+        # A path of n nodes gives n new tokens, the last of which has not been run: the cache stays one token behind.
         path = verdict.path[: len(new)]
         cache.commit(index, path)
         row.tokens += new
+        # Nodes only increase along a path, so its last one says whether it is the tree's first nodes: a view.
         along = states[: len(path)] if path[-1] == len(path) - 1 else states[path]
         row.state = along[-1:]
+        # After `commit` and `row.tokens`: a draft finds its place by the cache's length and the row's last tokens.
         self.draft.observe(row, index, new, along, cache)
         return len(new)
 
