@@ -1,6 +1,6 @@
 // The layers of a Llama over a few new tokens, in one call.
 //
-// Between the matrix products, which stay oneDNN's, a decoding step is hundreds of tiny operations. Here each is a
+// Between the matrix products, which are `product`'s, a decoding step is hundreds of tiny operations. Here each is a
 // loop over memory that is in the cache already, so that what is left is reading the weights. Attention reads every
 // key and value once a head and serves all new tokens of a row with it, whichever of them it may see.
 //
@@ -90,6 +90,7 @@ void attend(const Head<Format>& head, float* scores) {
   for (int64_t s = 0; s < head.stop; s++) {
     Vector<Format, D> key;
     key.load(head.keys + s * D);
+    // Always four: `sums` adds four vectors up together. The unused ones are zeros, and nobody reads their totals.
     floats dots[4] = {};
     for (int i = 0; i < Q; i++) dots[i] = dot(query[i], key);
     const floats totals = sums(dots[0], dots[1], dots[2], dots[3]);
@@ -99,6 +100,7 @@ void attend(const Head<Format>& head, float* scores) {
     float* score = scores + i * padded;
     const float* bias = head.bias + i * head.width;
     for (int64_t s = head.stop; s < padded; s++) score[s] = 0;
+    // A token sees itself at least, so `most` ends above -inf, and `exp` gives what it may not see a weight of 0.
     floats most = floats{} - INFINITY, total{};
     for (int64_t s = 0; s < padded; s += LANES) {
       const floats here = F32::load(score + s) * scale + F32::load(bias + s);
@@ -136,6 +138,7 @@ std::vector<Row> rows_of(const int64_t* row, const int64_t* slot, int64_t count)
   for (int64_t n = 0; n < count; n++) {
     if (rows.empty() || rows.back().row != row[n]) rows.push_back({row[n], n, n, 0});
     rows.back().end = n + 1;
+    // A row is read only as far as it goes itself, not as far as the longest of the batch.
     rows.back().stop = std::max(rows.back().stop, slot[n] + 1);
   }
   return rows;
@@ -146,6 +149,7 @@ std::vector<Row> rows_of(const int64_t* row, const int64_t* slot, int64_t count)
 std::vector<float> biases(const std::vector<Row>& rows, const int64_t* slot, const optional<Tensor>& mask,
                           int64_t first_row, int64_t stop) {
   const int64_t width = up_to_lanes(stop);
+  // -inf first: slots beyond a token's own, and the padding to whole lanes, are then never to be asked about.
   std::vector<float> bias(rows.back().end * width, -INFINITY);
   for (const Row& r : rows) {
     for (int64_t n = r.begin; n < r.end; n++) {
@@ -177,11 +181,13 @@ void mix(Tensor& qkv, Tensor& kv, const Tensor& cos, const Tensor& sin, const st
       }
     }
   }
+  // Only now that all keys and values of the pass are written: a token looks at others of the same pass.
   std::vector<std::pair<const Row*, int64_t>> blocks;  // of up to four tokens
   for (const Row& r : rows) {
     for (int64_t n = r.begin; n < r.end; n += 4) blocks.push_back({&r, n});
   }
   const int64_t padded = up_to_lanes(stop), units = static_cast<int64_t>(blocks.size()) * heads;
+  // Little work stays with one thread (a grain of all units): it is not worth waking others for.
   at::parallel_for(0, units, count * stop * D < 4096 ? units : 1, [&](int64_t from, int64_t to) {
     std::vector<float> scores(4 * padded);
     for (int64_t unit = from; unit < to; unit++) {
@@ -212,6 +218,7 @@ Tensor run(Tensor hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, c
     Tensor qkv = product(rms_norm<Format>(hidden, attention_norm[i], eps), qkv_weight[i], qkv_bias.get(i), {});
     Tensor mixed = at::empty({hidden.size(0), heads * d}, hidden.options());
     Tensor kv = cache.select(0, first + static_cast<int64_t>(i));
+    // The head size is a template's argument, so that the vectors of a head are unrolled and stay in registers.
     const auto with = [&](auto size) {
       mix<Format, size.value>(qkv, kv, cos, sin, rows, slots, bias, heads, stop, mixed);
     };
@@ -255,6 +262,7 @@ void likeliest(const Tensor& logits, int64_t* best) {
       }
       const float top = highest(tops);
       int64_t i = 0;
+      // Found again rather than tracked: the first of equals, as torch's argmax, and lanes carry no indices.
       for (; i < width - LANES && highest(Format::load(row + i)) < top; i += LANES) {
       }
       while (i < width - 1 && Format::load_one(row + i) < top) i++;

@@ -61,10 +61,12 @@ def _library(compiler: str) -> Path:
     parts = [compiler, torch.__version__, *_FLAGS, *machine[:1], *(path.read_text() for path in sources)]
     library = assets.cache_dir() / "kernels" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     library.parent.mkdir(parents=True, exist_ok=True)
+    # Jobs of a sweep start together: one compiles, the others wait for it.
     with FileLock(library.with_suffix(".lock")):
         if not library.exists():
             unfinished = library.with_suffix(".part")
             subprocess.run(_command(compiler, unfinished), check=True, capture_output=True, text=True)
+            # Renamed when whole: a compiler that was killed leaves nothing under the name that is loaded.
             unfinished.replace(library)
     return library
 
@@ -85,6 +87,7 @@ def multiplies_bf16() -> bool:
 def tiled(weight: Tensor) -> Tensor | None:
     """A bf16 weight ``[out, in]`` in tiles ``[out / 16, in / 2, 16, 2]``; ``None`` where it does not divide so."""
     rows, columns = weight.shape
+    # An even number of tiles: the kernel takes two at a time, and has no code for one that is left over.
     if not multiplies_bf16() or rows % (2 * _LANES) or columns % 2:
         return None
     return _in_huge_pages(weight.view(rows // _LANES, _LANES, columns // 2, 2).transpose(1, 2))
@@ -97,6 +100,7 @@ def tiled_int8(values: Tensor, scale: Tensor) -> Tensor | None:
     ``None`` where it does not divide so.
     """
     rows, columns = values.shape
+    # By 16 inputs and not by a line's 4: `round_rows` goes through a token's inputs 16 at a time.
     if not multiplies_bf16() or rows % (2 * _LANES) or columns % _LANES:
         return None
     lines = values.view(rows // _LANES, _LANES, columns // 4, 4).transpose(1, 2).reshape(rows // _LANES, -1, 64)
@@ -120,11 +124,14 @@ def _in_huge_pages(tensor: Tensor) -> Tensor:
     size = tensor.numel() * tensor.element_size()
     with _taking:
         if _used + size > len(_chunk):
+            # What the last chunk has left stays unused. `frombuffer` keeps a chunk for as long as a weight lies in it.
             memory = mmap.mmap(-1, max(size, _CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
             _chunk, _used = torch.frombuffer(memory, dtype=torch.uint8), 0
         place = _chunk[_used : _used + size]
+        # Every weight begins with a line of the cache: the kernel reads whole lines, and would touch two for each.
         _used += -(-size // _LINE) * _LINE
+    # Outside the lock: the place is nobody else's by now, and copying is what takes the time.
     return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 

@@ -17,6 +17,7 @@ namespace selfspec {
 namespace {
 
 Tensor by_onednn(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& residual) {
+  // Looked up once: torch exports these operators by name only.
   static const auto plain = c10::Dispatcher::singleton()
       .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
       .typed<Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, std::string_view,
@@ -76,6 +77,7 @@ void multiply(const Job& job) {
   for (int64_t k = 0; k < job.lines; k++) {
     for (int t = 0; t < TILES; t++) {
       const char* at = job.tile + t * job.step + k * 64;
+      // May run past the weight's end, which a prefetch is allowed to: it never faults.
       _mm_prefetch(at + AHEAD * 64, _MM_HINT_T0);
       const __m512i line = _mm512_loadu_si512(at);
       for (int r = 0; r < ROWS; r++) {
@@ -112,6 +114,8 @@ Tensor tiled(const Tensor& x, const uint32_t* from, const float* scale, const Te
   static constexpr auto by_one = up_to<Kind, Format, 1>(std::make_integer_sequence<int, SINGLE>());
   const int64_t rows = x.size(0), tiles = weight.size(0), width = tiles * LANES;
   const int64_t step = weight.stride(0) * weight.element_size();
+  // Up to SINGLE rows, weights are read once. Beyond, parts of even size: a last part of a row or two would cost as
+  // much as any, for it reads as many weights.
   const int64_t parts = rows <= SINGLE ? 1 : (rows + PAIRED - 1) / PAIRED, most = (rows + parts - 1) / parts;
   std::vector<uint32_t> turned(rows > 1 ? rows * lines : 0);  // a line's inputs of all rows side by side
   if (rows > 1) {
@@ -134,6 +138,7 @@ Tensor tiled(const Tensor& x, const uint32_t* from, const float* scale, const Te
   const auto* all = static_cast<const char*>(weight.const_data_ptr());
   auto* results = static_cast<T*>(out.data_ptr());
   at::parallel_for(0, tiles / 2, 1, [&](int64_t first, int64_t last) {
+    // Tiles outside, parts of rows inside: the second part finds the two tiles in the cache.
     for (int64_t tile = 2 * first; tile < 2 * last; tile += 2) {
       for (int64_t begin = 0; begin < rows; begin += most) {
         const int64_t take = std::min(most, rows - begin);
@@ -167,6 +172,7 @@ void round_rows(const Tensor& x, std::vector<uint8_t>& bytes, std::vector<float>
     }
     scale[r] = std::max(highest(most), 1e-9f) / 127;
     for (int64_t i = 0; i < width; i += LANES) {
+      // 1.5 * 2^23, as in `exp`: rounds to the nearest even, like torch's `round` in `linear.py`.
       const floats shifter = floats{} + 12582912.0f, whole = (Format::load(from + i) / scale[r] + shifter) - shifter;
       const auto moved = __builtin_convertvector(__builtin_convertvector(whole, ints) + 128, octets);
       *reinterpret_cast<octets*>(bytes.data() + r * width + i) = moved;

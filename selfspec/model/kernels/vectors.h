@@ -12,6 +12,7 @@
 namespace selfspec {
 
 constexpr int LANES = 16;
+// Aligned as their elements, not as vectors: a load may begin anywhere; may_alias: in memory of any type.
 typedef float floats __attribute__((vector_size(LANES * sizeof(float)), aligned(alignof(float)), may_alias));
 typedef int32_t ints __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(alignof(float)), may_alias));
 typedef uint32_t bits __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(alignof(float)), may_alias));
@@ -34,6 +35,7 @@ struct BF16 {
   static float load_one(const T* at) { return std::bit_cast<float>(static_cast<uint32_t>(*at) << 16); }
   static void store(T* at, floats x) {
     bits b = (bits)x;
+    // Just below half of what is cut off, plus the bit that stays last: ties go to even, as torch rounds.
     b = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
     *reinterpret_cast<halves*>(at) = __builtin_convertvector(b, halves);
   }
@@ -84,6 +86,7 @@ inline floats exp(floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+  // Times 2^n, by adding n to the exponent; below -87 that would run into the sign, hence `tiny`.
   p = (floats)((ints)p + (__builtin_convertvector(n, ints) << 23));
   return tiny ? floats{} : p;
 }
