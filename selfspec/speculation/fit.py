@@ -81,6 +81,7 @@ def vocabulary(model: Model, traces: Sequence[Trace], draft: DraftConfig) -> dic
     if draft.vocab is None:
         return {}
     counts = torch.bincount(torch.cat([trace.tokens[trace.at + 1] for trace in traces]), minlength=model.shape.vocab)
+    # `clone`: a slice would keep the order of the whole vocabulary in memory.
     return {"ids": counts.sort(descending=True, stable=True).indices[: draft.vocab].clone()}
 
 
@@ -152,9 +153,11 @@ def ridge(parts: Iterable[tuple[Tensor, Tensor]], draft: DraftConfig) -> dict[st
         return {"weight": solution[:-1].T.float().contiguous(), "bias": solution[-1].float()}
     assert draft.rank is not None, "checked by the plan"
     size = cross.shape[1]
+    # The first D features are the exit state: feature i and output i are the same coordinate.
     scale = cross.diagonal() / gram.diagonal()[:size]
     solution = _solve(gram, cross - gram[:, :size] * scale, draft)
     weight, bias = solution[:-1].T, solution[-1]
+    # The last feature is the constant: its row of the moments holds the sums, and its own entry the count.
     mean = gram[-1, :-1] / gram[-1, -1]
     centred = gram[:-1, :-1] - gram[-1, -1] * torch.outer(mean, mean)
     penalised = centred + _strength(gram, draft) * torch.eye(len(centred), dtype=gram.dtype)
@@ -183,6 +186,7 @@ def _moments(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     cross: Tensor | float = 0.0
     for block in _blocks(parts):
         x = F.pad(torch.cat([x for x, _ in block]).float(), (0, 1), value=1.0)
+        # float32 is exact enough within a block; over all blocks it would lose what one more of them adds.
         gram = gram + (x.T @ x).double()
         cross = cross + (x.T @ torch.cat([y for _, y in block]).float()).double()
     assert isinstance(gram, Tensor) and isinstance(cross, Tensor), "at least one part"

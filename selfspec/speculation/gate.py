@@ -89,6 +89,7 @@ class Bandit(Threshold):
     def observe(self, cycles: list[Cycle]) -> None:
         """Pays the arm, unless no token was looked at: then its threshold had no part in what came of it."""
         if any(cycle.signals for cycle in cycles):
+            # Of the first row alone: the rows of a cycle share its times, and each record has all of them.
             spent = cycles[0].draft_ms + cycles[0].verify_ms
             self.arms.observe(self._arm, sum(cycle.new_tokens for cycle in cycles), spent)
 
@@ -103,6 +104,7 @@ class Bandit(Threshold):
 
 def max_prob(logits: Tensor) -> Tensor:
     """The largest probability of each row of ``[R, vocab]``, in [0, 1]."""
+    # One exp a row: a softmax would write the whole vocabulary to find one number.
     x = logits.float()
     return (x.amax(-1) - x.logsumexp(-1)).exp()
 

@@ -108,9 +108,12 @@ def rejection(tree: Tree, logits: Tensor, choice: Choice) -> Verdict:
 
     def wanted(node: int) -> int:
         number = partial(uniform, sampling.seed, choice.position + depths[node])
+        # Here, not for all nodes at once: few are reached, and a softmax over the vocabulary is dear (`sampling.py`).
         p = distribution(logits[node], sampling)
+        # Only chains are drawn: the child of a node, if it has one, is the next.
         if tree.drawn_from is not None and node + 1 < len(tree):
             q, token = tree.drawn_from[node], tree.tokens[node + 1]
+            # u < p / q without dividing; strictly, so that a token with p = 0 never stands, even where u is 0.
             if number(Purpose.accept) * float(q[token]) < float(p[token]):
                 return token
             p = residual(p, q)
@@ -138,6 +141,7 @@ class Relaxed:
         wanted, path = likeliest(logits), [0]
         while True:
             node = path[-1]
+            # The argmax first, although others may be allowed: the target is departed from only to go on.
             child = tree.child(node, wanted[node])
             children = [i for i, parent in enumerate(tree.parents) if parent == node]
             if child is None and children:
@@ -176,6 +180,7 @@ class Mixed:
 
     def __call__(self, trees: Sequence[Tree], logits: Tensor, choices: Sequence[Choice]) -> list[Verdict]:
         """A batch that does not sample is judged at once, as without this class."""
+        # One argmax over the whole batch in the place of one a row.
         if not any(choice.sampling.temperature for choice in choices):
             return self.greedy(trees, logits, choices)
         verdicts = []

@@ -34,6 +34,7 @@ def uniform(seed: int, position: int, purpose: Purpose, ahead: int = 0) -> float
     """
     key = f"{seed} {position} {purpose.name} {ahead}"
     bits = int.from_bytes(blake2b(key.encode(), digest_size=8).digest())
+    # 52 bits: a double holds them exactly, so that the quotient never rounds up to 1.
     return (bits >> 12) / 2**52
 
 
@@ -59,6 +60,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         certain = torch.zeros(len(x))
         certain[int(x.argmax())] = 1
         return certain
+    # The largest is taken off first: a low temperature would overflow otherwise.
     p = np.exp((x - x.max()) / sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < len(x):
         p *= x >= float(torch.from_numpy(x).topk(sampling.top_k).values[-1])
@@ -79,6 +81,7 @@ def draw(weights: Tensor, u: float) -> int:
         weights: ``[vocab]``, at least 0 and in proportion to the probabilities; a weight of 0 is never picked.
         u: in [0, 1).
     """
+    # float64: in float32 the running sum over a vocabulary swallows unlikely tokens.
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     return int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
 

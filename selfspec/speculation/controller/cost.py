@@ -60,6 +60,7 @@ class Costs:
     def observe(self, batch: int, k: int, ms: float) -> None:
         """What a cycle took."""
         if k in self._usual.get(batch, {}):
+            # Before this cycle is stored: what is stored is free of the pace, this cycle's share in it included.
             self._recent.append(ms / self._usual[batch][k])
         times = self._times.setdefault(batch, {}).setdefault(k, deque(maxlen=self.window))
         times.append(ms / self.pace)
@@ -70,7 +71,9 @@ class Costs:
         if len(times) >= KNOWN:
             usual = median(times)
             self._usual.setdefault(batch, {})[k] = usual
+            # A rate is of mean times, so it is the mean that counts; stalls are cut off, as they would be most of it.
             self._typical.setdefault(batch, {})[k] = fmean(min(ms, STALL * usual) for ms in times)
+            # All of them: other batch sizes may have borrowed this one's shape.
             self._curves.clear()
 
     def _spanned(self, batch: int) -> bool:
@@ -79,6 +82,7 @@ class Costs:
     def unknown(self, batch: int) -> int | None:
         """The K to ask for before there is a :meth:`curve`: 0; and the most in turn, where no batch has one yet."""
         times = self._times.get(batch, {})
+        # Trying the largest K costs most, so once is enough: other batch sizes take that curve's shape.
         ends = (0,) if any(map(self._spanned, self._typical)) else (0, self.most)
         fewest = min(ends, key=lambda k: len(times.get(k, ())))
         return fewest if len(times.get(fewest, ())) < KNOWN else None
@@ -96,6 +100,7 @@ class Costs:
                 shape = self.curve(nearest) / self.pace
             known = sorted(self._typical[batch].items())
             scale = np.interp(range(self.most + 1), [k for k, _ in known], [ms / shape[k] for k, ms in known])
+            # More tokens never cost less: a dip is noise, and would draw the choice to itself.
             self._curves[batch] = np.maximum.accumulate(shape * scale)
         return self.pace * self._curves[batch]
 
@@ -134,9 +139,11 @@ class Cost(Controller):
 
     def num_draft_tokens(self, history: Sequence[Cycle], batch: int) -> int:
         """One answer for all rows of a cycle."""
+        # Called for each row, answered once a cycle: a second answer would charge the purse for one trial twice.
         if self._asked is None and self._stays_plain(history, batch):
             self._asked = 0
         if self._asked is None:
+            # Plain cycles say nothing about acceptance; with them, a window would forget it while nothing is drafted.
             drafted = islice((cycle for cycle in reversed(history) if cycle.k_asked), self.window)
             self._asked = self._choose(_counts(drafted if batch == 1 else (), self.k), batch)
         return self._asked
@@ -159,8 +166,10 @@ class Cost(Controller):
         best, other = int(ranked[0]), int(ranked[1])
         if best > 0 and self._plain_next:
             other = 0
+        # Milliseconds that `other` takes longer than the best K does for as many tokens.
         loses = float(cost[other] - tokens[other] / rate[best])
         if loses > self._purse:
+            # Plain cycles teach nothing of acceptance: the choice stands until the purse holds a trial's price.
             self._settled = (batch, loses) if best == 0 else None
             return best
         self._purse -= loses
@@ -180,9 +189,11 @@ class Cost(Controller):
     def observe(self, cycles: list[Cycle]) -> None:
         """Learns what the cycle cost and how much stood."""
         ms = cycles[0].draft_ms + cycles[0].verify_ms
+        # A pass is as deep as its row that drafts furthest; rows near their end asked for less.
         self.costs.observe(len(cycles), max(cycle.k_asked for cycle in cycles), ms)
         self._purse += SHARE * ms
         drafted = [cycle for cycle in cycles if cycle.k_asked]
+        # Decays by drafted cycles only, for the same reason as `history` is filtered: plain ones are no evidence.
         self._all *= (1 - 1 / (REQUESTS * self.window)) ** len(drafted)
         self._all += _counts(drafted, self.k)
         self._asked = None

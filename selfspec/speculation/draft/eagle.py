@@ -79,14 +79,17 @@ class Eagle(Draft):
             likely, log_p = self.readout.candidates(logits, self.width)
             parents = list[int]()
             for r, (row, own) in enumerate(zip(rows, beams, strict=True)):
+                # Before the beam grows: a doubted token is not in the pool that `tree` takes from.
                 if going[r] and gate.reads:
                     seen[r].append(signals[r])
                     if gate.stops(signals[r]):
                         trees[r], going[r] = own.tree(self.budget), False
                 if going[r] and self.sample and row.request.sampling.temperature > 0:
+                    # Row r has one path: the plan refuses to sample trees.
                     likely[r][0], q = self.readout.draw(logits[r], row.request.sampling, len(row.tokens) + step, step)
                     drawn_from[r].append(q)
                 at = slice(r * paths, (r + 1) * paths)
+                # Rows that are done grow too, so that every row has as many paths and the states stay one tensor.
                 places, first = own.grow(likely[at], log_p[at]), len(gone[r]) - paths
                 parents += [r * paths + place for place in places]
                 for place, token in zip(places, own.tokens, strict=True):
@@ -113,7 +116,9 @@ class Extrapolated(Eagle):
 
     def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         """Keeps the last two verified states, the newer one first."""
+        # The newer half of what is remembered: with one new state, the one before it is from the cycle before.
         known = states if row.memory is None else torch.cat((row.memory[:, : states.shape[1]], states))
+        # Of a single state, both: nothing to extrapolate, so it stands still.
         row.memory = torch.cat((known[-1:], known[-2:][:1]), -1)
 
     def begin(self, row: Row) -> Tensor:
@@ -160,6 +165,7 @@ class Trained(Eagle):
         """Keys and values of what is new; before a prompt's first token, the state is zero."""
         if len(states) == cache.lengths[index]:
             tokens, states = row.tokens, F.pad(states, (0, 0, 1, 0))
+        # `first` is negative: slots before the root's, where true states now replace the draft's estimates.
         at = cache.place([Tree.chain(tokens[-1:])], first=1 - len(tokens), row=index)
         embedded = self.model.embedding[torch.tensor(tokens, device=states.device)]
         self.block.write(features(embedded, states), cache, at)

@@ -63,6 +63,7 @@ class EarlyExit(Draft):
         What is proposed last is run through the exit layers too: verification goes on from its hidden state.
         Rows that are done ride along, and what they draft is dropped.
         """
+        # Then verification runs all layers in one pass: a plain cycle of an early exit costs what plain decoding does.
         if not any(ks) and not self.remembers:
             return Proposal([Tree.chain(row.tokens[-1:]) for row in rows])
         exit_layer = rows[0].exit_layer or self.exit_layer
@@ -74,6 +75,7 @@ class EarlyExit(Draft):
         tokens, states, hidden = [row.tokens[-1] for row in rows], stack(rows), list[Tensor]()
         while any(going):
             step = len(hidden)
+            # Zeros stand for tokens that have been run: places depend on how many there are, not on which.
             at = cache.place([Tree.chain([0] * step + [token]) for token in tokens], first=step)
             hidden.append(self.model.run(self.model.embed(tokens, at), cache, at, 0, exit_layer))
             states = self.estimate(hidden[-1], states, cache, at)
@@ -97,12 +99,14 @@ class EarlyExit(Draft):
                     going[r] = len(tree) <= ks[r]
         for tree, drawn in zip(trees, drawn_from, strict=True):
             tree.drawn_from = torch.stack(drawn) if drawn else None
+        # A chain's last token has been proposed and not run, unless its row rode along while others drafted on.
         ran = [min(len(tree), len(hidden)) for tree in trees]
         for tree, others in zip(trees, leaves, strict=True):
             room = len(others) if self.budget is None else self.budget - (len(tree) - 1)
             for parent, token in others[:room]:  # the shallow ones are reached most often
                 tree.add(parent, token)
         missing = any(len(tree) > count for tree, count in zip(trees, ran, strict=True))
+        # One pass from the shortest row's end on: rows that went further run those tokens again.
         first = min(ran) if missing else len(hidden)
         if missing:
             at = cache.place(trees, first)

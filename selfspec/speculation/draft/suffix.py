@@ -60,6 +60,7 @@ class Suffix(Draft):
 
     def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """For each row the likeliest paths, at most ``width`` tokens after any other."""
+        # By the size of the batch: the rows share a pass, and a token makes it longer for all of them.
         return Proposal([self._tree(row, k, WORTH * len(rows)) for row, k in zip(rows, ks, strict=True)])
 
     def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
@@ -84,6 +85,7 @@ class Suffix(Draft):
                     for token, count in counts.followers[suffix].items():
                         found[token] += share * count
                     left = share * counts.doubt
+            # What is left could lift no new token to `least`; shorter contexts are not looked at.
             if left < least:
                 break
         return sorted(((p, token) for token, p in found.items() if p >= least), reverse=True)[: self.width]
@@ -95,10 +97,12 @@ class Suffix(Draft):
 
         def look(node: int, p: float) -> None:
             if depths[node] < k:
+                # `worth` is of the whole path: the less likely its beginning, the likelier the next token has to be.
                 for share, token in self.likely(own, contexts[node], worth / p):
                     heappush(best, (-p * share, node, token))
 
         look(0, 1.0)
+        # No path is likelier than its beginning, so taking the likeliest first gives the likeliest tree of its size.
         while best and len(tree) < self.nodes(k):
             p, parent, token = heappop(best)
             contexts.append((*contexts[parent], token)[-self.max_match :])
