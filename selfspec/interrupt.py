@@ -27,6 +27,7 @@ class _State:
     raised: bool = False
 
     def deliver(self) -> None:
+        # Once only: who clears up after the first must not be torn out of that by a later shield's end.
         if self.signum is not None and not self.raised and not self.shields:
             self.raised = True
             raise Interrupted(self.signum)
@@ -59,10 +60,12 @@ def trap() -> Iterator[None]:
     finally:
         try:
             with shield():
+                # Shielded: a signal between two of these must not leave some of our handlers behind.
                 for number, handler in previous.items():
                     # None: a handler that was not set from Python, and cannot be put back from it.
                     signal.signal(number, signal.SIG_DFL if handler is None else handler)
         finally:
+            # In a `finally` of its own: leaving the shield may raise what came meanwhile.
             _state.trapped, _state.signum, _state.raised = False, None, False
 
 
@@ -92,6 +95,7 @@ def told_to_end() -> bool:
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
+    # No lock: Python runs handlers in the main thread, between two of its own instructions.
     if _state.signum is None:
         _state.signum = signum
         _state.deliver()

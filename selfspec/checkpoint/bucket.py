@@ -174,6 +174,7 @@ class Bucket:
         trying = Retrying(
             retry=retry_if_exception(_may_pass),
             stop=_enough,
+            # Random, so that the jobs of a sweep do not all come back to a busy store at once.
             wait=wait_random_exponential(multiplier=2, max=30),
             before_sleep=say,
             sleep=self._sleep,
@@ -221,6 +222,7 @@ def _open(url: str) -> tuple[Any, str]:
     try:
         if "::" in url:
             raise ValueError("chained URLs cannot keep two writers apart")
+        # No listings cache: what another process wrote a moment ago must be listed.
         fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
         raise ConfigError(f"checkpoint.dir={url}: needs pip install '{_NEEDS.get(protocol, protocol)}'") from error
@@ -240,6 +242,7 @@ def _may_pass(error: BaseException) -> bool:
     code = str(getattr(error, "code", ""))
     if code.isdecimal():
         return int(code) in _PASSING or int(code) >= 500
+    # Before _FINAL, which has its base, ValueError.
     if isinstance(error, json.JSONDecodeError):  # half an answer
         return True
     denied = str(error).startswith("Forbidden") or type(error).__name__ in ("DefaultCredentialsError",)

@@ -134,6 +134,7 @@ class Journal:
         lines = _lines(place, lease_s)
         try:
             lines.hold()
+            # Only now that it is held: until then another process may be adding to what would be set aside.
             if resume is Resume.never and (launch is None or _launch(lines) != launch):
                 lines.set_aside(RESULT)
             contents = _parse(lines, lines.load(), plan_id)
@@ -182,6 +183,7 @@ class Journal:
         with shield():
             self._lines.append(line)
             self._records[stage, unit] = record
+        # Outside the shield: a tracker may be slow, and what it misses is logged again on resumption.
         for observer in self.on_append:
             observer(record)
         return record
@@ -268,6 +270,7 @@ def _parse(source: Lines, lines: list[bytes], plan_id: str) -> _Contents | None:
         except ValueError:
             raise _corrupt(source, number, "is not JSON") from None
         match entry:
+            # Before the header's full shape is asked for: a newer format may have another, and is not corrupt.
             case {"journal": int(version)} if number == 1 and version > FORMAT:
                 raise JournalError(
                     f"{source.where()}: was written by journal format {version}; this selfspec reads {FORMAT}: "

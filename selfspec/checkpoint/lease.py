@@ -88,9 +88,11 @@ class Lease:
             at, looked = self.clock.now(), self.clock.elapsed()  # our pause after a look is not their silence
             now = self._latest()
             if now != seen:
+                # Read after the look, as `looked` is before it: silence is measured too short, never too long.
                 seen, since = now, self.clock.elapsed()
             if self._free(now[1], at, looked - since):
                 with shield():
+                    # Else a signal between the object and `epoch` would leave a lease that nobody gives back.
                     if self._take(now[0] + 1):
                         return
                 continue
@@ -119,6 +121,7 @@ class Lease:
             StorageError: the bucket cannot be read or written.
         """
         epoch = self.epoch
+        # Not atomic with the write below, and need not be: who takes over writes an object of its own.
         if self._newest() > epoch:
             self._lost = True
         self.check()
@@ -132,6 +135,7 @@ class Lease:
             self._stop.set()
             if self._renewing.ident is not None:
                 self._renewing.join(_PATIENCE_S)
+            # Before the write: a renewal that is still under way sees the 0, and gives back after us.
             epoch, self.epoch = self.epoch, 0
             if not self._lost:
                 with suppress(StorageError):  # it runs out by itself
@@ -152,6 +156,7 @@ class Lease:
     def _take(self, epoch: int) -> bool:
         if not self.bucket.create(self._name(epoch), self._says(self.clock.now() + self.term_s)):
             return False
+        # Should the store write over it after all, what is left says given back: nobody waits for our refusal.
         self.bucket.check_exclusive(self._name(epoch), self._says(0.0))
         self.epoch = epoch
         self._renewing.start()
@@ -159,6 +164,7 @@ class Lease:
 
     def _renew_until_stopped(self) -> None:
         epoch = self.epoch
+        # Four signs of life a term: one that fails or comes late does not cost the lease.
         while not self._stop.wait(self.term_s / 4):
             with suppress(StorageError):  # the next one may come through, and until then nobody else need take it
                 try:

@@ -78,6 +78,7 @@ class Segments:
             lines = [] if self._fresh else self._lines(segments)
             number = segments[-1].number + 1 if segments else 0
             with shield():
+                # Refused: somebody wrote after we read. That is read too, and the fence goes behind it.
                 if self._bucket.create(_name(number), self._head(fresh=self._fresh and number > 0)):
                     self._next = number + 1
                     return lines
@@ -88,6 +89,7 @@ class Segments:
             raise ValueError(f"{self.where()}: the journal is closed")
         number, self._next = self._next, None  # should this fail, nobody knows what the bucket holds
         with shield():
+            # Spares a refusal where it is known already; what keeps a zombie out is `create`, whatever it believes.
             self._lease.check()
             if not self._bucket.create(_name(number), self._head() + line):
                 raise LeaseError(
@@ -98,6 +100,7 @@ class Segments:
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write an object beside the journal."""
+        # Asks the store: this object is overwritten, so no number would refuse a zombie's.
         self._lease.renew()
         self._bucket.write(name, data)
 

@@ -21,6 +21,7 @@ def main(command: list[str]) -> int:
     """Runs ``command`` to its end, or to ours; its exit code."""
     for signum in (signal.SIGTERM, signal.SIGINT):  # a closed pipe is what ends us
         signal.signal(signum, lambda *_: None)  # SIG_IGN would be the command's, too
+    # A session, and so a process group, of its own: what the command starts can be ended with it.
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=_end_with_stdin, args=(child,), daemon=True).start()
     code = child.wait()

@@ -95,6 +95,7 @@ def failures(found: Measurements, kinds: Mapping[str, int], soak: Soak) -> list[
         reasons.append(f"the server's memory grew by {slope:.3g} MiB/min (allowed {soak.max_memory_slope:g})")
     if "acceptance_drift" in found:
         low, high = found["acceptance_drift_low"], found["acceptance_drift_high"]
+        # All of the interval beyond the bound: what chance explains fails no soak.
         if low > soak.max_drift or high < -soak.max_drift:
             reasons.append(
                 f"acceptance drifted from {found['acceptance_first']:.3f} to {found['acceptance_last']:.3f}, "
@@ -183,6 +184,7 @@ def _acceptance(intervals: Sequence[Interval], seed: int) -> Measurements:
     if min(len(first), len(last)) < _ENOUGH:
         return found
     random = np.random.default_rng(seed)
+    # Whole requests are drawn, not tokens: those of one request stand or fall together.
     drifts = [
         _share(random.choice(last, len(last))) - _share(random.choice(first, len(first))) for _ in range(RESAMPLES)
     ]
