@@ -86,10 +86,12 @@ class HighestResponseRatio(Admission):
 
         best = min(range(len(waiting)), key=lambda index: (-ratio(index), self._work(waiting[index].request)))
         stall = (read + len(waiting[best].request.tokens)) * self._read_s
+        # Never None where nothing has been read: a prompt longer than the bound would wait for ever.
         return None if read and stall > STALL * self._cycle_s else best
 
     def _work(self, request: Request) -> float:
         """Seconds; before anything is measured, tokens."""
+        # Only both or neither: seconds of one beside tokens of the other would compare nothing.
         read_s, decode_s = (self._read_s, self._decode_s) if self._decode_s else (1.0, 1.0)
         return len(request.tokens) * read_s + request.max_new_tokens * decode_s
 

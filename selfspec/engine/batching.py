@@ -124,6 +124,7 @@ class Batching(Session, ABC, Generic[R]):
 
     def step(self) -> list[RequestOutput]:
         """Reads prompts where there is room, or runs a cycle, by turns: what is new."""
+        # Before any are admitted: who joins now has a first token to report before the next cycle.
         decodes = bool(self.members)
         self._prefilled = not (self._prefilled and decodes) and self._admit()
         if decodes and not self._prefilled:
@@ -166,6 +167,7 @@ class Batching(Session, ABC, Generic[R]):
     def _report(self) -> list[RequestOutput]:
         """What is new, by number; those that are done leave, last first."""
         reported = []
+        # From the last on: who moves into a freed row has been reported already.
         for index in reversed(range(len(self.members))):
             member = self.members[index]
             tokens, finish = tuple(member.row.output_tokens(member.reported)), self._finish_reason(member.row)
@@ -179,6 +181,7 @@ class Batching(Session, ABC, Generic[R]):
     def _retire(self, index: int, finish: Literal["stop", "length"]) -> Completion:
         row = self.members[index].row
         self._evict(index)
+        # As `_evict` moves the last row: member r must stay row r.
         self.members[index] = self.members[-1]
         self.members.pop()
         return Completion(

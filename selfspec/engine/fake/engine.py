@@ -1,7 +1,7 @@
 """A deterministic engine without a model: set acceptance, virtual time. For tests of all around an engine.
 
 The "model" continues a context by a hash of its last tokens; a draft token is right with the chance that the world
-(``fake_session.py``) says, by another hash. Gates and controllers are the real ones, and requests are batched as
+(``session.py``) says, by another hash. Gates and controllers are the real ones, and requests are batched as
 they really are, so that both can be studied over a hundred thousand cycles in seconds.
 """
 

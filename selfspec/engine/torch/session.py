@@ -63,6 +63,7 @@ class Scheduler(Batching[Row]):
                 self._aside.evict(0)
             self._aside.admit()
             self._states = []
+        # Of every chunk: a draft observes all of the prompt's states at once, when its first token is known.
         self._states.append(self.speculation.prefill(row, done, count, self._aside, 0))
 
     def _prefill_rest(self, row: Row, done: int) -> None:
@@ -70,6 +71,7 @@ class Scheduler(Batching[Row]):
         if done:
             assert self._aside is not None, "the beginning lies there"
             self._prefill_part(row, done, left)
+            # Copied once, whole: a row of the batch would have to stay out of every cycle until then.
             index, states = self.cache.copy_from(self._aside), torch.cat(self._states)
             self._aside.evict(0)
             self._states = []

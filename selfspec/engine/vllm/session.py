@@ -1,6 +1,6 @@
 """Requests decoded by one vLLM in this process: our :class:`~selfspec.engine.base.Session` over its engine.
 
-A cycle is a step of vLLM's that brings a request tokens after its first; ``vllm_cycles.py`` says how vLLM's records
+A cycle is a step of vLLM's that brings a request tokens after its first; ``cycles.py`` says how vLLM's records
 become ours. Drafts are made at the end of a step for the next: a cycle's ``draft_ms`` is of the step before, its
 ``verify_ms`` the rest of its own. Where layers are shared among processes (``engine.tensor_parallel``), drafting cannot
 be seen, and is in ``verify_ms``.
