@@ -108,6 +108,7 @@ class ProcessLauncher(Launcher):
                         self._settle(job, state)
                 if running:
                     time.sleep(self.poll_s)
+        # Also a KeyboardInterrupt: no job may outlive the launcher, whatever ends it.
         except BaseException:
             self.stop()
             raise

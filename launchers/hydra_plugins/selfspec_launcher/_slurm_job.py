@@ -27,6 +27,7 @@ class Run:
             SystemExit: the job has failed or was told to end: without a result, submitit takes Slurm's word for it.
         """
         cpus = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
+        # Before `run` is imported, and torch with it, which reads it once.
         os.environ.setdefault("OMP_NUM_THREADS", cpus)  # without task affinity, it sees the whole node's
         os.environ.update(self.environment)
         from selfspec.run import main

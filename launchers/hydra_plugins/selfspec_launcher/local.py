@@ -88,12 +88,14 @@ class LocalLauncher(ProcessLauncher):
         processes = [process for process, _ in self._running.values()]
         for process in processes:
             process.terminate()
+        # One deadline for all: they were told at the same time.
         end = time.monotonic() + PATIENCE_S
         for process in processes:
             try:
                 process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 with suppress(ProcessLookupError):
+                    # The group: a job that hangs may have started others, which would outlive it.
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
@@ -110,6 +112,7 @@ class LocalLauncher(ProcessLauncher):
         threads = {"OMP_NUM_THREADS": str(max(1, cores // min(self.n_jobs, self.count)))}
         gpu = {"CUDA_VISIBLE_DEVICES": str(self.gpus[place % len(self.gpus)])} if self.gpus else {}
         told = SweepContext.load(Path(self.config.hydra.sweep.dir)).environment()
+        # In this order: a user's number of threads stands, a place's GPU does not give way to the environment's.
         return {**threads, **os.environ, **gpu, **told}
 
 
@@ -126,5 +129,6 @@ def _die_with_parent() -> Callable[[], None] | None:
         return None
     import ctypes
 
+    # Looked up here: between fork and exec, the new process had better load nothing.
     prctl, of_parents_death = ctypes.CDLL(None).prctl, 1
     return lambda: prctl(of_parents_death, signal.SIGTERM)

@@ -103,6 +103,7 @@ class SlurmLauncher(ProcessLauncher):
         for number in numbers:
             job = self._running[number]
             name, log = job.job_id, job.paths.stdout
+            # The result before Slurm's word: a job may be known as running, or not at all, for a while after it.
             if job.paths.result_pickle.exists():
                 outcome, trace = utils.pickle_load(job.paths.result_pickle)
                 died = None if outcome == "success" else f"{trace.strip().splitlines()[-1].split(': ', 1)[-1]} ({log})"
@@ -114,6 +115,7 @@ class SlurmLauncher(ProcessLauncher):
             if state not in _OVER and state != "GONE":
                 note = f", {reason}" if state == "PENDING" and reason != "None" else ""
                 found[number] = State(f"{state.lower()} ({name}{note})", log=log)
+            # Completed or gone without a result: a network's file system may show the file later.
             elif state not in ("COMPLETED", "GONE") or self._long_gone(number):
                 died = f"Slurm job {name}: {state}" + (f" ({reason})" if reason != "None" else "")
                 found[number] = State(died, True, died, log)
@@ -124,6 +126,7 @@ class SlurmLauncher(ProcessLauncher):
         if not (left := self._left()):
             return
         print(f"ending {len(left)} Slurm jobs", file=sys.stderr, flush=True)
+        # Those that wait first, or they would start as others end; then a word to the others; then by force.
         for how, patience_s in ((["--state=PENDING"], 0.0), (["--signal=TERM"], PATIENCE_S), ([], PATIENCE_S)):
             subprocess.run(["scancel", "--quiet", *how, *left], check=False)
             end = time.monotonic() + patience_s
@@ -135,6 +138,7 @@ class SlurmLauncher(ProcessLauncher):
 
     def _left(self) -> list[str]:
         asked = self._squeue()
+        # Where Slurm cannot be asked, all may be left: better told to end twice than not.
         names = [job.job_id for job in self._running.values()]
         return names if asked is None else [name for name in names if name in asked and asked[name][0] not in _OVER]
 

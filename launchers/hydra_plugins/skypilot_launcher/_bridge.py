@@ -24,6 +24,7 @@ class Bridge:
         Raises:
             ConfigError: there is no SkyPilot to be imported, or too old a one.
         """
+        # A file, not a pipe: nobody reads it while requests are answered, and a full pipe would stop the process.
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         try:
             # In a session of its own: an interrupt at the terminal is for us to heed.

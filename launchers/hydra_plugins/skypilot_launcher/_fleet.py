@@ -14,7 +14,7 @@ from selfspec.plan import Plan
 from selfspec.report import results
 
 BATCH = 8
-"""Jobs launched between two looks at those that run; each takes some ten seconds, all at once."""
+"""Jobs launched at a time, before the table is shown again; each takes some ten seconds, all at once."""
 RAN = ("SUCCEEDED", "FAILED", "FAILED_SETUP")
 """How a job can end that has a log; else SkyPilot's reason says it all."""
 LAUNCHING = "launching"
@@ -104,6 +104,7 @@ class Fleet:
 
     def _attach(self) -> None:
         latest: dict[str, dict[str, Any]] = {}
+        # By id: earlier launches of a plan have the same name, and the latest one counts.
         for known in sorted(self._sky.ask("queue", prefix=PREFIX), key=lambda known: known["id"]):
             latest[known["name"]] = known
         for job in self._jobs:
@@ -125,6 +126,7 @@ class Fleet:
             if not batch:
                 return
             for job in batch:
+                # Before the request: an interrupt while it is under way must still name what may be running.
                 job.state = LAUNCHING
             self._show(self._jobs)
             tasks = [job.task for job in batch]
@@ -178,6 +180,7 @@ class Fleet:
         """A job is over: its result, or why there is none. One that failed hides no other."""
         state, reason = known["state"], known["reason"]
         try:
+            # The store before SkyPilot's word: a job may leave its result and then lose its machine.
             self._take(job, _result(job))
         except SelfspecError as error:
             reason = str(error)

@@ -88,6 +88,7 @@ def queue(prefix: str | None = None, ids: list[int] | None = None) -> list[Recor
     from sky import exceptions
 
     try:
+        # Refreshed for jobs that are watched; merely to see what there is, no controller is started.
         request = sky.jobs.queue_v2(refresh=ids is not None, job_ids=ids, name_match=prefix, fields=FIELDS)
         records = sky.get(request)[0]
     except exceptions.ClusterNotUpError:  # no controller, so no jobs
@@ -120,6 +121,7 @@ def _task(config: Record) -> Any:
     import sky
 
     try:
+        # A copy: SkyPilot takes out of the dictionary what it has read.
         task = sky.Task.from_yaml_config(copy.deepcopy(config))
         task.validate(skip_file_mounts=True)  # whether a bucket is there is for who has the right to look
     except Exception as error:
@@ -195,6 +197,7 @@ def one_line(error: object) -> str:
 
 def main() -> None:
     """Answers requests until stdin ends."""
+    # Answers keep the real stdout; whatever SkyPilot and what it starts print there goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
