@@ -98,10 +98,12 @@ class EarlyExit(hooks.Proposer):
         slots = Slots(runner)
         rows = [row for row, tokens in enumerate(sampled) if tokens]
         asked = {row: self.controller.num_draft_tokens(self.record.history(ids[row]), len(rows)) for row in rows}
+        # `k_asked` after the cut: a controller told that it asked for more would take the cut for tokens that fell.
         drafts = {row: Drafted(min(most, k, self._room(runner, slots, row))) for row, k in asked.items()}
         going = [row for row in rows if drafts[row].k_asked > 0]
         if going:
             last = torch.tensor([sampled[row][-1] for row in going])
+            # The last token's position: it is sampled and not in the cache, so the draft begins by running it.
             at = torch.tensor([int(runner.input_batch.num_tokens_no_spec[row]) - 1 for row in going])
             self._chains(slots, going, drafts, last, at, self._known(states, sampled, counts, going))
         self.record.drafted({ids[row]: draft for row, draft in drafts.items()}, began, time.perf_counter())
@@ -142,6 +144,7 @@ class EarlyExit(hooks.Proposer):
                 going = [going[place] for place in stay]
                 slots.look(torch.tensor(going, device=device, dtype=torch.int64))
             positions = positions + 1
+            # A bound kept on the host, too large once rows drop out: asking the device would wait for it.
             furthest += 1
 
     def _run(self, slots: Slots, tokens: Tensor, positions: Tensor, furthest: int) -> Tensor:
@@ -177,6 +180,7 @@ class EarlyExit(hooks.Proposer):
         tokens = int(runner.input_batch.num_tokens_no_spec[row])
         asked = request.sampling_params.max_tokens if request.sampling_params else None
         remaining = self.most + 1 if asked is None else asked - len(request.output_token_ids)
+        # k tokens are written at tokens - 1 to tokens + k - 2 (the last one is not run); vLLM adds one of its own.
         rooms: tuple[int, ...] = (slots.room(row) - (tokens - 1), runner.max_model_len - tokens, remaining - 1)
         return max(0, min(rooms))
 
@@ -208,6 +212,7 @@ class EarlyExit(hooks.Proposer):
             return
         self.layers.compile(compilation.inductor_compile_config)
         device = self.config.device_config.device
+        # Four: torch compiles sizes 0 and 1 for themselves, and one of them would not stand for all.
         tokens, positions = torch.zeros(4, dtype=torch.int64, device=device), torch.arange(4, device=device)
         for tensor in (tokens, positions):
             torch._dynamo.mark_dynamic(tensor, 0)

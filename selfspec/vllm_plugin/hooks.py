@@ -55,6 +55,7 @@ def attach() -> None:
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:
     original = getattr(owner, name, None)
+    # The mark: vLLM loads plugins in each process and may do so twice; one wrap must not wrap another.
     if original is not None and not hasattr(original, _MARK):
         setattr(owner, name, wrapper(original))
 
@@ -66,6 +67,7 @@ def _take_settings(original: Any) -> Any:
         if isinstance(asked, dict) and asked.get("model") == PROPOSER:
             versions.check()
             settings = asked.get(KEY, self.additional_config.get(KEY))  # there, if this is asked twice
+            # Here, in the process that was given the flag: a mistake is one line of its own, and no worker's traceback.
             parse(settings, asked.get("num_speculative_tokens"), self.tensor_parallel_size)
             self.additional_config = {**self.additional_config, KEY: settings}
             self.speculative_config = {key: value for key, value in asked.items() if key != KEY}

@@ -47,6 +47,7 @@ class Slots:
         lengths = (positions + 1).int()
         metadata, slots = dict[str, Any](), dict[str, Tensor]()
         for table, blocks, groups in zip(self.tables, self._rows, self.groups, strict=True):
+            # vLLM's own mapping is of the step it has just run; these positions come after it.
             at = blocks.gather(1, (positions // table.block_size)[:, None])[:, 0].long()
             slot = at * table.block_size + positions % table.block_size
             common = self._metadata(
