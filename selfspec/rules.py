@@ -3,6 +3,7 @@
 What vLLM cannot do stands in ``vllm_rules.py``; what one value alone can get wrong, in ``config.py``.
 """
 
+import ast
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -70,6 +71,8 @@ def _check_draft(config: schema.Config) -> None:
     draft, engine = config.draft, config.engine
     known = sorted(p.stem for p in _DRAFTS.glob("*.py") if p.stem not in ("__init__", "base"))
     runnable = known if engine.drafts is None else engine.drafts
+    if engine.drafts is None and draft.name not in _MEANS:
+        _check_file(draft.name)
     if draft.name not in runnable:
         raise ConfigError(f"draft={draft.name}: engine={engine.name.name} cannot run it; it runs {', '.join(runnable)}")
     if engine.name is schema.EngineName.vllm:
@@ -98,9 +101,24 @@ def _check_draft(config: schema.Config) -> None:
         raise ConfigError(f"draft.vocab={draft.vocab}: policy.verify=false reads out the whole vocabulary")
     if not config.policy.verify and draft.previous:
         raise ConfigError("draft.previous=true: reads the verified final state, which policy.verify=false never has")
-    for key in sorted(_given(draft) - _MEANS.get(draft.learned or draft.name, set()) - _MEANS[draft.name]):
+    meant = _MEANS.get(draft.name, _given(draft))  # of a draft that is not in the table, all
+    for key in sorted(_given(draft) - _MEANS.get(draft.learned or draft.name, set()) - meant):
         value = getattr(draft, key)
         raise ConfigError(f"draft.{key}={getattr(value, 'name', value)}: means nothing to draft={draft.name}")
+
+
+def _check_file(name: str) -> None:
+    """Refuses a draft whose file is missing or unfinished; read, not imported: that would load torch."""
+    path = _DRAFTS / f"{name}.py"
+    shown = "/".join(path.parts[-4:])
+    if not path.is_file():
+        raise ConfigError(f"draft={name}: {shown} is missing")
+    try:
+        body = ast.parse(path.read_text()).body
+    except SyntaxError as error:
+        raise ConfigError(f"draft={name}: {shown}, line {error.lineno}: {error.msg}") from error
+    if not any(isinstance(node, ast.FunctionDef) and node.name == "make" for node in body):
+        raise ConfigError(f"draft={name}: {shown} has no make(draft, model, head)")
 
 
 def _check_backends(serve: schema.Serve) -> None:

@@ -122,7 +122,7 @@ def test_idle_handles_of_the_smallest_model() -> None:
     ("overrides", "reason"),
     [
         ("engine=fake", "draft=lsq: engine=fake cannot run it; it runs none, layerskip"),
-        ("draft.name=nope", "draft=nope: engine=torch cannot run it; it runs adapter, draft_model, eagle, "),
+        ("draft.name=nope", "draft=nope: selfspec/speculation/draft/nope.py is missing"),
         ("exit_layer=30", "exit_layer=30: SmolLM2-135M-Instruct has 30 layers; must be from 1 to 29"),
         ("draft=layerskip exit_layer=99", "exit_layer=99: .* must be from 1 to 29"),
         ("draft=lsq_lowrank draft.rank=null", "draft.rank=None: form=low_rank needs a rank"),
