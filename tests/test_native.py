@@ -1,5 +1,6 @@
 """native: our own CPU kernels compute what torch's operators do, in float32 and in bf16."""
 
+import mmap
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -178,6 +179,20 @@ def test_weights_that_are_laid_out_at_once_do_not_share_memory(monkeypatch: pyte
         packs = list(pool.map(lambda weight: packed(weight, own=True), weights))
     assert all(torch.equal(plain(pack), weight) for pack, weight in zip(packs, weights, strict=True))
     assert all(pack.data_ptr() % 64 == 0 for pack in packs), "a line of the cache is read at once"
+
+
+@BF16
+def test_a_kernel_without_huge_pages_does_with_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(mmap.mmap):
+        def madvise(self, *asked: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Small)
+    monkeypatch.setattr(native, "_chunk", torch.empty(0, dtype=torch.uint8))
+    monkeypatch.setattr(native, "_used", 0)
+    weight = torch.randn(64, 32).bfloat16()
+    tiles = native.tiled(weight)
+    assert tiles is not None and native.untiled(tiles).equal(weight)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 63)])

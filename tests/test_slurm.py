@@ -8,9 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launched import HELD_UNITS, Sweep, until
+
+from hydra_plugins.selfspec_launcher import slurm as slurm_launcher
+from hydra_plugins.selfspec_launcher.slurm import SlurmLauncher
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -144,3 +148,22 @@ def test_without_slurm(run: Run, fake: list[str], tmp_path: Path, monkeypatch: p
     code, _, err = run("-m", "hydra/launcher=slurm", *fake, "K=1,2")
     assert (code, err) == (2, "error: hydra/launcher=slurm: there is no sbatch here; needs a machine of a Slurm\n")
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_job_that_came_back_has_its_time_again_when_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = SimpleNamespace(stdout=tmp_path / "log", result_pickle=tmp_path / "none")
+    launcher = object.__new__(SlurmLauncher)
+    launcher._running, launcher._gone = {0: SimpleNamespace(job_id="7_0", paths=paths)}, {}  # type: ignore[dict-item]
+    clock, queue = [0.0], dict[str, tuple[str, str]]()
+    monkeypatch.setattr(slurm_launcher, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(launcher, "_squeue", lambda: queue)
+    assert not launcher.states([0])  # gone, a moment ago
+    clock[0] += 2 * slurm_launcher.PATIENCE_S
+    queue["7_0"] = ("RUNNING", "None")
+    assert not launcher.states([0])[0].over
+    queue.clear()
+    assert not launcher.states([0])
+    clock[0] += 2 * slurm_launcher.PATIENCE_S
+    assert launcher.states([0])[0].over

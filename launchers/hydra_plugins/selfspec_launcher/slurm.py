@@ -115,6 +115,7 @@ class SlurmLauncher(ProcessLauncher):
             if state not in _OVER and state != "GONE":
                 note = f", {reason}" if state == "PENDING" and reason != "None" else ""
                 found[number] = State(f"{state.lower()} ({name}{note})", log=log)
+                self._gone.pop(number, None)  # requeued: should it be gone again, it has as long as any
             # Completed or gone without a result: a network's file system may show the file later.
             elif state not in ("COMPLETED", "GONE") or self._long_gone(number):
                 died = f"Slurm job {name}: {state}" + (f" ({reason})" if reason != "None" else "")

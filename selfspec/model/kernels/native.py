@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -126,7 +127,8 @@ def _in_huge_pages(tensor: Tensor) -> Tensor:
         if _used + size > len(_chunk):
             # What the last chunk has left stays unused. `frombuffer` keeps a chunk for as long as a weight lies in it.
             memory = mmap.mmap(-1, max(size, _CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without huge pages refuses; small ones do
+                memory.madvise(mmap.MADV_HUGEPAGE)
             _chunk, _used = torch.frombuffer(memory, dtype=torch.uint8), 0
         place = _chunk[_used : _used + size]
         # Every weight begins with a line of the cache: the kernel reads whole lines, and would touch two for each.
