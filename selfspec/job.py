@@ -17,7 +17,7 @@ from selfspec.interrupt import shield, trap
 from selfspec.plan import Plan
 from selfspec.report import results
 from selfspec.report import tables as report
-from selfspec.sweep.context import ALONE, SweepContext
+from selfspec.sweep_context import ALONE, SweepContext
 from selfspec.tracking import Tracker
 from selfspec.types import Measurements
 

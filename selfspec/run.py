@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> float | None:
     from selfspec import job, plan, provenance
     from selfspec.report import results
     from selfspec.report import tables as report
-    from selfspec.sweep.context import SweepContext
+    from selfspec.sweep_context import SweepContext
 
     settings = HydraConfig.get()
     folder, todo = Path(settings.runtime.output_dir), plan.make(cfg)

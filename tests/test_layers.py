@@ -16,7 +16,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),
     ("config", "data.assets", "heads", "interrupt", "metrics", "progress"),
     ("data", "files", "provenance", "refusal", "sweep.compose", "vllm_rules"),
-    ("checkpoint", "rules", "sweep.context", "tracking"),
+    ("checkpoint", "rules", "sweep_context", "tracking"),
     ("plan",),
     ("model", "report"),
     ("speculation",),
@@ -47,7 +47,7 @@ LAUNCHERS_MAY = tuple(  # `run` is what a Slurm job calls, and where the configs
     f"selfspec.{name}"
     for name in (
         *("plan", "checkpoint", "errors", "config", "files", "report.results", "provenance", "interrupt"),
-        *("run", "sweep.compose", "sweep.context"),
+        *("run", "sweep.compose", "sweep_context"),
     )
 )
 LARGEST_ROOM = 0.15

@@ -23,7 +23,7 @@ from selfspec.errors import ConfigError, LaunchError
 from selfspec.plan import Plan
 from selfspec.report import results
 from selfspec.run import CONF
-from selfspec.sweep.context import SweepContext
+from selfspec.sweep_context import SweepContext
 
 SETTINGS = SkyPilotConf(poll_s=0.0, infra="gcp")
 

@@ -19,14 +19,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
 
-from selfspec import fitting, job, plan
+from selfspec import fitting, job, plan, sweep_context
 from selfspec.checkpoint import FILE
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.report import results
 from selfspec.report.results import Result
 from selfspec.run import CONF
 from selfspec.sweep import callback as sweep
-from selfspec.sweep import context as sweep_context
 from selfspec.tracking import MLflowTracker
 from selfspec.tracking import mlflow as mlflow_tracker
 from selfspec.types import Completion, Request

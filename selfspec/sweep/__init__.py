@@ -1,1 +1,1 @@
-"""What concerns a sweep and not its jobs: composing them, what they are told of it, checks before and a table after."""
+"""What concerns a sweep and not its jobs: composing them, checks before anything runs, a table at the end."""

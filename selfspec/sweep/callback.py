@@ -1,7 +1,7 @@
 """What happens once for all jobs: checks before anything is written, the sweep's run, its table at the end.
 
 Hydra calls this as a callback, in the process that the user started. The jobs, wherever they run, are told of their
-sweep by :class:`selfspec.sweep.context.SweepContext`.
+sweep by :class:`selfspec.sweep_context.SweepContext`.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from selfspec.refusal import exit_with
 from selfspec.report import results
 from selfspec.report import tables as report
 from selfspec.sweep import compose
-from selfspec.sweep.context import SweepContext
+from selfspec.sweep_context import SweepContext
 
 
 class Sweep(Callback):

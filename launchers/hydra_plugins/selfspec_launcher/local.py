@@ -105,7 +105,7 @@ class LocalLauncher(ProcessLauncher):
         The last job too, alone as it may be: what is compared in one table is measured with as many threads.
         """
         from selfspec.provenance import hardware
-        from selfspec.sweep.context import SweepContext
+        from selfspec.sweep_context import SweepContext
 
         cores = hardware()["physical_cores"]
         assert isinstance(cores, int), "it is a number"

@@ -82,7 +82,7 @@ class SlurmLauncher(ProcessLauncher):
 
         from hydra_plugins.selfspec_launcher._slurm_job import Run
         from selfspec.errors import LaunchError
-        from selfspec.sweep.context import SweepContext
+        from selfspec.sweep_context import SweepContext
 
         jobs, sweep = todo[:ARRAY], Path(self.config.hydra.sweep.dir)
         told = SweepContext.load(sweep).environment()

@@ -12,7 +12,7 @@ from selfspec.config import Resume, TrackerName
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.sweep import compose
-from selfspec.sweep.context import ALONE, SweepContext
+from selfspec.sweep_context import ALONE, SweepContext
 
 PREFIX = "selfspec-"
 """Of the names of our managed jobs; the plan's identity follows."""

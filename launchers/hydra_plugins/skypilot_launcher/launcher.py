@@ -102,7 +102,7 @@ class SkyPilotLauncher(Launcher):
         from hydra_plugins.skypilot_launcher._fleet import Job
         from selfspec import plan as plans
         from selfspec.sweep import compose
-        from selfspec.sweep.context import SweepContext
+        from selfspec.sweep_context import SweepContext
 
         assert self._context is not None, "Hydra calls setup() first"
         sweep = SweepContext.load(Path(self._config.hydra.sweep.dir))
