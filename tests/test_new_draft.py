@@ -53,9 +53,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(copy: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(copy), str(copy / "launchers")])
-    ours = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}  # other tests leave it set
     command = [sys.executable, "-P", "-m", "selfspec.run", *argv]
-    return subprocess.run(command, env={**ours, "PYTHONPATH": path}, capture_output=True, text=True)
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
 
 
 def test_it_runs_from_fit_to_report(copy: Path, overrides: list[str], tmp_path: Path) -> None:
