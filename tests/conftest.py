@@ -82,6 +82,13 @@ def fake(tmp_path: Path, prompts_file: Path, monkeypatch: pytest.MonkeyPatch) ->
     return [*tiny.fake_job(prompts_file), f"output_dir={tmp_path / 'outputs'}"]
 
 
+@pytest.fixture(autouse=True)
+def hydra_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``main`` sets for its process is undone after each test: the processes of later ones would inherit it."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    monkeypatch.delenv("HYDRA_FULL_ERROR")
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """``python -m selfspec.run ...`` in this process: exit code, stdout, stderr."""
@@ -91,8 +98,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*argv: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # so that it is undone: `main` sets it, for all that come after
-        monkeypatch.delenv("HYDRA_FULL_ERROR")
+        os.environ.pop("HYDRA_FULL_ERROR", None)
         monkeypatch.setattr(sys, "argv", ["selfspec.run", *argv])
         capsys.readouterr()
         try:
