@@ -392,7 +392,7 @@ class Serve:
     """The longest answer a caller may ask for; and, in a chat, what one that does not ask may get."""
     max_concurrent_requests: int = bounded(64, 1)
     """Requests running and waiting; more are told to try again."""
-    max_body_bytes: int = bounded(1000000, 1)
+    max_body_bytes: int = bounded(1_000_000, 1)
     drain_s: float = bounded(30.0, 0)
     """How long a server that was told to stop waits for the answers it has begun, in seconds."""
     client_timeout_s: float = bounded(30.0, 0.01)

@@ -15,8 +15,7 @@ from selfspec.engine import factory
 from selfspec.errors import Interrupted, LeaseError
 from selfspec.interrupt import shield, trap
 from selfspec.plan import Plan
-from selfspec.report import results
-from selfspec.report import tables as report
+from selfspec.report import results, tables
 from selfspec.sweep_context import ALONE, SweepContext
 from selfspec.tracking import Tracker
 from selfspec.types import Measurements
@@ -94,7 +93,7 @@ def run(plan: Plan, folder: Path, sweep: SweepContext = ALONE) -> results.Result
             measured |= {f"{stage}/{name}": value for name, value in found.items()}
 
         result = _result(plan, journal, measured)
-        report.write(folder, [result])
+        tables.write(folder, [result])
         for stage in plan.stages:
             stages.ask(stage, "write", folder, plan, journal, otherwise=None)
         results.write_result(folder, result)

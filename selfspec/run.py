@@ -26,8 +26,7 @@ ConfigStore.instance().store("schema", Config)
 def run(cfg: DictConfig) -> float | None:
     """One job, called by Hydra. Returns the speed-up, for sweepers that optimise."""
     from selfspec import job, plan, provenance
-    from selfspec.report import results
-    from selfspec.report import tables as report
+    from selfspec.report import results, tables
     from selfspec.sweep_context import SweepContext
 
     settings = HydraConfig.get()
@@ -45,7 +44,7 @@ def run(cfg: DictConfig) -> float | None:
             say(error)
             results.failed(todo, folder, error, provenance.collect())
             return None
-    report.show([result], explain=alone)  # a sweep explains its words and its failures once, at its end
+    tables.show([result], explain=alone)  # a sweep explains its words and its failures once, at its end
     if alone and result["status"] == "failed":
         exit_with(StageError(f"{result['label']}: {result['error']}"))
     return result["measurements"].get("bench/speedup")

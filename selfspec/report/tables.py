@@ -18,8 +18,7 @@ from rich.text import Text
 
 from selfspec.config import flatten
 from selfspec.files import write_atomic
-from selfspec.report import plots
-from selfspec.report import quality as tables
+from selfspec.report import plots, quality
 from selfspec.report.results import (
     Result,
     distinct,
@@ -77,7 +76,7 @@ def table(results: Iterable[Result], explain: bool = True) -> Table:
 def further(results: Iterable[Result], explain: bool = True) -> list[Table]:
     """The tables of what the quality stage measured, where there is something."""
     made = []
-    for section in tables.sections(distinct(results)):
+    for section in quality.sections(distinct(results)):
         one = _empty(section.caption if explain else None)
         for header in section.columns:
             one.add_column(header, overflow="fold")

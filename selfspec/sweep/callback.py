@@ -26,8 +26,7 @@ from selfspec.files import storing
 from selfspec.interrupt import shield
 from selfspec.plan import Plan
 from selfspec.refusal import exit_with
-from selfspec.report import results
-from selfspec.report import tables as report
+from selfspec.report import results, tables
 from selfspec.sweep import compose
 from selfspec.sweep_context import SweepContext
 
@@ -84,8 +83,8 @@ class Sweep(Callback):
     def _close(self, folder: Path) -> None:
         found = self._results(folder)
         lost = max(0, len(self._folders) - len(found))
-        files = report.write(folder, found)
-        report.show(found)
+        files = tables.write(folder, found)
+        tables.show(found)
         failed = {result["plan_id"] for result in found if result["status"] == "failed"}
         run_id = SweepContext.load(folder).run_id
         if self._first is not None and run_id is not None:
