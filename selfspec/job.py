@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from selfspec import checkpoint, fitting, provenance, stages, tracking
 from selfspec.checkpoint import Journal, Record
-from selfspec.config import EngineName
 from selfspec.data import assets
 from selfspec.engine import factory
 from selfspec.errors import Interrupted, LeaseError
@@ -59,7 +58,7 @@ def fetch(plan: Plan) -> None:
     if checkpoint.begun_here(place(plan)):
         return
     assets.fetch(plan.workload.source, plan.workload.sha256)
-    if plan.engine.name is not EngineName.fake:
+    if plan.engine.reads_model:
         assets.fetch(plan.model.source, plan.model.sha256)
     for stage in plan.stages:
         stages.ask(stage, "fetch", plan, otherwise=None)

@@ -8,8 +8,9 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from selfspec.axes import AXES
 from selfspec.config import Config
 from selfspec.errors import Interrupted, SelfspecError, StageError
 from selfspec.interrupt import trap
@@ -20,6 +21,9 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 """Installed, the configs lie in the package; in a checkout, beside it."""
 
 ConfigStore.instance().store("schema", Config)
+for axis in AXES.values():
+    axis.store()
+OmegaConf.register_new_resolver("selfspec.groups", lambda: _groups(), replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -48,6 +52,15 @@ def run(cfg: DictConfig) -> float | None:
     if alone and result["status"] == "failed":
         exit_with(StageError(f"{result['label']}: {result['error']}"))
     return result["measurements"].get("bench/speedup")
+
+
+def _groups() -> str:
+    """What ``--help`` lists: Hydra would list schemas, too."""
+    files = sorted(path.relative_to(CONF) for path in CONF.rglob("*/*.yaml") if "hydra" not in path.parts[:-1])
+    found = dict[str, list[str]]()
+    for path in files:
+        found.setdefault(path.parent.as_posix(), []).append(path.stem)
+    return "\n".join(f"{group}: {', '.join(options)}" for group, options in sorted(found.items()))
 
 
 def main() -> None:

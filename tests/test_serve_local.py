@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from serving import Gated, request
 
 from selfspec import plan
+from selfspec.axes import POLICY
 from selfspec.engine.base import Engine
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.torch.engine import TorchEngine
@@ -281,7 +282,7 @@ class TestTinyModel:
             replace(GREEDY, prompt=(7, 9, 11), temperature=1.0, top_p=0.0, max_tokens=20),
         ]
         engine = TorchEngine(real)
-        rejecting = TorchEngine(replace(real, policy=replace(real.policy, name=_rejection(), temperature=1.0)))
+        rejecting = TorchEngine(replace(real, policy=POLICY.new("rejection", temperature=1.0)))
 
         def generated(tokens: list[int], new: int, sampling: Sampling) -> str:
             (done,) = rejecting.generate([Request(tuple(tokens), new, sampling=sampling)], plain=True)
@@ -316,9 +317,3 @@ class TestTinyModel:
             assert " ".join(each.token for each in given) == said(chunks)
 
         run(work)
-
-
-def _rejection() -> Any:
-    from selfspec.config import PolicyName
-
-    return PolicyName.rejection

@@ -1,14 +1,25 @@
 """The contract of a model: a stack of frozen layers that can be run from i to j on our own cache."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-import torch
-from torch import Tensor
-
+from selfspec.lazy import torch
 from selfspec.model.cache import AttentionMetadata, KVCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Layers = Enum("Layers", "auto fast hf")
+"""Our own, Hugging Face's, or ours where they know the architecture (``auto``)."""
+Weights = Enum("Weights", "full int8")
+Kernels = Enum("Kernels", "auto native torch")
+"""Our own C++ kernels for the CPU, torch's operators, or ours where a compiler can build them (``auto``)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from selfspec import fitting
-from selfspec.config import BackendConfig, CacheMode, ControllerName, EngineName, Weights
+from selfspec.axes import ENGINE
+from selfspec.config import BackendConfig, CacheMode
 from selfspec.engine import factory
 from selfspec.engine.base import Engine
 from selfspec.errors import ConfigError, one_line
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 
 KEY = "SELFSPEC_API_KEY"
 """The environment's API key wins over the config's: no file and no process list shows it."""
-_SERVED = (EngineName.torch, EngineName.fake, EngineName.vllm)
 
 
 def check(plan: Plan) -> None:
@@ -37,11 +37,12 @@ def check(plan: Plan) -> None:
     Raises:
         ConfigError: with the setting, and what can.
     """
-    if plan.engine.name not in _SERVED:
-        allowed = ", ".join(name.name for name in _SERVED)
-        raise ConfigError(f"engine={plan.engine.name.name}: cannot be served; allowed are {allowed}")
-    if plan.controller.name is ControllerName.autotune and plan.serve.max_batch > 1:
-        raise ConfigError(f"serve.max_batch={plan.serve.max_batch}: controller=autotune decodes one request at a time")
+    if not plan.engine.served:
+        allowed = ", ".join(name for name, option in ENGINE.options.items() if option.served)
+        raise ConfigError(f"engine={plan.engine.name}: cannot be served; allowed are {allowed}")
+    if plan.controller.chosen_exits and plan.serve.max_batch > 1:
+        asked = f"serve.max_batch={plan.serve.max_batch}"
+        raise ConfigError(f"{asked}: controller={plan.controller.name} decodes one request at a time")
     for backend in plan.serve.backends:
         if backend.key_env is not None and not os.environ.get(backend.key_env):
             raise ConfigError(f"serve.backends: {backend.name}: key_env={backend.key_env}: the environment has none")
@@ -57,13 +58,13 @@ def local(plan: Plan, metrics: Metrics) -> Local:
     return Local("local", lambda: engine(plan), plan.serve, plan.draft.name, metrics)
 
 
-def engine(plan: Plan, weights: Weights | None = None) -> Engine:
+def engine(plan: Plan) -> Engine:
     """The plan's engine with its head in place, fitted if need be, and warm.
 
     Raises:
         UserError: something it needs cannot be had.
     """
-    made = factory.make(replace(plan, engine=replace(plan.engine, weights=weights or plan.engine.weights)))
+    made = factory.make(plan)
     if plan.draft.fitted:
         fitting.ready(lambda: made, plan)
         made.use_head(fitting.head_path(plan))
@@ -105,7 +106,7 @@ def backend(plan: Plan, config: BackendConfig, local: Local, metrics: Metrics) -
     def quantised() -> Engine:
         """The same engine in int8, once the other has loaded; it drafts by the same head."""
         local.ready.result()
-        return engine(plan, Weights.int8)
+        return engine(replace(plan, engine=plan.engine.int8()))
 
     def tell(loaded: Future[Engine]) -> None:
         if error := loaded.exception():

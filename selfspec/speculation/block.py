@@ -14,23 +14,24 @@ Shapes: N new tokens of all rows (see ``cache.py``), P features, D hidden size, 
 d head size.
 """
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from selfspec.config import Draft as DraftConfig
+from selfspec.lazy import F, torch
 from selfspec.model.base import Model, Shape
 from selfspec.model.cache import AttentionMetadata, KVCache
-from selfspec.model.llama import attend
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.head import Head, features, linear
 from selfspec.speculation.readout import Readout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _THETA = 10000.0
 _EXPANSION = 8 / 3
@@ -43,7 +44,9 @@ class Block:
     """The layer at work, on the cache's layer after the target's last."""
 
     def __init__(self, tensors: dict[str, Tensor], shape: Shape) -> None:
-        self.tensors, self.shape = tensors, shape
+        from selfspec.model.llama import attend  # not sooner: it loads what reads weights, which options do without
+
+        self.tensors, self.shape, self._attend = tensors, shape, attend
         angles = rotation(torch.arange(shape.max_positions), shape.head_dim)
         self._cos, self._sin = (table.to(tensors["qkv"]) for table in angles)
 
@@ -53,7 +56,7 @@ class Block:
         q, k, v = self._project(x, at)
         keys, values = cache.append(s.layers, k, v, at)
         mask = None if at.mask is None else at.mask.repeat(1, 1, s.heads // s.kv_heads, 1)
-        return finish(self.tensors, x, attend(q, keys, values, at, mask))
+        return finish(self.tensors, x, self._attend(q, keys, values, at, mask))
 
     def write(self, x: Tensor, cache: KVCache, at: AttentionMetadata) -> None:
         """Writes the keys and values of features ``[N, P]``: all that is needed of tokens that are known."""
@@ -144,22 +147,31 @@ def begin(linear_map: dict[str, Tensor], s: Shape, seed: int) -> dict[str, Tenso
     return linear_map | layer
 
 
-def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
-    """Least squares for the linear map, then ``draft.sgd_epochs`` of AdamW on the cross-entropy to the model's tokens.
+def fit(
+    model: Model,
+    train: list[Trace],
+    heldout: list[Trace],
+    seed: int,
+    *,
+    ridge: float,
+    sgd_epochs: int,
+    vocab: int | None,
+) -> Head:
+    """Least squares for the linear map, then ``sgd_epochs`` of AdamW on the cross-entropy to the model's tokens.
 
     Returns:
         The head in float32; its facts hold, on held-out answers, the top-1 agreement with the full model by
         drafted position, and what training added to the first of the linear map alone (``sgd_gain``).
     """
     began = time.perf_counter()
-    previous = draft.exit_layer is None
+    previous = train[0].exit is None
     pairs = ((whole(model, trace, previous)[trace.at].cpu(), trace.final[trace.at]) for trace in train)
-    tensors = begin(fitting.ridge(pairs, draft), model.shape, seed)
+    tensors = begin(fitting.ridge(pairs, ridge), model.shape, seed)
     solved = time.perf_counter() - began
-    ids = fitting.vocabulary(model, train, draft)
+    ids = fitting.vocabulary(model, train, vocab)
     readout = Readout(model, ids["ids"].to(model.device) if ids else None)
     measure = partial(agreement, model, readout, heldout, previous)
-    further = partial(_descend, model, readout, train, draft, seed, previous)
+    further = partial(_descend, model, readout, train, sgd_epochs, seed, previous)
     tensors, by_position, gain = fitting.refine(tensors, measure, further)
     facts = {"form": "block", "solve_s": round(solved, 3)} | gain
     return Head(tensors | ids, facts | fitting.facts(train, heldout, tensors, by_position))
@@ -169,7 +181,7 @@ def _descend(
     model: Model,
     readout: Readout,
     traces: list[Trace],
-    draft: DraftConfig,
+    epochs: int,
     seed: int,
     previous: bool,
     tensors: dict[str, Tensor],
@@ -185,7 +197,7 @@ def _descend(
             return fitting.cross_entropy(states, weight, readout.indices(wanted).to(model.device))
 
     there = {name: t.to(model.device) for name, t in tensors.items()}
-    learned = fitting.descend(there, [readout.weight], loss, len(traces), draft.sgd_epochs, seed, _RATE, _BATCH)
+    learned = fitting.descend(there, [readout.weight], loss, len(traces), epochs, seed, _RATE, _BATCH)
     return {name: t.cpu() for name, t in learned.items()}
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from selfspec.model.base import Model
 from selfspec.model.cache import AttentionMetadata, KVCache
 from selfspec.model.tree import Tree
-from selfspec.speculation.controller import Controller
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.draft.base import Draft, Row
-from selfspec.speculation.gate import Gate
-from selfspec.speculation.policy import Choice, Policy, Verdict
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.policy.base import Choice, Policy, Verdict
 from selfspec.types import Cycle, Logprob, Request
 
 

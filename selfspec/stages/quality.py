@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from selfspec.checkpoint import Journal, Record
-from selfspec.config import EngineName
 from selfspec.data import workload
 from selfspec.engine.base import Engine, LazyEngine
 from selfspec.errors import ConfigError
@@ -40,9 +39,9 @@ def check(plan: Plan) -> None:
     Raises:
         ConfigError: an engine that scores no text, or shows no states.
     """
-    if plan.engine.name.name not in ENGINES:
-        raise ConfigError(f"engine={plan.engine.name.name}: stages=[quality] needs one of {', '.join(ENGINES)}")
-    if plan.engine.name is EngineName.vllm and plan.quality.gate_prompts:
+    if plan.engine.name not in ENGINES:
+        raise ConfigError(f"engine={plan.engine.name}: stages=[quality] needs one of {', '.join(ENGINES)}")
+    if plan.engine.name == "vllm" and plan.quality.gate_prompts:
         asked = f"quality.gate_prompts={plan.quality.gate_prompts}"
         raise ConfigError(f"{asked}: engine=vllm shows no states for gates to look at; use quality.gate_prompts=0")
 
@@ -135,7 +134,7 @@ def write(folder: Path, plan: Plan, journal: Journal) -> None:
         files["quality_conversations.csv"] = perplexity.table(rows)
     if signals:
         made = gates.curves(signals)
-        files |= {"gate_roc.csv": gates.table(made), "gate_roc.png": plot.roc(made, plan.draft.exit_layer)}
+        files |= {"gate_roc.csv": gates.table(made), "gate_roc.png": plot.roc(made, plan.draft.get("exit_layer"))}
     if plan.quality.tasks:
         files["lm_eval.json"] = json.dumps(_data(journal, "tasks"), indent=1)
     for name, content in files.items():

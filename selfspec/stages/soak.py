@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from selfspec.axes import ENGINE
 from selfspec.checkpoint import Journal, Record
-from selfspec.config import EngineName, SoakServer
+from selfspec.config import SoakServer
 from selfspec.data import workload
 from selfspec.engine import factory
 from selfspec.engine.base import LazyEngine
@@ -35,7 +36,6 @@ _READINGS = 20
 """Of the server's memory in an interval."""
 _LIMITS = {"users": "max_concurrent_requests", "new_tokens": "max_tokens"}
 """Of callers, and the gateway's."""
-_SERVED = (EngineName.torch, EngineName.fake, EngineName.vllm)
 
 
 def check(plan: Plan) -> None:
@@ -44,9 +44,9 @@ def check(plan: Plan) -> None:
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
-    if plan.engine.name not in _SERVED:
-        allowed = ", ".join(name.name for name in _SERVED)
-        raise ConfigError(f"engine={plan.engine.name.name}: stages=soak serves {allowed}")
+    if not plan.engine.served:
+        allowed = ", ".join(name for name, option in ENGINE.options.items() if option.served)
+        raise ConfigError(f"engine={plan.engine.name}: stages=soak serves {allowed}")
     if plan.soak.server is not SoakServer.vllm and plan.soak.arguments:
         raise ConfigError(f"soak.arguments={plan.soak.arguments}: of soak.server=vllm; the gateway is given the job's")
     for asked, limit in _LIMITS.items():
@@ -54,8 +54,8 @@ def check(plan: Plan) -> None:
         if wanted > most and plan.soak.server is SoakServer.selfspec:
             raise ConfigError(f"soak.{asked}={wanted}: serve.{limit}={most} would refuse it")
     if plan.soak.server is SoakServer.vllm:
-        alone = plan.draft.name == "none" and plan.engine.name is EngineName.torch
-        if plan.engine.name is not EngineName.vllm and not alone:
+        alone = plan.draft.name == "none" and plan.engine.name == "torch"
+        if plan.engine.name != "vllm" and not alone:
             raise ConfigError("soak.server=vllm: use engine=vllm; or engine=torch draft=none, the model alone")
 
 

@@ -21,14 +21,13 @@ from selfspec.engine.fake.session import (
     Parts,
     World,
     chances,
-    entropy,
     next_token,
-    var_entropy,
 )
 from selfspec.plan import Plan
-from selfspec.speculation import controller, gate
-from selfspec.speculation.controller import Controller
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.controller.base import Controller
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.gate.entropy import Entropy
+from selfspec.speculation.gate.varH import VarEntropy
 from selfspec.types import Completion, Request, Score, Signals
 
 
@@ -37,10 +36,9 @@ class FakeEngine:
 
     def __init__(self, plan: Plan, world: World | None = None) -> None:
         self.plan = plan
-        acceptance = plan.engine.acceptance if plan.engine.acceptance is not None else 0.5
-        self.world = world or World(acceptance)
-        self.gate = gate.make(plan.gate, plan.seed)
-        self.controller = controller.make(plan.controller, plan.seed)
+        self.world = world or World(plan.engine.get("acceptance"))
+        self.gate: Gate = plan.gate.make(plan.seed)
+        self.controller: Controller = plan.controller.make(plan.seed)
         self._fixed_gates: dict[int, Gate] = {}
         self.clock = Clock()
 
@@ -68,10 +66,10 @@ class FakeEngine:
         """As :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`; always as many tokens as asked for."""
         control, stops = self.controller, self.gate
         if k is not None:
-            control = controller.Fixed(k)
-            stops = self._fixed_gates.setdefault(k, gate.make(self.plan.gate, self.plan.seed))
+            control = Controller(k)
+            stops = self._fixed_gates.setdefault(k, self.plan.gate.make(self.plan.seed))
         if plain or not self.plan.speculative:
-            control, stops = controller.Fixed(0), gate.Gate()
+            control, stops = Controller(0), Gate()
         rows = max_batch or self.plan.engine.max_batch
         positions = max((len(r.tokens) + r.max_new_tokens for r in requests), default=0)
         session = FakeSession(self._parts(control, stops), rows, positions, Admission())
@@ -81,11 +79,11 @@ class FakeEngine:
         """As :meth:`Engine.open <selfspec.engine.base.Engine.open>`; there is no limit to positions."""
         control, stops = self.controller, self.gate
         if not self.plan.speculative:
-            control, stops = controller.Fixed(0), gate.Gate()
+            control, stops = Controller(0), Gate()
         return FakeSession(self._parts(control, stops), rows, positions, admission.make(order, self.plan.serve.chunk))
 
     def _parts(self, control: Controller, stops: Gate) -> Parts:
-        return Parts(self.world, self.clock, control, stops, self.plan.gate.name)
+        return Parts(self.world, self.clock, control, stops)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Every message's role and content."""
@@ -132,11 +130,11 @@ class FakeEngine:
     def probe(self, prompt: Sequence[int], answer: Sequence[int], exits: Sequence[int] | None = None) -> list[Signals]:
         """As sure, and as often right, as drafts of this engine are."""
         request, found = Request(tuple(prompt), len(answer)), list[Signals]()
-        for layer in exits or [self.plan.draft.exit_layer or 1]:
+        for layer in exits or [self.plan.draft.get("exit_layer", 1)]:
             luck_of = [chances(request, answer, position) for position in range(1, len(answer))]
             odds = [self.world.acceptance(request, position, layer) for position in range(1, len(answer))]
             sure = [s ** (1 / a - 1) if a else 0.0 for (_, s), a in zip(luck_of, odds, strict=True)]
-            entropies, variances = tuple(map(entropy, sure)), tuple(map(var_entropy, sure))
+            entropies, variances = (tuple(g.signal_at(s, VOCAB - 1) for s in sure) for g in (Entropy(0), VarEntropy(0)))
             accepted = tuple(luck < s for (luck, _), s in zip(luck_of, sure, strict=True))
             found.append(Signals(layer, "raw", tuple(sure), entropies, variances, accepted))
         return found

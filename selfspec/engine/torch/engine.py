@@ -1,6 +1,5 @@
 """The torch engine: our decoder, drafts, gates and policies on one device."""
 
-import importlib
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,17 +18,22 @@ from selfspec.engine.torch.session import Scheduler
 from selfspec.errors import AssetError, ConfigError, one_line
 from selfspec.files import write_atomic
 from selfspec.model import gguf, hf
-from selfspec.model.base import Model
+from selfspec.model.base import Kernels, Layers, Model, Weights
 from selfspec.model.kernels import native
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.plan import Plan
 from selfspec.progress import progress
-from selfspec.speculation import controller, fit, gate, policy, scoring
+from selfspec.speculation import fit, scoring
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.draft.layerskip import EarlyExit
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
+from selfspec.speculation.policy.base import Policy
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.policy.rejection import Mixed
 from selfspec.types import Completion, Request, Score, Signals
 
 _DTYPES = {schema.Dtype.bf16: torch.bfloat16, schema.Dtype.fp16: torch.float16, schema.Dtype.fp32: torch.float32}
@@ -47,9 +51,10 @@ class TorchEngine:
             torch.set_num_threads(plan.hardware.threads)
         self.device = _device(plan.hardware.device)
         self.dtype = _dtype(plan.hardware.dtype, self.device)
-        self._gate, self._policy = gate.make(plan.gate, plan.seed), policy.make(plan.policy)
-        self._controller = controller.make(plan.controller, plan.seed)
-        self._fixed_gates: dict[int, gate.Gate] = {}
+        self._gate: Gate = plan.gate.make(plan.seed)
+        self._policy: Policy = plan.policy.make()
+        self._controller: Controller = plan.controller.make(plan.seed)
+        self._fixed_gates: dict[int, Gate] = {}
         self._head: Head | None = None
 
     @cached_property
@@ -65,15 +70,16 @@ class TorchEngine:
             ConfigError: the model has fewer layers than the plan counted on.
         """
         model = self._load()
-        exit_layer, layers = self.plan.draft.exit_layer, model.shape.layers
+        exit_layer, layers = self.plan.draft.get("exit_layer"), model.shape.layers
         if exit_layer is not None and exit_layer >= layers:
             name = self.plan.model.name
             raise ConfigError(f"exit_layer={exit_layer}: {name} has {layers} layers; must be from 1 to {layers - 1}")
         return model
 
     def _load(self) -> Model:
-        model = hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers, self._native)
-        if self.plan.engine.weights is schema.Weights.int8:
+        asked = self.plan.engine
+        model = hf.load(self.folder, self.device, self.dtype, asked.get("layers", Layers.auto), self._native)
+        if asked.get("weights") is Weights.int8:
             if not isinstance(model, Llama) or self.device.type != "cpu":
                 raise ConfigError("engine.weights=int8: only our own layers have them (engine.layers=fast), on a CPU")
             model.quantise()
@@ -86,11 +92,11 @@ class TorchEngine:
         Raises:
             ConfigError: they were asked for, and cannot.
         """
-        asked = self.plan.engine.kernels
-        if asked is schema.Kernels.torch:
+        asked = self.plan.engine.get("kernels", Kernels.auto)
+        if asked is Kernels.torch:
             return False
         problem = native.problem() if self.device.type == "cpu" else f"they are for the CPU, not for {self.device.type}"
-        if problem and asked is schema.Kernels.native:
+        if problem and asked is Kernels.native:
             raise ConfigError(f"engine.kernels=native: {problem}; allowed here are auto, torch")
         return problem is None
 
@@ -108,8 +114,8 @@ class TorchEngine:
         """Decoding without a draft by the whole model: the reference."""
         model = self.model
         whole = Target(model, model.shape.layers, model.norm)
-        exact = self._policy if self.plan.policy.samples else policy.LongestPrefix()
-        return Speculation(whole, Draft(model), gate.Gate(), controller.Fixed(0), exact)
+        exact = self._policy if self.plan.policy.samples else LongestPrefix()
+        return Speculation(whole, Draft(model), Gate(), Controller(0), exact)
 
     @cached_property
     def _speculation(self) -> Speculation:
@@ -125,11 +131,11 @@ class TorchEngine:
 
     def _fixed(self, k: int) -> Speculation:
         """The configuration with another controller, and a gate that learns for itself."""
-        own = self._fixed_gates.setdefault(k, gate.make(self.plan.gate, self.plan.seed))
-        return replace(self._speculation, controller=controller.Fixed(k), gate=own)
+        own = self._fixed_gates.setdefault(k, self.plan.gate.make(self.plan.seed))
+        return replace(self._speculation, controller=Controller(k), gate=own)
 
     def _make_draft(self) -> Draft:
-        made: Draft = _draft_module(self.plan.draft.name).make(self.plan.draft, self.model, self._head)
+        made: Draft = self.plan.draft.make(self.model, self._head)
         return made
 
     @cached_property
@@ -221,7 +227,7 @@ class TorchEngine:
         if positions > limit:
             raise ConfigError(f"serve.max_model_len={positions}: {self.plan.model.name} has {limit}")
         made = self._speculation
-        made = replace(made, policy=policy.Mixed(made.policy))
+        made = replace(made, policy=Mixed(made.policy))
         capacity = positions + made.draft.nodes(self.plan.controller.max_k)
         cache = self.model.new_cache(capacity, rows, made.draft.layers)
         return Scheduler(made, cache, order, self.plan.serve.chunk, positions)
@@ -248,12 +254,11 @@ class TorchEngine:
             traces = []
             with progress("states", len(pairs)) as advance:
                 for prompt, answer in pairs:
-                    traces.append(fit.trace(self.model, prompt, answer, draft.exit_layer))
+                    traces.append(fit.trace(self.model, prompt, answer, draft.get("exit_layer")))
                     advance()
         else:  # a corpus is tokens only
             traces = [fit.unread(prompt, answer) for prompt, answer in pairs]
-        module = _draft_module(draft.name)
-        head: Head = module.fit(self.model, *fit.split(traces), draft, self.plan.seed)
+        head: Head = draft.fit(self.model, *fit.split(traces), self.plan.seed)
         head.facts.update(facts, hidden=self.model.shape.hidden)
         write_atomic(path, head.to_bytes())
 
@@ -304,11 +309,11 @@ class TorchEngine:
         if beyond:
             raise ConfigError(f"quality.exits={beyond[0]}: the model has {layers} layers; must be 1 to {layers - 1}")
         if exits is None:
-            exits = scoring.exits(layers, draft.exit_layer)
+            exits = scoring.exits(layers, draft.get("exit_layer"))
         own = self._make_draft() if draft.fitted else None
         own = getattr(own, "learned", own)  # of a hybrid
         fitted = own if isinstance(own, EarlyExit) else None
-        return scoring.probe(self.model, prompt, answer, exits, fitted, draft.learned or draft.name)
+        return scoring.probe(self.model, prompt, answer, exits, fitted, draft.get("learned", draft.name))
 
     def limits(self) -> Limits:
         """See :meth:`Engine.limits <selfspec.engine.base.Engine.limits>`."""
@@ -337,10 +342,6 @@ class TorchEngine:
         if positions > limit:
             raise ConfigError(f"workload: prompt and new tokens come to {positions} positions; the model has {limit}")
         return positions
-
-
-def _draft_module(name: str) -> Any:
-    return importlib.import_module(f"selfspec.speculation.draft.{name}")
 
 
 def _next_logits(model: Model, context: Sequence[int], alone: int = 0) -> Tensor:

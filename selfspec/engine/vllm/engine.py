@@ -59,7 +59,7 @@ class VLLMEngine(TorchEngine):
     @cached_property
     def _core(self) -> Any:
         """The configuration's; plain decoding's where nothing is drafted."""
-        if self.plan.draft.name == "none":
+        if not self.plan.draft.speculates:
             return self._plain_core
         return self._start(vllm_args.speculation(self.plan, factory.drafter(self.plan), self._head_path))
 
@@ -195,7 +195,8 @@ class VLLMEngine(TorchEngine):
     @property
     def _by_vllm_alone(self) -> bool:
         engine, config = self.plan.engine, json.loads((self.folder / "config.json").read_text())
-        return bool(engine.quantization or (engine.tensor_parallel or 1) > 1 or config.get("quantization_config"))
+        alone = engine.get("quantization") or engine.get("tensor_parallel", 1) > 1
+        return bool(alone or config.get("quantization_config"))
 
     def score(
         self, context: Sequence[int], continuations: Sequence[Sequence[int]], *, plain: bool = False
@@ -227,7 +228,7 @@ class VLLMEngine(TorchEngine):
 
     def _room(self, positions: int) -> int:
         if positions > self._positions:
-            room = f"engine.kv_gib={self.plan.engine.kv_gib} and the model have room for {self._positions}"
+            room = f"engine.kv_gib={self.plan.engine.get('kv_gib')} and the model have room for {self._positions}"
             raise ConfigError(f"workload: prompt and new tokens come to {positions} positions; {room}")
         return positions
 
