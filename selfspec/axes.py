@@ -112,7 +112,7 @@ class ControllerOptions(Option):
     """As many; where K changes, what it starts from or the most there may be."""
 
     asked: ClassVar[str] = "make(self, seed)"
-    adapts: ClassVar[bool] = False
+    adapts: ClassVar[bool] = True
     """Whether K changes, so that the best fixed one is worth measuring beside it."""
     learns: ClassVar[bool] = False
     """Whether it learns from times as it decodes."""
@@ -131,6 +131,11 @@ class ControllerOptions(Option):
     def chosen_exits(self) -> Sequence[int]:
         """The exit layers it chooses from, request by request; none: the draft's own."""
         return ()
+
+    @property
+    def constant(self) -> bool:
+        """Whether every cycle of every request asks for the same."""
+        return not self.adapts and not self.chosen_exits
 
     @property
     def label(self) -> str:

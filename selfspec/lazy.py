@@ -21,8 +21,6 @@ else:
         """Stands for a module; what has been looked up once is as near as in the module itself."""
 
         def __getattr__(self, name: str) -> object:
-            if name.startswith("__") and name != "__version__":  # who inspects modules is no user
-                raise AttributeError(name)
             value = getattr(import_module(self.__name__), name)
             setattr(self, name, value)
             return value

@@ -21,6 +21,7 @@ from selfspec import rules
 from selfspec.axes import GATE, ControllerOptions, DraftOptions, EngineOptions, GateOptions, PolicyOptions
 from selfspec.data import assets
 from selfspec.errors import ConfigError
+from selfspec.quality.config import Quality
 
 STAGE_VERSIONS = {"fit": 2, "bench": 3, "quality": 1, "soak": 1}
 """Raise a stage's number when the same plan would give other results: old journals are then not taken."""
@@ -55,7 +56,7 @@ class Plan:
     workload: schema.Workload
     scale: schema.Scale
     bench: schema.Bench
-    quality: schema.Quality
+    quality: Quality
     tracking: schema.Tracking
     checkpoint: schema.Checkpoint
     serve: schema.Serve

@@ -15,6 +15,7 @@ from selfspec.config import Config
 from selfspec.errors import Interrupted, SelfspecError, StageError
 from selfspec.interrupt import trap
 from selfspec.refusal import BY_USER, exit_with, say
+from selfspec.sweep.compose import per_job
 
 _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -68,6 +69,7 @@ def main() -> None:
     full_errors = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing in its own way
     try:
+        sys.argv[1:] = per_job(sys.argv[1:])
         with trap():
             run()
     except Interrupted as interrupted:

@@ -15,7 +15,7 @@ REPO = Path(__file__).parents[1]
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "lazy", "types"),
     ("options",),
-    ("axes", "data.assets", "heads", "interrupt", "metrics", "progress"),
+    ("axes", "data.assets", "heads", "interrupt", "metrics", "progress", "quality.config"),
     ("config",),
     ("data", "files", "provenance", "refusal", "sweep.compose"),
     ("checkpoint", "rules", "sweep_context", "tracking"),

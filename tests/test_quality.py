@@ -16,11 +16,12 @@ from hydra.core.global_hydra import GlobalHydra
 
 from selfspec import job, plan
 from selfspec.checkpoint import Journal
-from selfspec.config import Resume, TaskData
+from selfspec.config import Resume
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import AssetError, ConfigError
 from selfspec.plan import Plan
 from selfspec.quality import gates, perplexity, plot, tasks
+from selfspec.quality.config import TaskData
 from selfspec.quality.perplexity import Conversation, Nats
 from selfspec.report import quality as tables
 from selfspec.report import tables as report

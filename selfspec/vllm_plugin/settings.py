@@ -108,7 +108,7 @@ def check_own(draft: DraftOptions, gate: GateOptions, controller: ControllerOpti
     """
     if gate.stops:
         raise ConfigError(f"gate={gate.name}: vLLM's draft={draft.name} asks no gate; {' and '.join(early())} do")
-    if controller.adapts or controller.chosen_exits:
+    if not controller.constant:
         asked = f"controller={controller.name}"
         raise ConfigError(
             f"{asked}: vLLM's draft={draft.name} has one K, use fixed; {' and '.join(early())} have others"

@@ -40,7 +40,7 @@ class Options(EngineOptions):
             raise ConfigError(f"policy.temperature={temperature:g}: engine=hf drafts greedily; use draft=none")
         if gate.stops and draft.speculates:
             raise ConfigError(f"gate={gate.name}: engine=hf asks no gate; use gate=none")
-        if draft.speculates and controller.name != "fixed":
+        if draft.speculates and not controller.constant:
             raise ConfigError(f"controller={controller.name}: engine=hf drafts K tokens always; use fixed")
         if self.max_batch > 1:
             raise ConfigError(f"engine.max_batch={self.max_batch}: engine=hf decodes one request at a time")

@@ -41,7 +41,7 @@ class Options(EngineOptions):
     def refuse(self, plan: Any) -> None:
         """Refuses a server that drafts with nothing to compare it with, and a comparison of nothing."""
         super().refuse(plan)
-        if plan.draft.speculates is False and (plan.draft.name == "served") != (self.plain_url is not None):
+        if (plan.draft.name == "served") != (self.plain_url is not None):
             raise ConfigError(
                 f"engine.plain_url={self.plain_url}: draft=served is compared with a server that drafts nothing, at "
                 f"engine.plain_url; draft=none with none; draft={plan.draft.name}"

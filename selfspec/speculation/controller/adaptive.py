@@ -1,7 +1,7 @@
 """K by the acceptance of a window of cycles."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -29,8 +29,6 @@ class Options(ControllerOptions):
     """How many cycles are looked back on."""
     target: float = bounded(MISSING, 0, 1)
     """The acceptance above which K grows, and below which it shrinks."""
-
-    adapts: ClassVar[bool] = True
 
     @property
     def least_k(self) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -26,6 +26,8 @@ class Options(ControllerOptions):
     name: str = "autotune"
     exits: list[int] = MISSING
     """Exit layers."""
+
+    adapts: ClassVar[bool] = False
 
     @property
     def chosen_exits(self) -> Sequence[int]:

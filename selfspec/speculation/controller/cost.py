@@ -52,7 +52,6 @@ class Options(ControllerOptions):
     window: int = bounded(MISSING, 1)
     """How many cycles are looked back on."""
 
-    adapts: ClassVar[bool] = True
     learns: ClassVar[bool] = True
 
     def make(self, seed: int = 0) -> Cost:

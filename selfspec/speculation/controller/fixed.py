@@ -1,6 +1,7 @@
 """The same K in every cycle."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from selfspec.axes import ControllerOptions
 from selfspec.speculation.controller.base import Controller
@@ -11,6 +12,8 @@ class Options(ControllerOptions):
     """K."""
 
     name: str = "fixed"
+
+    adapts: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
