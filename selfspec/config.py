@@ -24,7 +24,8 @@ Dtype = Enum("Dtype", "auto bf16 fp16 fp32")
 EngineName = Enum("EngineName", "torch fake hf openai vllm")
 Layers = Enum("Layers", "auto fast hf")
 Weights = Enum("Weights", "full int8")
-Kernels = Enum("Kernels", "auto native torch")
+Kernels = Enum("Kernels", "auto native triton torch")
+Graphs = Enum("Graphs", "auto on off")
 TrackerName = Enum("TrackerName", "none mlflow")
 Resume = Enum("Resume", "auto never require")
 Order = Enum("Order", "fcfs decode_first chunked_prefill hrrn")
@@ -198,7 +199,9 @@ class Engine:
     plain_url: str | None = None
     """``openai``: a server of the same model that drafts nothing, to compare it with."""
     kernels: Kernels = Kernels.auto
-    """``torch``: on a CPU, our own C++ kernels, torch's operators, or ours where a compiler can build them."""
+    """``torch``: our own kernels, ``native`` on a CPU and ``triton`` within graphs on a GPU, or torch's operators."""
+    graphs: Graphs = Graphs.auto
+    """``torch``: on a GPU, whether passes over our own layers are captured as graphs; ``auto``: where they can be."""
     kv_gib: float | None = bounded(None, 0.01)
     """``vllm``: room for keys and values, in GiB; plain decoding and the configuration have as much each."""
     quantization: str | None = None

@@ -13,7 +13,8 @@ from torch import Tensor
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName
 from selfspec.engine.torch.session import Scheduler
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.attention import AttentionMetadata
+from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation import gate

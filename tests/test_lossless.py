@@ -20,6 +20,7 @@ from statistics import quantiles
 import caches
 import pytest
 import torch
+from devices import CAPTURES, DEVICE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,7 +28,9 @@ from selfspec.config import Draft as DraftConfig
 from selfspec.config import Gate as GateConfig
 from selfspec.config import GateName, HeadForm, HeadInit, Order
 from selfspec.engine.torch.session import Scheduler
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.attention import AttentionMetadata
+from selfspec.model.cache import KVCache
+from selfspec.model.graphs import Graphs
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation import fit, gate
@@ -101,7 +104,8 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model = Llama.load(folder, torch.device("cpu"), torch.float32)
+        self.model = Llama.load(folder, DEVICE, torch.float32)
+        self.model.fused = CAPTURES
         self.shape = self.model.shape = replace(self.model.shape, eos=frozenset())
         chance = torch.Generator().manual_seed(6)
         lengths = (3, 12, 1, POSITIONS - NEW)
@@ -126,12 +130,15 @@ class Bench:
         policy: Policy | None = None,
         kv: type[KVCache] = KVCache,
         order: Order = Order.fcfs,
+        static: bool = False,
     ) -> list[Completion]:
         """All of them, by continuous batching; after each step every layer must hold every verified position."""
         s = self.shape
         capacity = max(len(r.tokens) + r.max_new_tokens for r in requests) + draft.nodes(k)
         size = (s.layers + draft.layers, rows, s.kv_heads, capacity if kv is KVCache else ROOMY, s.head_dim)
-        cache = kv(*size, torch.float32, torch.device("cpu"), s.max_positions)
+        cache = kv(*size, torch.float32, self.model.device, s.max_positions, 1 if static else 0)
+        if static:  # on a GPU they are captured as graphs, elsewhere run one operator after the other
+            self.model._graphs[cache] = Graphs(self.model._static_run(), s.hidden, torch.float32, CAPTURES)
         target = Target(self.model, s.layers, self.model.norm)
         scheduler = Scheduler(
             Speculation(target, draft, gate, Fixed(k), policy or LongestPrefix()), cache, order, CHUNK
@@ -235,6 +242,15 @@ def test_tokens_are_those_of_plain_decoding(
     learned = name.split()[0] not in LOOKUPS | {"hybrid"}
     if learned and gate_name is GateName.none and DRAFTS[name].width == 1 and k <= (DRAFTS[name].heads or k):
         assert all(c.depth == c.k_asked for c in cycles), "nothing else stops a chain"
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("name", DRAFTS)
+def test_passes_of_a_fixed_shape_change_no_tokens(bench: Bench, name: str, rows: int) -> None:
+    """What a graph replays: padded rows and nodes, and a mask made from bits."""
+    runs = bench.decode(bench.requests, bench.draft(name), k=5, rows=rows, static=True)
+    for request, got in zip(bench.requests, runs, strict=True):
+        assert (got.tokens, got.finish) == (bench.plain(request).tokens, bench.plain(request).finish)
 
 
 @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.nightly), 3])
@@ -359,7 +375,8 @@ class BySlot(KVCache):
 
     def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> AttentionMetadata:
         at = super().place(trees, first, row)
-        return replace(at, positions=slice(at.start, at.stop) if at.slot is None else at.slot)
+        at.positions = slice(at.start, at.stop) if at.slot is None else at.slot
+        return at
 
 
 class Judged(LongestPrefix):

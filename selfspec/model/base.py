@@ -8,7 +8,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.attention import AttentionMetadata
+from selfspec.model.cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,10 @@ class Model(Protocol):
     device: torch.device
     native: bool
     """Whether it runs on our own CPU kernels."""
+    graphs: bool
+    """Whether passes over a cache that lasts are captured as CUDA graphs, and"""
+    fused: bool
+    """whether our own kernels for GPUs run there."""
     embedding: Tensor
     """``[vocab, D]``, the token embedding."""
     lm_head: Tensor
@@ -45,8 +50,12 @@ class Model(Protocol):
         """The same model in another dtype (a copy; used to look at a tie in float32)."""
         ...
 
-    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0) -> KVCache:
-        """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use."""
+    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0, lasts: bool = False) -> KVCache:
+        """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use.
+
+        Args:
+            lasts: it will be used for many requests, so that capturing passes over it as graphs pays.
+        """
         ...
 
     def embed(self, tokens: Sequence[int] | Tensor, at: AttentionMetadata) -> Tensor:

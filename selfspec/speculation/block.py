@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
+from selfspec.model.attention import AttentionMetadata, attend
 from selfspec.model.base import Model, Shape
-from selfspec.model.cache import AttentionMetadata, KVCache
-from selfspec.model.llama import attend
+from selfspec.model.cache import KVCache
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.head import Head, features, linear

@@ -4,8 +4,10 @@ import importlib
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from selfspec.errors import AssetError, ConfigError, one_line
 from selfspec.files import write_atomic
 from selfspec.model import gguf, hf
 from selfspec.model.base import Model
+from selfspec.model.cache import KVCache
 from selfspec.model.kernels import native
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
@@ -34,6 +37,8 @@ from selfspec.types import Completion, Request, Score, Signals
 
 _DTYPES = {schema.Dtype.bf16: torch.bfloat16, schema.Dtype.fp16: torch.float16, schema.Dtype.fp32: torch.float32}
 
+_ROOM = 256
+"""A cache's slots come to a multiple of this."""
 _ALONE = (0, 1, 2, 4, 8, 16, 32)
 """Tokens before a tie that are read one by one, the others together: each of these ways rounds otherwise."""
 
@@ -47,10 +52,14 @@ class TorchEngine:
             torch.set_num_threads(plan.hardware.threads)
         self.device = _device(plan.hardware.device)
         self.dtype = _dtype(plan.hardware.dtype, self.device)
+        if self.device.type == "cuda":
+            _compute_exactly()
         self._gate, self._policy = gate.make(plan.gate, plan.seed), policy.make(plan.policy)
         self._controller = controller.make(plan.controller, plan.seed)
         self._fixed_gates: dict[int, gate.Gate] = {}
         self._head: Head | None = None
+        self._caches: dict[tuple[int, int], KVCache] = {}
+        self._peak_memory = 0.0
 
     @cached_property
     def folder(self) -> Path:
@@ -72,7 +81,12 @@ class TorchEngine:
         return model
 
     def _load(self) -> Model:
-        model = hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers, self._native)
+        asked, cuda = self.plan.engine.graphs, self.device.type == "cuda"
+        graphs = cuda and asked is not schema.Graphs.off
+        native, fused = (self._kernels is kernels for kernels in (schema.Kernels.native, schema.Kernels.triton))
+        model = hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers, native, graphs, fused)
+        if asked is schema.Graphs.on and not model.graphs:
+            raise ConfigError("engine.graphs=on: only our own layers (engine.layers=fast) have them, on a GPU")
         if self.plan.engine.weights is schema.Weights.int8:
             if not isinstance(model, Llama) or self.device.type != "cpu":
                 raise ConfigError("engine.weights=int8: only our own layers have them (engine.layers=fast), on a CPU")
@@ -80,19 +94,23 @@ class TorchEngine:
         return model
 
     @cached_property
-    def _native(self) -> bool:
-        """Whether our own kernels run.
+    def _kernels(self) -> schema.Kernels:
+        """Which kernels run: our own, or torch's.
 
         Raises:
-            ConfigError: they were asked for, and cannot.
+            ConfigError: some were asked for that cannot.
         """
-        asked = self.plan.engine.kernels
-        if asked is schema.Kernels.torch:
-            return False
-        problem = native.problem() if self.device.type == "cpu" else f"they are for the CPU, not for {self.device.type}"
-        if problem and asked is schema.Kernels.native:
-            raise ConfigError(f"engine.kernels=native: {problem}; allowed here are auto, torch")
-        return problem is None
+        asked, kind = self.plan.engine.kernels, self.device.type
+        own = schema.Kernels.torch
+        problem: str | None = f"there are none for {kind}"
+        if kind == "cpu":
+            own, problem = schema.Kernels.native, native.problem()
+        elif kind == "cuda":
+            own, problem = schema.Kernels.triton, None if find_spec("triton") else "Triton is not installed"
+        if asked not in (schema.Kernels.auto, schema.Kernels.torch) and (problem or asked is not own):
+            reason = problem or f"they are not for {kind}"
+            raise ConfigError(f"engine.kernels={asked.name}: {reason}; allowed here are auto, torch")
+        return schema.Kernels.torch if problem or asked is schema.Kernels.torch else own
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -137,15 +155,15 @@ class TorchEngine:
         return self.model.to(torch.float32)
 
     def describe(self) -> Mapping[str, object]:
-        """Device, dtype, threads, torch."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        """Device, dtype, threads, torch, kernels; of a GPU its capability, its driver and whether graphs are used."""
         return {
             "engine": "torch",
-            "device": name,
+            "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "kernels": "native" if self._native else "torch",
+            "kernels": self._kernels.name,
+            **(_gpu(self.device) | {"graphs": self.model.graphs} if self.device.type == "cuda" else {}),
         }
 
     @property
@@ -203,12 +221,21 @@ class TorchEngine:
         """
         speculation = self._plain if plain else self._speculation if k is None else self._fixed(k)
         room = max(self._room(len(r.tokens) + r.max_new_tokens) for r in requests)
-        cache = self.model.new_cache(
+        cache = self._cache(
             capacity=room + speculation.draft.nodes(k or self.plan.controller.max_k),
             rows=min(len(requests), max_batch or self.plan.engine.max_batch),
             extra_layers=speculation.draft.layers,
         )
         return Scheduler(speculation, cache).run(requests)
+
+    def _cache(self, capacity: int, rows: int, extra_layers: int) -> KVCache:
+        """An empty cache, the last one again where it is large enough: graphs are captured over one."""
+        known = self._caches.get((rows, extra_layers))
+        if known is None or known.capacity < capacity:
+            room = -(-capacity // _ROOM) * _ROOM  # so that the next request, a little longer, has room too
+            known = self._caches[rows, extra_layers] = self.model.new_cache(room, rows, extra_layers, lasts=True)
+        known.clear()
+        return known
 
     @torch.inference_mode()
     def open(self, rows: int, positions: int, order: schema.Order) -> Session:
@@ -223,7 +250,7 @@ class TorchEngine:
         made = self._speculation
         made = replace(made, policy=policy.Mixed(made.policy))
         capacity = positions + made.draft.nodes(self.plan.controller.max_k)
-        cache = self.model.new_cache(capacity, rows, made.draft.layers)
+        cache = self.model.new_cache(capacity, rows, made.draft.layers, lasts=True)
         return Scheduler(made, cache, order, self.plan.serve.chunk, positions)
 
     def state(self) -> Mapping[str, Any]:
@@ -277,7 +304,10 @@ class TorchEngine:
         In float32 nothing is explained.
         """
         candidates = [a, b]
+        self.peak_memory_mb()  # as it is without a second copy of the model
         exact = _next_logits(self._float32, context)[candidates]
+        if self.device.type == "cuda":  # twice the model's own size, and no part of what decoding takes
+            self._forget_float32()
         gap = float(exact.diff().abs())
         if self.dtype is torch.float32:
             return Tie(gap, 0.0)
@@ -316,10 +346,16 @@ class TorchEngine:
         prefix = tokens.bos_token_id if tokens.bos_token_id is not None else tokens.eos_token_id
         return Limits(self.model.shape.max_positions, prefix, tokens("a")["input_ids"][:1] == [prefix])
 
+    def _forget_float32(self) -> None:
+        """Gives the GPU's memory back, and leaves it out of its high-water mark."""
+        del self.__dict__["_float32"]
+        torch.cuda.reset_peak_memory_stats(self.device)
+
     def peak_memory_mb(self) -> float:
         """The device's high-water mark on CUDA, else the process's resident one, in MiB."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
+            self._peak_memory = max(self._peak_memory, torch.cuda.max_memory_allocated(self.device) / 2**20)
+            return self._peak_memory
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -352,6 +388,26 @@ def _next_logits(model: Model, context: Sequence[int], alone: int = 0) -> Tensor
         hidden = model.run(model.embed(part, at), cache, at, 0, model.shape.layers)
         cache.commit(row, range(len(part)))
     return model.logits(model.norm(hidden[-1:]))[0]
+
+
+def _compute_exactly() -> None:
+    """Products of float32 in float32, and sums of half-width ones too: what is lossless must not hang on a shape."""
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    """Facts of a GPU that change what is measured on it."""
+    facts = torch.cuda.get_device_properties(device)
+    driver = None
+    with suppress(ModuleNotFoundError):  # NVML is an extra (`gpu`)
+        import pynvml
+
+        pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+    capability = f"{facts.major}.{facts.minor}"
+    return {"device": facts.name, "capability": capability, "cuda": torch.version.cuda, "driver": driver}
 
 
 def _device(asked: schema.Device) -> torch.device:

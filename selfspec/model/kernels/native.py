@@ -23,7 +23,8 @@ from torch import Tensor
 
 from selfspec.data import assets
 from selfspec.errors import one_line
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.attention import AttentionMetadata
+from selfspec.model.cache import KVCache
 from selfspec.model.weights import Layer
 
 SOURCES = Path(__file__).parent

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.speculation import block
 from selfspec.speculation.block import Block
 from selfspec.speculation.draft.base import Row

@@ -19,8 +19,9 @@ from selfspec.config import Layers
 from selfspec.config import Model as ModelConfig
 from selfspec.errors import AssetError, ConfigError
 from selfspec.model import gguf, hf
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation.draft.base import Draft, Proposal, Row
 from selfspec.speculation.gate import Gate
@@ -72,7 +73,8 @@ class DraftModel(Draft):
     def _follow(self, rows: Sequence[Row], cache: KVCache) -> None:
         """Keeps what came true, takes its own rows from those that left the batch, gives them to those that joined."""
         if cache is not self._target:
-            self._target, self._cache, self._rows = cache, self.small.new_cache(cache.capacity, cache.rows), []
+            self._target, self._rows = cache, []
+            self._cache = self.small.new_cache(cache.capacity, cache.rows, lasts=True)
         for index, row in enumerate(self._rows):  # before any moves: what lies beyond the length is left behind
             said = row.tokens[self._cache.lengths[index] :]
             right = len(list(takewhile(bool, map(eq, row.memory, said[:-1]))))  # the last one's logits are wanted
@@ -157,4 +159,5 @@ def make(draft: DraftConfig, model: Model, head: Head | None) -> DraftModel:
     assert model.folder is not None, "a target that was loaded"
     if vocabulary(folder) != vocabulary(model.folder):
         raise ConfigError(f"draft.source={draft.source}: its tokenizer's vocabulary is not the target's")
-    return DraftModel(model, hf.load(folder, model.device, model.dtype, Layers.auto), draft.sample)
+    small = hf.load(folder, model.device, model.dtype, Layers.auto, graphs=model.graphs, fused=model.fused)
+    return DraftModel(model, small, draft.sample)

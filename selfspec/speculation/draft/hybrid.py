@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation.draft import suffix
 from selfspec.speculation.draft.base import Draft, Proposal, Row

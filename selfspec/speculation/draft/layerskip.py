@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from selfspec.config import Draft as DraftConfig
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.draft.base import Draft, Proposal, Row, stack
