@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from selfspec import checkpoint, fitting, provenance, stages, tracking
 from selfspec.checkpoint import Journal
-from selfspec.config import EngineName
 from selfspec.data import assets
 from selfspec.engine import factory
 from selfspec.engine.base import LazyEngine
@@ -62,7 +61,7 @@ def fetch(plan: Plan) -> None:
     if checkpoint.begun_here(place(plan)):
         return
     assets.fetch(plan.workload.source, plan.workload.sha256)
-    if plan.engine.name is not EngineName.fake:
+    if factory.kind(plan).model:
         assets.fetch(plan.model.source, plan.model.sha256)
     for stage in stages.of(plan):
         stage.fetch()

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from selfspec import job, plan
 from selfspec.checkpoint import Journal
-from selfspec.config import Resume, TaskData
+from selfspec.config import EngineName, Resume, TaskData
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import AssetError, ConfigError
 from selfspec.plan import Plan
@@ -349,7 +349,7 @@ def test_what_is_not_there_is_refused_before_anything_is_written(
 
 def test_an_engine_that_scores_nothing_is_refused(make: Make) -> None:
     made = make()
-    made = replace(made, engine=replace(made.engine, name=type("Name", (), {"name": "openai"})()))  # type: ignore[arg-type]
+    made = replace(made, engine=replace(made.engine, name=EngineName.openai))
     with pytest.raises(ConfigError, match=r"engine=openai: stages=\[quality\] needs one of torch, hf, fake"):
         Quality(made).check()
 

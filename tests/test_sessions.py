@@ -325,10 +325,14 @@ class TestEngines:
 
     def test_torch_text(self, overrides: list[str]) -> None:
         engine = TorchEngine(plan.make(compose("config", [*overrides, "draft=layerskip"])))
-        chat = engine.encode_chat([{"role": "user", "content": "a model"}, {"role": "user", "content": "drafts"}])
-        assert engine.decode(chat) == "<user> a model <user> drafts <model>"
-        assert engine.encode("a model", chat=True) == engine.encode_chat([{"role": "user", "content": "a model"}])
-        assert engine.vocab == 80
+        chat = engine.tokenizer.encode_chat(
+            [{"role": "user", "content": "a model"}, {"role": "user", "content": "drafts"}]
+        )
+        assert engine.tokenizer.decode(chat) == "<user> a model <user> drafts <model>"
+        assert engine.tokenizer.encode("a model", chat=True) == engine.tokenizer.encode_chat(
+            [{"role": "user", "content": "a model"}]
+        )
+        assert engine.limits().vocab == 80
 
     @pytest.mark.parametrize("order", Order)
     def test_fake_sessions_say_what_generate_says(self, fake: list[str], order: Order) -> None:
@@ -336,4 +340,4 @@ class TestEngines:
         asked = [Request(prompt(n, n), 12 + n, logprobs=1) for n in (5, 14, 2, 30)]
         got = FakeEngine(made).open(2, 80, order).run(asked)
         assert [one.tokens for one in got] == [one.tokens for one in FakeEngine(made).generate(asked)]
-        assert FakeEngine(made).decode([104, 105, 255]) == "hi\N{REPLACEMENT CHARACTER}"
+        assert FakeEngine(made).tokenizer.decode([104, 105, 255]) == "hi\N{REPLACEMENT CHARACTER}"

@@ -18,9 +18,9 @@ from selfspec import metrics
 from selfspec.checkpoint import Journal, Record
 from selfspec.data import workload
 from selfspec.engine import factory
-from selfspec.engine.base import Engine, LazyEngine
+from selfspec.engine.base import Engine, LazyEngine, TieJudge
 from selfspec.files import write_atomic
-from selfspec.fitting import head_path, ready
+from selfspec.fitting import install
 from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import collect
@@ -57,10 +57,8 @@ class Bench(Stage):
     def _prepare(self, engine: Engine, journal: Journal) -> tuple[list[Prompt], dict[str, Way]]:
         """The prompts and the ways to decode them, warmed up."""
         plan = self.plan
-        if plan.draft.fitted:
-            ready(lambda: engine, plan)  # a job may be resumed after its head was deleted
-            engine.use_head(head_path(plan))
-        encode = lambda text: engine.encode(text, plan.workload.chat)  # noqa: E731
+        install(engine, plan)  # a job may be resumed after its head was deleted
+        encode = partial(engine.tokenizer.encode, chat=plan.workload.chat)
         prompts = workload.select(plan.workload, "bench", plan.scale.prompts, plan.seed, encode)
         ways = _ways(engine, plan)
         for prompt in workload.select(plan.workload, "fit", plan.scale.warmup, plan.seed, encode):
@@ -181,13 +179,12 @@ def _unit(
         "configured": [metrics.pack(completion) for completion in configured],
         "against": {name: [metrics.pack(completion) for completion in those] for name, those in done.items()},
         "verdicts": [
-            compared(engine, plan, prompt, one.tokens, other.tokens)
+            compared(engine.ties, plan, prompt, one.tokens, other.tokens)
             for prompt, one, other in zip(prompts, plain, configured, strict=True)
         ],
         "state": engine.state(),
         "cpu_utilisation": cpu / wall,
-        "device_utilisation": engine.device_utilisation(),
-        "peak_memory_mb": engine.peak_memory_mb(),
+        **engine.usage()._asdict(),
     }
 
 
@@ -201,7 +198,7 @@ def request(plan: Plan, prompt: Prompt) -> Request:
 
 
 def compared(
-    engine: Engine, plan: Plan, prompt: Prompt, plain: Sequence[int], configured: Sequence[int]
+    ties: TieJudge, plan: Plan, prompt: Prompt, plain: Sequence[int], configured: Sequence[int]
 ) -> dict[str, object]:
     """The verdict on a prompt: ``equal``, ``tie``, ``drawn`` or ``differs``, and where and how far apart."""
     at = metrics.first_difference(plain, configured)
@@ -212,7 +209,7 @@ def compared(
     stopped_early = at == min(len(plain), len(configured))
     if stopped_early or not plan.exact:  # no second token to compare with, or nothing to excuse
         return {"verdict": "differs", "differs_at": at}
-    tie = engine.compare((*prompt.tokens, *plain[:at]), plain[at], configured[at])
+    tie = ties.compare((*prompt.tokens, *plain[:at]), plain[at], configured[at])
     verdict = "tie" if tie.explains else "differs"
     return {"verdict": verdict, "differs_at": at, "gap": tie.gap, "rounding": tie.rounding}
 

@@ -8,16 +8,17 @@ what gates would have said; and an lm-eval task, plainly or as configured.
 import importlib.util
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from selfspec.checkpoint import Journal, Record
-from selfspec.config import EngineName
 from selfspec.data import workload
-from selfspec.engine.base import Engine, LazyEngine
+from selfspec.engine import factory
+from selfspec.engine.base import LazyEngine, Probes, Scores
 from selfspec.errors import ConfigError
 from selfspec.files import write_atomic
-from selfspec.fitting import head_path, ready
+from selfspec.fitting import install
 from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import collect
@@ -27,8 +28,6 @@ from selfspec.stages.base import Stage, Unit, Units
 from selfspec.stages.bench import request
 from selfspec.types import Measurements, Prompt
 
-ENGINES = ("torch", "hf", "fake", "vllm")
-"""Those that can score a given text."""
 EXACT_WITHIN = 1e-3
 """Of its perplexity: how far float32 rounding may take an exact configuration from plain decoding."""
 _SCORED = ("plain_reference", "reference", "plain_text", "text")
@@ -41,12 +40,11 @@ class Quality(Stage):
 
     def check(self) -> None:
         """Refuses an engine that scores no text, or shows no states."""
-        engine, gate_prompts = self.plan.engine.name, self.plan.quality.gate_prompts
-        if engine.name not in ENGINES:
-            raise ConfigError(f"engine={engine.name}: stages=[quality] needs one of {', '.join(ENGINES)}")
-        if engine is EngineName.vllm and gate_prompts:
-            asked = f"quality.gate_prompts={gate_prompts}"
-            raise ConfigError(f"{asked}: engine=vllm shows no states for gates to look at; use quality.gate_prompts=0")
+        factory.require(self.plan, Scores, "stages=[quality] needs one of")
+        gate_prompts, engine = self.plan.quality.gate_prompts, self.plan.engine.name.name
+        if gate_prompts and Probes not in factory.kind(self.plan).can:
+            silent = f"engine={engine} shows no states for gates to look at; use quality.gate_prompts=0"
+            raise ConfigError(f"quality.gate_prompts={gate_prompts}: {silent}")
 
     def installed(self) -> None:
         """Refuses packages that are not installed, and a task that lm-eval does not have."""
@@ -69,12 +67,11 @@ class Quality(Stage):
         if not missing:
             return
         made = engine()
-        if plan.draft.fitted:
-            ready(engine, plan)  # a job may be resumed after its head was deleted
-            made.use_head(head_path(plan))
+        assert isinstance(made, Scores), "checked above"
+        install(made, plan)  # a job may be resumed after its head was deleted
         prompts: list[Prompt] = []
         if any(unit.startswith("texts") for unit in missing):
-            encode = lambda text: made.encode(text, plan.workload.chat)  # noqa: E731
+            encode = partial(made.tokenizer.encode, chat=plan.workload.chat)
             prompts = workload.select(plan.workload, "quality", quality.prompts, plan.seed, encode, answered=True)
         provenance = collect(made.describe())
         with progress(self.name, len(wanted), len(wanted) - len(missing)) as advance:
@@ -85,6 +82,7 @@ class Quality(Stage):
                 elif kind == "texts":
                     data = self._texts(made, prompts[_range(rest[0])])
                 else:
+                    assert isinstance(made, Probes), "checked above"
                     data = self._gates(made, _data(journal, "texts"), _range(rest[0]))
                 yield Unit.measured(unit, data, provenance)
                 advance()
@@ -150,7 +148,7 @@ class Quality(Stage):
             if content is not None:
                 write_atomic(folder / name, content)
 
-    def _texts(self, engine: Engine, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def _texts(self, engine: Scores, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Conversations' own answers and generated texts, scored: plainly, and as configured."""
         requests = [request(self.plan, prompt) for prompt in prompts]
         plain = engine.generate(requests, plain=True)
@@ -158,7 +156,7 @@ class Quality(Stage):
         configured = engine.generate(requests) if drafts else plain
         rows = []
         for prompt, one, other in zip(prompts, plain, configured, strict=True):
-            answer = engine.encode(prompt.answer, chat=False)[: self.plan.quality.answer_tokens]
+            answer = engine.tokenizer.encode(prompt.answer, chat=False)[: self.plan.quality.answer_tokens]
             (reference,) = engine.score(prompt.tokens, [answer], plain=True)
             (decoded,) = engine.score(prompt.tokens, [answer]) if drafts else (reference,)
             texts = engine.score(prompt.tokens, [one.tokens, other.tokens], plain=True)
@@ -169,7 +167,7 @@ class Quality(Stage):
             rows.append({"prompt": prompt.id, **row, "plain_tokens": one.tokens, "tokens": other.tokens})
         return {"conversations": rows, "prompts": [prompt.tokens for prompt in prompts]}
 
-    def _gates(self, engine: Engine, units: Sequence[dict[str, Any]], chosen: slice) -> dict[str, Any]:
+    def _gates(self, engine: Probes, units: Sequence[dict[str, Any]], chosen: slice) -> dict[str, Any]:
         """What every exit would have drafted of the plain texts, exit by exit and one text after the other."""
         texts = [
             (prompt, row["plain_tokens"])
@@ -187,7 +185,7 @@ class Quality(Stage):
                 into.setdefault("accepted", []).extend(map(int, one.accepted))
         return {"exits": [*exits.values()]}
 
-    def _task(self, engine: Engine, task: str, way: str) -> dict[str, Any]:
+    def _task(self, engine: Scores, task: str, way: str) -> dict[str, Any]:
         return {"task": task, "way": way, **tasks.evaluate(engine, self.plan.quality, task, plain=way == "plain")}
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from selfspec.checkpoint import Journal, Record
 from selfspec.config import EngineName, SoakServer
 from selfspec.data import workload
 from selfspec.engine import factory
-from selfspec.engine.base import LazyEngine
+from selfspec.engine.base import LazyEngine, Opens
 from selfspec.errors import ConfigError, StageError
 from selfspec.files import storing, write_atomic
 from selfspec.fitting import ready
@@ -36,7 +37,6 @@ _READINGS = 20
 """Of the server's memory in an interval."""
 _LIMITS = {"users": "max_concurrent_requests", "new_tokens": "max_tokens"}
 """Of callers, and the gateway's."""
-_SERVED = (EngineName.torch, EngineName.fake, EngineName.vllm)
 
 
 class Soak(Stage):
@@ -47,9 +47,7 @@ class Soak(Stage):
     def check(self) -> None:
         """Refuses what cannot be soaked."""
         plan, soak = self.plan, self.plan.soak
-        if plan.engine.name not in _SERVED:
-            allowed = ", ".join(name.name for name in _SERVED)
-            raise ConfigError(f"engine={plan.engine.name.name}: stages=soak serves {allowed}")
+        factory.require(plan, Opens, "stages=soak serves")
         if soak.server is not SoakServer.vllm and soak.arguments:
             raise ConfigError(f"soak.arguments={soak.arguments}: of soak.server=vllm; the gateway is given the job's")
         for asked, limit in _LIMITS.items():
@@ -82,14 +80,14 @@ class Soak(Stage):
         local, folder = engine(), journal.folder / "soak"
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        encode = lambda text: local.encode(text, plan.workload.chat)  # noqa: E731
+        encode = partial(local.tokenizer.encode, chat=plan.workload.chat)
         prompts = workload.select(plan.workload, "bench", plan.soak.prompts, plan.seed, encode)
         sentinels = prompts[: plan.soak.sentinels]
         provenance = collect({**local.describe(), "server": plan.soak.server.name})
         on = str(provenance["fingerprint"])
         with (
             serving(plan, folder / "server.log") as server,
-            closing(factory.served(server.url, secret(plan), local)) as caller,
+            closing(factory.served(server.url, secret(plan), local.tokenizer)) as caller,
         ):
             if self.missing(["begin"], journal):
                 yield Unit("begin", {"answers": _answers(caller.answer, plan, sentinels)}, on)
@@ -98,7 +96,7 @@ class Soak(Stage):
         before = journal.get(self.name, "begin")
         assert before is not None, "yielded above"
         pairs = zip(sentinels, before.data["answers"], after, strict=True)
-        verdicts = [compared(local, plan, sentinel, one, other) for sentinel, one, other in pairs]
+        verdicts = [compared(local.ties, plan, sentinel, one, other) for sentinel, one, other in pairs]
         yield Unit("end", {"answers": after, "verdicts": verdicts}, on)
 
     def _load(
