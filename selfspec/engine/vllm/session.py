@@ -10,17 +10,18 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from selfspec.engine.base import Load, RequestOutput, Session, check_room
 from selfspec.engine.vllm import cycles as vllm_cycles
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Logprob, Request, Score
 
 
-@dataclass
-class Row:
-    """A request: times are of ``perf_counter``.
+@dataclass(slots=True, eq=False)
+class Row(Seq):
+    """A request, and what vLLM knows of it.
 
     Attributes:
         record: vLLM's of its drafts; ``None`` where nothing drafts.
@@ -28,29 +29,10 @@ class Row:
         asked: tokens that its next draft was asked for, and what the gate saw of those it looked at.
     """
 
-    number: int
-    request: Request
-    arrival: float
     id: str = ""
     record: Any = None
     drafts: int = 0
     asked: tuple[int, tuple[float, ...]] = (0, ())
-    began: float | None = None
-    first_token: float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    cycles: list[Cycle] = field(default_factory=list)
-
-    def completion(self, finish: str | None) -> Completion:
-        """What it has come to by now."""
-        now = time.perf_counter()
-        return Completion(
-            tokens=tuple(self.tokens),
-            cycles=tuple(self.cycles),
-            ttft_s=(self.first_token or now) - self.arrival,
-            total_s=now - self.arrival,
-            finish="stop" if finish == "stop" else "length",
-            queue_s=(self.began or now) - self.arrival,
-        )
 
 
 class VLLMSession(Session):
@@ -88,7 +70,7 @@ class VLLMSession(Session):
     def submit(self, request: Request) -> int:
         """See :meth:`Session.submit <selfspec.engine.base.Session.submit>`."""
         check_room(request, self.positions)
-        self._waiting.append(Row(self._submitted, request, time.perf_counter()))
+        self._waiting.append(Row(request, self._submitted, time.perf_counter()))
         self._submitted += 1
         return self._submitted - 1
 
@@ -99,7 +81,7 @@ class VLLMSession(Session):
             if row.number == number:
                 self.core.abort_request([row.id], internal=True)
                 del self._running[id]
-                return row.completion("stop")
+                return row.finish("stop", time.perf_counter())
         return None
 
     def step(self) -> list[RequestOutput]:
@@ -111,10 +93,10 @@ class VLLMSession(Session):
             outputs = self.core.step()
         step_ms = 1e3 * (time.perf_counter() - began) - self._drafting.ms
         heard = [(self._running[output.request_id], output) for output in outputs]
-        sharing = sum(bool(row.tokens) for row, _ in heard)
+        sharing = sum(bool(row.first_token) for row, _ in heard)
         for row in self._running.values():
-            if row.began is None and (row.tokens or self._read(row)):
-                row.began = began
+            if not row.admitted and (row.first_token or self._read(row)):
+                row.admitted = began
         told = [self._hear(row, output, drafted, step_ms, sharing) for row, output in heard]
         for row in self._running.values():
             row.asked = self._drafting.asked(row.id) or (self.k, ())
@@ -139,7 +121,7 @@ class VLLMSession(Session):
     def _hear(self, row: Row, output: Any, drafted_ms: float, verify_ms: float, batch: int) -> RequestOutput | None:
         (said,) = output.outputs
         new = list(said.token_ids)
-        if row.tokens and new:
+        if row.first_token and new:
             row.cycles.append(self._cycle(row, len(new), drafted_ms, verify_ms, batch))
         elif new:
             row.first_token = time.perf_counter()
@@ -147,7 +129,7 @@ class VLLMSession(Session):
         done = None
         if output.finished:
             del self._running[output.request_id]
-            done = row.completion(said.finish_reason)
+            done = row.finish("stop" if said.finish_reason == "stop" else "length", time.perf_counter())
         return (
             RequestOutput(row.number, tuple(new), done, _logprobs(row.request, new, said.logprobs))
             if new or done
@@ -155,7 +137,7 @@ class VLLMSession(Session):
         )
 
     def _cycle(self, row: Row, new: int, draft_ms: float, verify_ms: float, batch: int) -> Cycle:
-        left, entry = row.request.max_new_tokens - len(row.tokens), None
+        left, entry = row.remaining, None
         if row.record is not None and len(row.record.per_step_drafted) > row.drafts:
             entry = row.record.per_step_drafted[row.drafts], row.record.per_step_accepted[row.drafts]
             row.drafts += 1
