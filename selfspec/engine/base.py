@@ -185,12 +185,7 @@ class Engine(Protocol):
 
     @abstractmethod
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
     ) -> list[Completion]:
         """Decodes requests as the plan says.
 

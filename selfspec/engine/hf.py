@@ -94,18 +94,9 @@ class HFEngine(Scores, Probes):
 
     @torch.inference_mode()
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
     ) -> list[Completion]:
-        """Decodes requests one after the other; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`.
-
-        Raises:
-            ConfigError: prompt and new tokens are more than the model has positions.
-        """
+        """Decodes requests one after the other; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`."""
         for request in requests:
             self.weights.check_room(len(request.tokens) + request.max_new_tokens)
         depth = 0 if plain or self.plan.draft.name == "none" else k or self.plan.controller.K

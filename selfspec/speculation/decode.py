@@ -48,13 +48,6 @@ class Speculation:
     controller: Controller
     policy: Policy
 
-    def begin(self, request: Request, cache: KVCache) -> Seq:
-        """Admits a request: its prompt in one pass, and its first token."""
-        row, index = Seq(request), cache.admit()
-        self.start(row)
-        self.sample_first_token(row, index, self.prefill(row, 0, len(request.tokens), cache, index), cache)
-        return row
-
     def start(self, row: Seq) -> None:
         """What there is to choose before a prompt is read."""
         row.exit_layer = self.controller.exit_layer(len(row.request.tokens))

@@ -26,7 +26,6 @@ from selfspec.engine.fake.session import (
 )
 from selfspec.plan import Plan
 from selfspec.speculation import controller, gate
-from selfspec.speculation.controller import Controller
 from selfspec.speculation.gate import Gate
 from selfspec.types import Completion, Request, Score, Signals
 
@@ -78,34 +77,26 @@ class FakeEngine(Opens, Scores, Probes):
         return {"engine": "fake", "device": "none", "dtype": "none", "threads": 1}
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
     ) -> list[Completion]:
         """As :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`; always as many tokens as asked for."""
+        positions = max((len(r.tokens) + r.max_new_tokens for r in requests), default=0)
+        return self._session(max_batch or self.plan.engine.max_batch, positions, Admission(), plain, k).run(requests)
+
+    def open(self, rows: int, positions: int, order: Order) -> FakeSession:
+        """As :meth:`Opens.open <selfspec.engine.base.Opens.open>`; there is no limit to positions."""
+        return self._session(rows, positions, admission.make(order, self.plan.serve.chunk))
+
+    def _session(
+        self, rows: int, positions: int, order: Admission, plain: bool = False, k: int | None = None
+    ) -> FakeSession:
         control, stops = self.controller, self.gate
         if k is not None:
             control = controller.Fixed(k)
             stops = self._fixed_gates.setdefault(k, gate.make(self.plan.gate, self.plan.seed))
         if plain or not self.plan.speculative:
             control, stops = controller.Fixed(0), gate.Gate()
-        rows = max_batch or self.plan.engine.max_batch
-        positions = max((len(r.tokens) + r.max_new_tokens for r in requests), default=0)
-        session = FakeSession(self._parts(control, stops), rows, positions, Admission())
-        return session.run(requests)
-
-    def open(self, rows: int, positions: int, order: Order) -> FakeSession:
-        """As :meth:`Opens.open <selfspec.engine.base.Opens.open>`; there is no limit to positions."""
-        control, stops = self.controller, self.gate
-        if not self.plan.speculative:
-            control, stops = controller.Fixed(0), gate.Gate()
-        return FakeSession(self._parts(control, stops), rows, positions, admission.make(order, self.plan.serve.chunk))
-
-    def _parts(self, control: Controller, stops: Gate) -> Parts:
-        return Parts(self.world, self.clock, control, stops, self.plan.gate.name)
+        return FakeSession(Parts(self.world, self.clock, control, stops, self.plan.gate.name), rows, positions, order)
 
     def state(self) -> Mapping[str, Any]:
         """What gate and controller have learned so far."""

@@ -55,12 +55,7 @@ class OpenAIEngine(Engine):
         return {"engine": "openai", "model": self._server.model}
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
     ) -> list[Completion]:
         """Asks for all, some at once; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`.
 

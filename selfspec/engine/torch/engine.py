@@ -83,18 +83,9 @@ class TorchEngine(Opens, Fits, Scores, Probes):
 
     @torch.inference_mode()
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
     ) -> list[Completion]:
-        """Decodes requests as the plan says; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`.
-
-        Raises:
-            ConfigError: prompt and new tokens are more than the model has positions.
-        """
+        """Decodes requests as the plan says; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`."""
         speculation = self._plain if plain else self._speculation if k is None else self._fixed(k)
         room = max(self.weights.check_room(len(r.tokens) + r.max_new_tokens) for r in requests)
         cache = self.model.new_cache(
@@ -106,11 +97,7 @@ class TorchEngine(Opens, Fits, Scores, Probes):
 
     @torch.inference_mode()
     def open(self, rows: int, positions: int, order: schema.Order) -> Session:
-        """See :meth:`Opens.open <selfspec.engine.base.Opens.open>`; requests that sample do so by rejection.
-
-        Raises:
-            ConfigError: the model has fewer positions.
-        """
+        """See :meth:`Opens.open <selfspec.engine.base.Opens.open>`; requests that sample do so by rejection."""
         limit = self.model.shape.max_positions
         if positions > limit:
             raise ConfigError(f"serve.max_model_len={positions}: {self.plan.model.name} has {limit}")
@@ -133,10 +120,7 @@ class TorchEngine(Opens, Fits, Scores, Probes):
 
     @torch.inference_mode()
     def fit(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path, facts: Mapping[str, Any]) -> None:
-        """Fits the plan's head on (prompt, answer) token pairs; every fifth of them is held out.
-
-        Writes a safetensors file with ``facts`` and what was measured in its metadata.
-        """
+        """See :meth:`Fits.fit <selfspec.engine.base.Fits.fit>`."""
         draft = self.plan.draft
         if draft.learned_from_states:
             traces = []
@@ -152,11 +136,7 @@ class TorchEngine(Opens, Fits, Scores, Probes):
         write_atomic(path, head.to_bytes())
 
     def use_head(self, path: Path) -> None:
-        """Drafts through this fitted head from now on.
-
-        Raises:
-            HeadError: it is corrupt or of another size than the model.
-        """
+        """See :meth:`Fits.use_head <selfspec.engine.base.Fits.use_head>`."""
         heads.check(path, {"hidden": self.model.shape.hidden})
         self._head = Head.load(path).to(self.weights.dtype, self.weights.device)
         self.__dict__.pop("_speculation", None)  # one made with another head

@@ -168,29 +168,16 @@ class VLLMEngine(Opens, Fits, Scores):
         return {**self._ours.describe(), "engine": "vllm", "vllm": versions.installed(), "kernels": "vllm"}
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
     ) -> list[Completion]:
-        """Decodes requests as the plan says; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`.
-
-        Raises:
-            ConfigError: prompt and new tokens are more than there are positions.
-        """
+        """Decodes requests as the plan says; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`."""
         assert k is None, "checked by the plan: vLLM is started with one K"
         for request in requests:
             self._room(len(request.tokens) + request.max_new_tokens)
         return self._session(plain, max_batch or self.plan.engine.max_batch, self._positions).run(requests)
 
     def open(self, rows: int, positions: int, order: schema.Order) -> VLLMSession:
-        """See :meth:`Opens.open <selfspec.engine.base.Opens.open>`; vLLM has its own order.
-
-        Raises:
-            ConfigError: there are fewer positions.
-        """
+        """See :meth:`Opens.open <selfspec.engine.base.Opens.open>`; vLLM has its own order."""
         if positions > self._positions:
             raise ConfigError(f"serve.max_model_len={positions}: {self.plan.model.name} has {self._positions}")
         return self._session(False, rows, positions)
