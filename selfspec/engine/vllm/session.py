@@ -15,12 +15,12 @@ from typing import Any
 
 from selfspec.engine.base import Load, RequestOutput, Session, check_room
 from selfspec.engine.vllm import cycles as vllm_cycles
-from selfspec.speculation.sequence import Seq
+from selfspec.speculation.sequence import Seq, Status
 from selfspec.types import Completion, Cycle, Logprob, Request, Score
 
 
 @dataclass(slots=True, eq=False)
-class Row(Seq):
+class VLLMSeq(Seq):
     """A request, and what vLLM knows of it.
 
     Attributes:
@@ -50,8 +50,8 @@ class VLLMSession(Session):
             k: the most tokens of a draft.
         """
         self.core, self.rows, self.positions, self.stops, self.k = core, rows, positions, stops, k
-        self._waiting: deque[Row] = deque()
-        self._running: dict[str, Row] = {}
+        self._waiting: deque[VLLMSeq] = deque()
+        self._running: dict[str, VLLMSeq] = {}
         self._submitted = 0
         self._drafting = Drafting(core)
         _clear(core)
@@ -70,7 +70,7 @@ class VLLMSession(Session):
     def submit(self, request: Request) -> int:
         """See :meth:`Session.submit <selfspec.engine.base.Session.submit>`."""
         check_room(request, self.positions)
-        self._waiting.append(Row(request, self._submitted, time.perf_counter()))
+        self._waiting.append(VLLMSeq(request, self._submitted, time.perf_counter()))
         self._submitted += 1
         return self._submitted - 1
 
@@ -102,29 +102,30 @@ class VLLMSession(Session):
             row.asked = self._drafting.asked(row.id) or (self.k, ())
         return sorted((one for one in told if one is not None), key=lambda one: one.number)
 
-    def _admit(self, row: Row) -> None:
+    def _admit(self, row: VLLMSeq) -> None:
         id = str(row.number)
         row.id = self.core.add_request(
             id, {"prompt_token_ids": list(row.request.tokens)}, parameters(row.request, self.stops)
         )
         row.record = self._known(row).spec_decode_metrics
+        row.status = Status.prefilling
         self._running[id] = row
 
-    def _known(self, row: Row) -> Any:
+    def _known(self, row: VLLMSeq) -> Any:
         """vLLM's own view of a request that it has not finished."""
         return self.core.engine_core.engine_core.scheduler.requests[row.id]
 
-    def _read(self, row: Row) -> bool:
+    def _read(self, row: VLLMSeq) -> bool:
         known = self.core.engine_core.engine_core.scheduler.requests.get(row.id)
         return known is None or known.num_computed_tokens > 0
 
-    def _hear(self, row: Row, output: Any, drafted_ms: float, verify_ms: float, batch: int) -> RequestOutput | None:
+    def _hear(self, row: VLLMSeq, output: Any, drafted_ms: float, verify_ms: float, batch: int) -> RequestOutput | None:
         (said,) = output.outputs
         new = list(said.token_ids)
         if row.first_token and new:
             row.cycles.append(self._cycle(row, len(new), drafted_ms, verify_ms, batch))
         elif new:
-            row.first_token = time.perf_counter()
+            row.status, row.first_token = Status.running, time.perf_counter()
         row.tokens += new
         done = None
         if output.finished:
@@ -136,7 +137,7 @@ class VLLMSession(Session):
             else None
         )
 
-    def _cycle(self, row: Row, new: int, draft_ms: float, verify_ms: float, batch: int) -> Cycle:
+    def _cycle(self, row: VLLMSeq, new: int, draft_ms: float, verify_ms: float, batch: int) -> Cycle:
         left, entry = row.remaining, None
         if row.record is not None and len(row.record.per_step_drafted) > row.drafts:
             entry = row.record.per_step_drafted[row.drafts], row.record.per_step_accepted[row.drafts]
