@@ -16,7 +16,7 @@ class Seq:
     Attributes:
         number: the session's for its request.
         arrival, admitted, first_token: when it came, when its prompt was begun and when its first token was out, in
-            seconds of the session's clock; 0 before that.
+            seconds of the session's clock; ``None`` before that.
         tokens: prompt and generated tokens; while it runs, all but the last have been through the model.
         prefilled: tokens of the prompt that have been read.
         reported: new tokens that have been reported.
@@ -30,8 +30,8 @@ class Seq:
     number: int = 0
     arrival: float = 0.0
     status: Status = Status.waiting
-    admitted: float = 0.0
-    first_token: float = 0.0
+    admitted: float | None = None
+    first_token: float | None = None
     tokens: list[int] = field(init=False)
     prefilled: int = 0
     reported: int = 0
@@ -59,8 +59,8 @@ class Seq:
         return Completion(
             tokens=tuple(self.output_tokens()),
             cycles=tuple(self.cycles),
-            ttft_s=(self.first_token or now) - self.arrival,
+            ttft_s=(now if self.first_token is None else self.first_token) - self.arrival,
             total_s=now - self.arrival,
             finish=why,
-            queue_s=(self.admitted or now) - self.arrival,
+            queue_s=(now if self.admitted is None else self.admitted) - self.arrival,
         )

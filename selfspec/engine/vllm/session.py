@@ -93,9 +93,9 @@ class VLLMSession(Session):
             outputs = self.core.step()
         step_ms = 1e3 * (time.perf_counter() - began) - self._drafting.ms
         heard = [(self._running[output.request_id], output) for output in outputs]
-        sharing = sum(bool(row.first_token) for row, _ in heard)
+        sharing = sum(row.first_token is not None for row, _ in heard)
         for row in self._running.values():
-            if not row.admitted and (row.first_token or self._read(row)):
+            if row.admitted is None and (row.first_token is not None or self._read(row)):
                 row.admitted = began
         told = [self._hear(row, output, drafted, step_ms, sharing) for row, output in heard]
         for row in self._running.values():
@@ -122,7 +122,7 @@ class VLLMSession(Session):
     def _hear(self, row: VLLMSeq, output: Any, drafted_ms: float, verify_ms: float, batch: int) -> RequestOutput | None:
         (said,) = output.outputs
         new = list(said.token_ids)
-        if row.first_token and new:
+        if row.first_token is not None and new:
             row.cycles.append(self._cycle(row, len(new), drafted_ms, verify_ms, batch))
         elif new:
             row.status, row.first_token = Status.running, time.perf_counter()
