@@ -98,7 +98,7 @@ class GatedSession(FakeSession):
             self.engine.waits.set()
             self.engine.turns.acquire()
             self.engine.waits.clear()
-        self.engine.rows.append([member.row.request.tokens for member in self.members])
+        self.engine.rows.append([seq.request.tokens for seq in self.running])
         if self.engine.breaks:
             self.engine.breaks = False
             raise RuntimeError("planted")

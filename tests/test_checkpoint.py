@@ -137,16 +137,11 @@ def test_notes(tmp_path: Path) -> None:
         assert journal.notes == {"run_id": "two", "other": {"a": [1]}}
 
 
-def test_observers_see_new_units_once_they_are_safe(tmp_path: Path) -> None:
-    seen: list[Record] = []
-    on_disk: list[int] = []
+def test_a_unit_is_given_back_once_it_is_safe(tmp_path: Path) -> None:
     written(tmp_path, 1)
     with begin(tmp_path) as journal:
-        journal.on_append += [seen.append, lambda record: on_disk.append(units(tmp_path).count(record.unit))]
-        journal.append("bench", "a", {}, "cpu")
-        journal.note("key", 1)
-    assert [record.unit for record in seen] == ["a"]
-    assert on_disk == [1]
+        assert journal.append("bench", "a", {}, "cpu").unit == "a"
+        assert units(tmp_path).count("a") == 1
 
 
 # --- what it resumes from
@@ -377,9 +372,8 @@ def test_a_signal_waits_for_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return written
 
     with pytest.raises(Interrupted), trap(), begin(tmp_path) as journal:
-        journal.on_append.append(seen.append)
         monkeypatch.setattr(os, "write", interrupted)
-        journal.append("bench", "a", {}, "cpu")
+        seen.append(journal.append("bench", "a", {}, "cpu"))
     monkeypatch.undo()
     assert journal.get("bench", "a") is not None
     assert not seen

@@ -20,11 +20,12 @@ from selfspec.model.tree import Tree
 from selfspec.speculation import gate
 from selfspec.speculation.controller import Controller, Fixed
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.draft.layerskip import EarlyExit
 from selfspec.speculation.gate import Gate
 from selfspec.speculation.head import ExitHead, FittedExit, RawExit
 from selfspec.speculation.policy import LongestPrefix
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -71,8 +72,8 @@ def run(
     while not done:
         done = [told.completion for told in scheduler.step() if told.completion]
         caches.check(cache, target.depth)
-        for member in scheduler.members:
-            assert cache.lengths == [len(member.row.tokens) - 1]
+        for seq in scheduler.running:
+            assert cache.lengths == [len(seq.tokens) - 1]
     assert not scheduler.busy and cache.lengths == []
     return done[0]
 
@@ -91,10 +92,10 @@ class Script(Draft):
         super().__init__(model)
         self.prompt, self.tokens, self.wrong = prompt, tokens, wrong
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         (row,), (k,) = rows, ks
         at = len(row.tokens) - self.prompt
-        assert tuple(self.tokens[:at]) == tuple(row.new_tokens)
+        assert tuple(self.tokens[:at]) == tuple(row.output_tokens())
         return Proposal([Tree.chain([row.tokens[-1], *((t + self.wrong) % 80 for t in self.tokens[at : at + k])])])
 
 
@@ -129,7 +130,7 @@ class TestCounts:
             def nodes(self, k: int) -> int:
                 return 5
 
-            def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+            def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
                 root = rows[0].tokens[-1]
                 if ks[0] < 2:
                     return Proposal([Tree.chain([root])])
@@ -238,7 +239,7 @@ class TestObserve:
         certain, states, given = list[int](), list[Tensor](), list[Tensor]()
 
         class Told(Script):
-            def observe(self, row: Row, index: int, tokens: Sequence[int], states_: Tensor, cache: KVCache) -> None:
+            def observe(self, row: Seq, index: int, tokens: Sequence[int], states_: Tensor, cache: KVCache) -> None:
                 assert index == 0 and len(tokens) == len(states_)
                 assert cache.lengths[0] == len(row.tokens) - 1 and row.tokens[-len(tokens) :] == list(tokens)
                 assert torch.equal(row.state, states_[-1:])
@@ -250,8 +251,8 @@ class TestObserve:
         half_right = [token % 80 for token in half_right]
 
         class Mistaken(Told):
-            def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
-                at = len(rows[0].new_tokens)
+            def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+                at = len(rows[0].output_tokens())
                 return Proposal([Tree.chain([rows[0].tokens[-1], *half_right[at : at + ks[0]]])])
 
         got = run(whole(model), Request(PROMPT, 16), Mistaken(model, len(PROMPT), plain), k)
@@ -269,14 +270,14 @@ class TestObserve:
             def nodes(self, k: int) -> int:
                 return 2 * k + 1
 
-            def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
-                tree, node, at = Tree.chain(rows[0].tokens[-1:]), 0, len(rows[0].new_tokens)
+            def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+                tree, node, at = Tree.chain(rows[0].tokens[-1:]), 0, len(rows[0].output_tokens())
                 for token in plain[at : at + ks[0]]:
                     tree.add(node, (token + 1) % 80)
                     node = tree.add(node, token)
                 return Proposal([tree])
 
-            def observe(self, row: Row, index: int, tokens: Sequence[int], new: Tensor, cache: KVCache) -> None:
+            def observe(self, row: Seq, index: int, tokens: Sequence[int], new: Tensor, cache: KVCache) -> None:
                 states.append(new)
 
         made = Speculation(whole(model), Siblings(model), OPEN, Fixed(3), LongestPrefix())

@@ -38,7 +38,10 @@ TORCH_MAY = tuple(
         *("engine.torch.", "engine.hf", "engine.vllm.", "engine.openai."),
     )
 )
-TORCHLESS = ("bandit", "controller", "controller.base", "controller.adaptive", "controller.autotune", "controller.cost")
+TORCHLESS = (
+    *("bandit", "controller", "controller.base", "controller.adaptive", "controller.autotune", "controller.cost"),
+    "sequence",
+)
 """Of ``speculation``: what the fake engine runs, too."""
 STAGES_MAY = ("selfspec.engine.base", "selfspec.engine.factory")
 """Of the engine: a stage knows its protocol, and who makes one."""

@@ -36,11 +36,12 @@ from selfspec.model.tree import Tree
 from selfspec.speculation import fit, gate
 from selfspec.speculation.controller import Fixed
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.draft.layerskip import EarlyExit
 from selfspec.speculation.gate import Gate
 from selfspec.speculation.head import Head, RawExit
 from selfspec.speculation.policy import Choice, LongestPrefix, Policy, Verdict
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -148,7 +149,7 @@ class Bench:
         while scheduler.busy:
             done |= {told.number: told.completion for told in scheduler.step() if told.completion}
             caches.check(cache, s.layers)
-            assert kv is not KVCache or cache.lengths == [len(member.row.tokens) - 1 for member in scheduler.members]
+            assert kv is not KVCache or cache.lengths == [len(seq.tokens) - 1 for seq in scheduler.running]
         return [done[number] for number in numbers]
 
     def plain(self, request: Request) -> Completion:
@@ -289,7 +290,7 @@ class Thicket(Draft):
     def nodes(self, k: int) -> int:
         return 1 + 4 * k
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         trees = [self.grown(row, k) for row, k in zip(rows, ks, strict=True)]
         if not self.depth:
             return Proposal(trees)
@@ -307,10 +308,10 @@ class Thicket(Draft):
         tokens = [token for tree in trees for token in tree.tokens[first:]]
         return self.model.run(self.model.embed(tokens, at), cache, at, 0, self.depth)
 
-    def grown(self, row: Row, k: int) -> Tree:
+    def grown(self, row: Seq, k: int) -> Tree:
         rng = random.Random(str((row.request.tokens, len(row.tokens))))
         said = self.bench.plain(replace(row.request, ignore_eos=True, max_new_tokens=NEW)).tokens
-        at = len(row.new_tokens)
+        at = len(row.output_tokens())
         tree, depths = Tree.chain(row.tokens[-1:]), [0]
         for _ in range(4 * k if rng.random() < 0.9 else 0):
             parent = rng.choice([i for i, depth in enumerate(depths) if depth < k] + [len(depths) - 1] * 2)
@@ -346,7 +347,7 @@ class Wrap(Draft):
         super().__init__(draft.model)
         self.draft, self.change = draft, change
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         return self.change(self.draft.propose(rows, ks, gate, cache))
 
 

@@ -21,7 +21,8 @@ from selfspec.config import Draft as DraftConfig
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
+from selfspec.speculation.sequence import Seq
 from selfspec.speculation.gate import Gate
 from selfspec.speculation.head import Head
 
@@ -29,7 +30,7 @@ from selfspec.speculation.head import Head
 class Repeat(Draft):
     """A chain of the last token."""
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """As many as are asked for."""
         return Proposal([Tree.chain(row.tokens[-1:] * (k + 1)) for row, k in zip(rows, ks, strict=True)])
 

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from selfspec import job, plan
 from selfspec.checkpoint import Journal
-from selfspec.config import Resume, TaskData
+from selfspec.config import EngineName, Resume, TaskData
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import AssetError, ConfigError
 from selfspec.plan import Plan
@@ -27,6 +27,7 @@ from selfspec.report import tables as report
 from selfspec.report.results import Result
 from selfspec.run import CONF
 from selfspec.stages import quality
+from selfspec.stages.quality import Quality
 from selfspec.types import Score, Signals
 
 pytestmark = pytest.mark.slow
@@ -219,11 +220,11 @@ def test_what_is_lossy_changes_perplexity_and_fails_nothing(make: Make, tmp_path
 
 @pytest.mark.parametrize("fail_at", [1, 3, 4, 5])
 def test_only_what_is_missing_is_run(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int) -> None:
-    made, work = make(), quality._texts
+    made, work = make(), Quality._texts
     calls = list[str]()
 
     def watched(name: str, broken: bool) -> Callable[..., Any]:
-        original = getattr(quality, name)
+        original = getattr(Quality, name)
 
         def step(*args: Any) -> Any:
             calls.append(name)
@@ -235,13 +236,13 @@ def test_only_what_is_missing_is_run(make: Make, tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         for name in ("_texts", "_gates"):
-            patch.setattr(quality, name, watched(name, broken=True))
+            patch.setattr(Quality, name, watched(name, broken=True))
         run(made, tmp_path)
-    assert quality._texts is work and len(units(made)) == fail_at - 1
+    assert Quality._texts is work and len(units(made)) == fail_at - 1
     kept = units(made)
     calls.clear()
     for name in ("_texts", "_gates"):
-        monkeypatch.setattr(quality, name, watched(name, broken=False))
+        monkeypatch.setattr(Quality, name, watched(name, broken=False))
     resumed = run(made, tmp_path)
     assert calls == (["_texts"] * 3 + ["_gates"] * 2)[fail_at - 1 :]
     assert {unit: units(made)[unit] for unit in kept} == kept
@@ -297,7 +298,7 @@ def test_a_relaxed_policy_is_explained(make: Make, tmp_path: Path) -> None:
 
 def test_what_a_tracker_is_shown(make: Make, tmp_path: Path) -> None:
     run(make(), tmp_path)
-    shown = {unit: quality.per_unit(data) for unit, data in units(make()).items()}
+    shown = {unit: Quality(make()).per_unit(data) for unit, data in units(make()).items()}
     assert shown["gates/00000-00002"] == {}
     assert shown["texts/00000-00002"]["quality/unit/reference_delta_ppl"] == 0
 
@@ -308,8 +309,8 @@ def test_answers_too_short_to_draft_are_passed_over() -> None:
             raise AssertionError("nothing was drafted")
 
     unit = {"prompts": [[1, 2]], "conversations": [{"plain_tokens": [3]}]}
-    asked = type("Plan", (), {"quality": type("Quality", (), {"exits": None})})
-    assert quality._gates(object.__new__(Silent), asked, [unit], slice(0, 1)) == {"exits": []}  # type: ignore[arg-type]
+    asked: Any = type("Plan", (), {"quality": type("Quality", (), {"exits": None})})
+    assert Quality(asked)._gates(object.__new__(Silent), [unit], slice(0, 1)) == {"exits": []}
 
 
 # ---------------------------------------------------------------------------- refusals, identity, tables
@@ -348,9 +349,9 @@ def test_what_is_not_there_is_refused_before_anything_is_written(
 
 def test_an_engine_that_scores_nothing_is_refused(make: Make) -> None:
     made = make()
-    made = replace(made, engine=replace(made.engine, name=type("Name", (), {"name": "openai"})()))  # type: ignore[arg-type]
+    made = replace(made, engine=replace(made.engine, name=EngineName.openai))
     with pytest.raises(ConfigError, match=r"engine=openai: stages=\[quality\] needs one of torch, hf, fake"):
-        quality.check(made)
+        Quality(made).check()
 
 
 def test_identity(make: Make) -> None:

@@ -321,9 +321,8 @@ def interrupting(how: Callable[[], object]) -> Callable[..., object]:
 def test_a_signal_waits_for_the_unit(gcs: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Record] = []
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught, trap(), begin() as journal:
-        journal.on_append.append(seen.append)
         patch.setattr(Bucket, "create", interrupting(lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        journal.append("bench", "a", {}, "cpu")
+        seen.append(journal.append("bench", "a", {}, "cpu"))
     assert caught.value.signum == signal.SIGTERM and not seen
     assert units() == ["a"]
 

@@ -64,7 +64,7 @@ def client(url: str, key: str = "any") -> "openai.OpenAI":
 
 def answered(prompt: str, new: int, plan: Plan) -> str:
     engine = FakeEngine(plan)
-    return engine.decode(engine.generate([request(prompt, new)])[0].tokens)
+    return engine.tokenizer.decode(engine.generate([request(prompt, new)])[0].tokens)
 
 
 def post(url: str, path: str, body: bytes | dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:

@@ -69,7 +69,7 @@ def test_it_says_what_the_engine_says(made: Plan) -> None:
             chunks = await whole(local, GREEDY)
             engine = FakeEngine(made)
             (completion,) = engine.generate([request("hello", 12)])
-            assert said(chunks) == engine.decode(completion.tokens)
+            assert said(chunks) == engine.tokenizer.decode(completion.tokens)
             *others, last = chunks
             assert len(others) > 1 and others[0].tokens == 1 and sum(chunk.tokens for chunk in chunks) == 12
             assert all(chunk.finish is chunk.usage is chunk.stats is None for chunk in others)
@@ -117,7 +117,7 @@ def test_a_stop_text_ends_the_answer(made: Plan) -> None:
             for seed in range(8):
                 call = replace(GREEDY, prompt=f"p{seed}", max_tokens=40)
                 tokens = engine.generate([request(f"p{seed}", 40)])[0].tokens
-                text = engine.decode(tokens)
+                text = engine.tokenizer.decode(tokens)
                 # Of bytes that are no character it is only known later that they are none.
                 stop = next(text[i : i + 2] for i in range(seed, 40) if text[i : i + 2].isascii())
                 chunks = await whole(local, replace(call, stop=("never said", stop)))
@@ -125,7 +125,9 @@ def test_a_stop_text_ends_the_answer(made: Plan) -> None:
                 last = chunks[-1]
                 assert last.finish == "stop" and last.usage is not None
                 count = last.usage.completion_tokens
-                assert stop in engine.decode(tokens[:count]) and stop not in engine.decode(tokens[: count - 1])
+                assert stop in engine.tokenizer.decode(tokens[:count]) and stop not in engine.tokenizer.decode(
+                    tokens[: count - 1]
+                )
             while local._load.rows:  # its thread lets go of a cancelled row when it comes to it
                 await asyncio.sleep(0.01)
 
@@ -285,11 +287,11 @@ class TestTinyModel:
 
         def generated(tokens: list[int], new: int, sampling: Sampling) -> str:
             (done,) = rejecting.generate([Request(tuple(tokens), new, sampling=sampling)], plain=True)
-            return engine.decode(done.tokens)
+            return engine.tokenizer.decode(done.tokens)
 
         wanted = [
-            generated(engine.encode(str(calls[0].prompt), chat=False), 20, Sampling()),
-            generated(engine.encode("so nothing is lost", chat=True), 9, Sampling()),
+            generated(engine.tokenizer.encode(str(calls[0].prompt), chat=False), 20, Sampling()),
+            generated(engine.tokenizer.encode("so nothing is lost", chat=True), 9, Sampling()),
             generated([7, 9, 11], 20, Sampling(1.0, seed=5)),
             generated([7, 9, 11], 20, Sampling(1.0, 30, 0.9, 6)),
             generated([7, 9, 11], 20, Sampling()),

@@ -53,8 +53,8 @@ def test_what_is_served_is_what_the_engine_generates(made: Plan, engine: TorchEn
     """Four streams at once on three rows; in float32, token for token plain greedy decoding's."""
     import openai
 
-    requests = [Request(tuple(engine.encode(question, chat=True)), NEW) for question in QUESTIONS]
-    wanted = [engine.decode(done.tokens) for done in engine.generate(requests, plain=True)]
+    requests = [Request(tuple(engine.tokenizer.encode(question, chat=True)), NEW) for question in QUESTIONS]
+    wanted = [engine.tokenizer.decode(done.tokens) for done in engine.generate(requests, plain=True)]
     with serving(replace(made, serve=replace(made.serve, scheduler=order, chunk=16)), lambda: engine) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=None)
 

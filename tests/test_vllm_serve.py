@@ -77,7 +77,7 @@ def test_cycles_come_over_http(drafting: Server, tmp_path: Path) -> None:
     over = ("engine=openai", "draft=served", f"engine.url={drafting.url}", f"engine.plain_url={drafting.url}")
     asked = made(*over, "stages=[bench]", "scale.prompts=3", "scale.repeats=1", "scale.warmup=0")
     engine: Any = factory.make(asked)
-    prompts = workload.select(asked.workload, "bench", 3, 0, lambda text: engine.encode(text, True))
+    prompts = workload.select(asked.workload, "bench", 3, 0, lambda text: engine.tokenizer.encode(text, True))
     for one in engine.generate([bench.request(asked, prompt) for prompt in prompts]):
         cycles = one.cycles
         assert sum(c.new_tokens for c in cycles) == len(one.tokens) - 1

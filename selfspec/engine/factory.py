@@ -4,22 +4,57 @@ import importlib
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from selfspec import config as schema
 from selfspec.config import EngineName
-from selfspec.engine.base import Engine
+from selfspec.engine.base import Engine, Fits, Opens, Probes, Scores, Tokenizer
 from selfspec.engine.openai.client import Server
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.rules import REFERENCES
 
-ENGINES = {
-    EngineName.torch: "selfspec.engine.torch.engine:TorchEngine",
-    EngineName.fake: "selfspec.engine.fake.engine:FakeEngine",
-    EngineName.hf: "selfspec.engine.hf:HFEngine",
-    EngineName.openai: "selfspec.engine.openai.engine:OpenAIEngine",
-    EngineName.vllm: "selfspec.engine.vllm.engine:VLLMEngine",
+
+class Kind(NamedTuple):
+    """An engine before it is imported.
+
+    Attributes:
+        where: its class.
+        can: what it can do besides decoding; the class has these among its bases.
+        model: whether it reads the plan's model.
+    """
+
+    where: str
+    can: tuple[type, ...]
+    model: bool = True
+
+
+KINDS = {
+    EngineName.torch: Kind("selfspec.engine.torch.engine:TorchEngine", (Opens, Fits, Scores, Probes)),
+    EngineName.hf: Kind("selfspec.engine.hf:HFEngine", (Scores, Probes)),
+    EngineName.fake: Kind("selfspec.engine.fake.engine:FakeEngine", (Opens, Scores, Probes), model=False),
+    EngineName.openai: Kind("selfspec.engine.openai.engine:OpenAIEngine", ()),
+    EngineName.vllm: Kind("selfspec.engine.vllm.engine:VLLMEngine", (Opens, Fits, Scores)),
 }
+
+
+def kind(plan: Plan) -> Kind:
+    """What is known of the plan's engine without importing it."""
+    return KINDS[plan.engine.name]
+
+
+def require(plan: Plan, what: type, says: str) -> None:
+    """Refuses an engine that cannot do what is asked of it.
+
+    Args:
+        says: what the message has between the engine and those that can.
+
+    Raises:
+        ConfigError: with those that can.
+    """
+    if what not in kind(plan).can:
+        allowed = ", ".join(name.name for name, one in KINDS.items() if what in one.can)
+        raise ConfigError(f"engine={plan.engine.name.name}: {says} {allowed}")
 
 
 def check(plan: Plan) -> None:
@@ -40,7 +75,7 @@ def check(plan: Plan) -> None:
 
 def make(plan: Plan) -> Engine:
     """The plan's engine; nothing is loaded before it is asked for something."""
-    module, name = ENGINES[plan.engine.name].split(":")
+    module, name = kind(plan).where.split(":")
     engine: Engine = getattr(importlib.import_module(module), name)(plan)
     return engine
 
@@ -62,12 +97,9 @@ def reference(name: str, plan: Plan) -> Engine:
     )
 
 
-def served(url: str, secret: str | None, engine: Engine) -> Server:
-    """A server of ours with the engine's model, as a caller with this API key sees it.
-
-    The engine's tokenizer reads its text.
-    """
-    return Server("url", url, secret, lambda text, stopped: engine.encode(text, chat=False), direct=True)
+def served(url: str, secret: str | None, tokenizer: Tokenizer) -> Server:
+    """A server of ours, as a caller with this API key sees it; ``tokenizer`` reads its text."""
+    return Server("url", url, secret, lambda text, stopped: tokenizer.encode(text, chat=False), direct=True)
 
 
 def weights(plan: Plan) -> Path:

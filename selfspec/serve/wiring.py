@@ -8,9 +8,9 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from selfspec import fitting
-from selfspec.config import BackendConfig, CacheMode, ControllerName, EngineName, Weights
+from selfspec.config import BackendConfig, CacheMode, ControllerName, Weights
 from selfspec.engine import factory
-from selfspec.engine.base import Engine
+from selfspec.engine.base import Opens, Tokenizer
 from selfspec.errors import ConfigError, one_line
 from selfspec.plan import Plan
 from selfspec.serve.backend import Backend, Cache, Call, NoCache, Route, Router
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 KEY = "SELFSPEC_API_KEY"
 """The environment's API key wins over the config's: no file and no process list shows it."""
-_SERVED = (EngineName.torch, EngineName.fake, EngineName.vllm)
 
 
 def check(plan: Plan) -> None:
@@ -37,9 +36,7 @@ def check(plan: Plan) -> None:
     Raises:
         ConfigError: with the setting, and what can.
     """
-    if plan.engine.name not in _SERVED:
-        allowed = ", ".join(name.name for name in _SERVED)
-        raise ConfigError(f"engine={plan.engine.name.name}: cannot be served; allowed are {allowed}")
+    factory.require(plan, Opens, "cannot be served; allowed are")
     if plan.controller.name is ControllerName.autotune and plan.serve.max_batch > 1:
         raise ConfigError(f"serve.max_batch={plan.serve.max_batch}: controller=autotune decodes one request at a time")
     for backend in plan.serve.backends:
@@ -57,17 +54,16 @@ def local(plan: Plan, metrics: Metrics) -> Local:
     return Local("local", lambda: engine(plan), plan.serve, plan.draft.name, metrics)
 
 
-def engine(plan: Plan, weights: Weights | None = None) -> Engine:
+def engine(plan: Plan, weights: Weights | None = None) -> Opens:
     """The plan's engine with its head in place, fitted if need be, and warm.
 
     Raises:
         UserError: something it needs cannot be had.
     """
     made = factory.make(replace(plan, engine=replace(plan.engine, weights=weights or plan.engine.weights)))
-    if plan.draft.fitted:
-        fitting.ready(lambda: made, plan)
-        made.use_head(fitting.head_path(plan))
-    made.generate([Request(tuple(made.encode("Hello", chat=False)), 4, ignore_eos=True)])
+    assert isinstance(made, Opens), "checked above"
+    fitting.install(made, plan)
+    made.generate([Request(tuple(made.tokenizer.encode("Hello", chat=False)), 4, ignore_eos=True)])
     return made
 
 
@@ -88,7 +84,7 @@ def router(plan: Plan, local: Local, metrics: Metrics) -> Router:
             return call.prompt
         if not await local.healthy():
             raise Unavailable("the engine is not ready")
-        return await asyncio.to_thread(tokens, local.ready.result(), call)
+        return await asyncio.to_thread(tokens, local.ready.result().tokenizer, call)
 
     options = [Option(Timed(local), (name, local.name), settings.max_total_tokens)]
     for other in plan.serve.backends:
@@ -102,12 +98,12 @@ def backend(plan: Plan, config: BackendConfig, local: Local, metrics: Metrics) -
     if config.url is not None:
         return Remote(config)
 
-    def quantised() -> Engine:
+    def quantised() -> Opens:
         """The same engine in int8, once the other has loaded; it drafts by the same head."""
         local.ready.result()
         return engine(plan, Weights.int8)
 
-    def tell(loaded: Future[Engine]) -> None:
+    def tell(loaded: Future[Opens]) -> None:
         if error := loaded.exception():
             log.error("back end %s cannot be loaded: %s", config.name, one_line(error))
 
@@ -116,12 +112,12 @@ def backend(plan: Plan, config: BackendConfig, local: Local, metrics: Metrics) -
     return made
 
 
-def tokens(engine: Engine, call: Call) -> Sequence[int]:
+def tokens(tokenizer: Tokenizer, call: Call) -> Sequence[int]:
     """Of a call's text or chat; none, where the template refuses it: a back end will say why."""
     if call.messages is None:
-        return engine.encode(str(call.prompt), chat=False)
+        return tokenizer.encode(str(call.prompt), chat=False)
     try:
-        return engine.encode_chat(call.messages)
+        return tokenizer.encode_chat(call.messages)
     except ValueError:
         return ()
 

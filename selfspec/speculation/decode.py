@@ -17,9 +17,10 @@ from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation import clock as clocks
 from selfspec.speculation.controller import Controller
-from selfspec.speculation.draft.base import Draft, Row
+from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.gate import Gate
 from selfspec.speculation.policy import Choice, Policy, Verdict
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Cycle, Logprob, Request
 
 
@@ -49,19 +50,11 @@ class Speculation:
     controller: Controller
     policy: Policy
 
-    def begin(self, request: Request, cache: KVCache, arrival: float) -> Row:
-        """Admits a request: its prompt in one pass, and its first token."""
-        row, index = self.start(request, arrival), cache.admit()
-        self.sample_first_token(row, index, self.prefill(row, 0, len(request.tokens), cache, index), cache)
-        return row
+    def start(self, row: Seq) -> None:
+        """What there is to choose before a prompt is read."""
+        row.exit_layer = self.controller.exit_layer(len(row.request.tokens))
 
-    def start(self, request: Request, arrival: float) -> Row:
-        """The row of a request of which nothing has been read."""
-        row = Row(request, list(request.tokens), torch.empty(0), arrival, time.perf_counter())
-        row.exit_layer = self.controller.exit_layer(len(request.tokens))
-        return row
-
-    def prefill(self, row: Row, first: int, count: int, cache: KVCache, index: int) -> Tensor:
+    def prefill(self, row: Seq, first: int, count: int, cache: KVCache, index: int) -> Tensor:
         """Runs ``count`` tokens of a prompt from number ``first`` on, in a row of the cache: states ``[count, D]``."""
         tokens = row.request.tokens[first : first + count]
         at = cache.place([Tree.chain(tokens)], row=index)
@@ -70,7 +63,7 @@ class Speculation:
         cache.commit(index, range(count))
         return states
 
-    def sample_first_token(self, row: Row, index: int, states: Tensor, cache: KVCache) -> None:
+    def sample_first_token(self, row: Seq, index: int, states: Tensor, cache: KVCache) -> None:
         """Gives the first token of a row whose prompt has been read, given its states ``[P, D]``."""
         # The last token of the prompt is a tree of one node, and nothing is drafted yet.
         trees, logits = [Tree.chain(row.request.tokens[-1:])], self.target.model.logits(states[-1:])
@@ -82,7 +75,7 @@ class Speculation:
         self.draft.observe(row, index, row.tokens[1:], states, cache)
         row.first_token = time.perf_counter()
 
-    def step(self, rows: Sequence[Row], cache: KVCache) -> None:
+    def step(self, rows: Sequence[Seq], cache: KVCache) -> None:
         """One cycle for every row of the batch: row r has row r of the cache."""
         clock = clocks.of(self.target.model.device)
         began = clock.mark()
@@ -133,7 +126,7 @@ class Speculation:
         self.gate.observe(cycles)
         self.controller.observe(cycles)
 
-    def _accept(self, row: Row, index: int, tree: Tree, verdict: Verdict, states: Tensor, cache: KVCache) -> int:
+    def _accept(self, row: Seq, index: int, tree: Tree, verdict: Verdict, states: Tensor, cache: KVCache) -> int:
         """Takes over what stands, up to a stop token; the number of new tokens."""
         new = [*(tree.tokens[node] for node in verdict.path[1:]), verdict.token]
         stop = self.stop_tokens(row.request)
@@ -163,5 +156,5 @@ def _logprobs(count: int, logits: Tensor, tokens: Sequence[int]) -> list[Logprob
     return [Logprob(value, tuple(zip(*top, strict=True))) for value, top in zip(own, tops, strict=True)]
 
 
-def _choice(row: Row) -> Choice:
+def _choice(row: Seq) -> Choice:
     return Choice(row.request.sampling, len(row.tokens))

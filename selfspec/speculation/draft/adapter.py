@@ -10,11 +10,11 @@ from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.speculation import block
 from selfspec.speculation.block import Block
-from selfspec.speculation.draft.base import Row
 from selfspec.speculation.draft.layerskip import EarlyExit
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.head import Head, RawExit, features
 from selfspec.speculation.readout import Readout
+from selfspec.speculation.sequence import Seq
 
 
 class Adapter(EarlyExit):
@@ -33,7 +33,7 @@ class Adapter(EarlyExit):
         super().__init__(model, draft.exit_layer, raw, readout, draft.width, draft.budget, draft.sample)
         self.block = Block(head.tensors, model.shape)
 
-    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Row) -> tuple[Tensor, int]:
+    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Seq) -> tuple[Tensor, int]:
         """The exit layers, and the block's keys and values."""
         hidden = self.model.run(self.model.embed(tokens, at), cache, at, 0, self.exit_layer)
         self.remember(hidden, cache, at)

@@ -5,8 +5,7 @@ file in ``conf/draft/``. Drafts work on a whole batch: what is asked of one row 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,45 +15,7 @@ from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation.gate import Gate
-from selfspec.types import Cycle, Logprob, Request
-
-
-@dataclass(slots=True)
-class Row:
-    """A request being decoded; row r of the batch has row r of the cache.
-
-    Attributes:
-        tokens: prompt and generated tokens; all but the last have been through the model.
-        state: the target's normed final state ``[1, D]`` that gave the last token.
-        logprobs: of the new tokens, where the request asks for them.
-        exit_layer: where an early-exit draft leaves, if its controller chose for this request.
-        memory: whatever the draft keeps for this row.
-    """
-
-    request: Request
-    tokens: list[int]
-    state: Tensor
-    arrival: float
-    admitted: float = 0.0
-    first_token: float = 0.0
-    cycles: list[Cycle] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
-    exit_layer: int | None = None
-    memory: Any = None
-
-    @property
-    def new_tokens(self) -> list[int]:
-        """What has been generated."""
-        return self.output_tokens(0)
-
-    def output_tokens(self, start: int) -> list[int]:
-        """What has been generated, from new token number ``start`` on."""
-        return self.tokens[len(self.request.tokens) + start :]
-
-    @property
-    def remaining(self) -> int:
-        """Tokens still to come."""
-        return self.request.max_new_tokens - (len(self.tokens) - len(self.request.tokens))
+from selfspec.speculation.sequence import Seq
 
 
 class Proposal(NamedTuple):
@@ -89,15 +50,15 @@ class Draft:
         """The most nodes of a tree of depth ``k``, its root included."""
         return k + 1
 
-    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Row) -> tuple[Tensor, int]:
+    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Seq) -> tuple[Tensor, int]:
         """The draft's share of a prompt's pass: the residual stream ``[P, D]`` and how many layers it has run."""
         return self.model.embed(tokens, at), 0
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """For every row, a tree of depth up to its k (>= 0)."""
         return Proposal([Tree.chain(row.tokens[-1:]) for row in rows])
 
-    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+    def observe(self, row: Seq, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         """What became certain: after the prompt, and after each verification.
 
         Args:
@@ -107,6 +68,6 @@ class Draft:
         """
 
 
-def stack(rows: Sequence[Row]) -> Tensor:
+def stack(rows: Sequence[Seq]) -> Tensor:
     """The rows' states as ``[R, D]``."""
     return rows[0].state if len(rows) == 1 else torch.cat([row.state for row in rows])

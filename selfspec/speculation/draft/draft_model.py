@@ -23,11 +23,12 @@ from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.gate import Gate
 from selfspec.speculation.head import Head
 from selfspec.speculation.readout import Readout
 from selfspec.speculation.sampling import likeliest
+from selfspec.speculation.sequence import Seq
 
 _NEVER = -1e4
 """A logit of no probability, and yet a number: gates multiply the two."""
@@ -36,7 +37,7 @@ _NEVER = -1e4
 class DraftModel(Draft):
     """Drafts chains with another model, on a cache of its own.
 
-    ``Row.memory`` is the tokens run beyond the cache's length: drafts, of which the first may come true.
+    ``Seq.memory`` is the tokens run beyond the cache's length: drafts, of which the first may come true.
     """
 
     def __init__(self, model: Model, small: Model, sample: bool = False) -> None:
@@ -44,9 +45,9 @@ class DraftModel(Draft):
         self.small, self.sample, self._readout = small, sample, Readout(model)
         self._target: KVCache | None = None
         self._cache = small.new_cache(0)
-        self._rows: list[Row] = []
+        self._rows: list[Seq] = []
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """Drafts until every row has its k tokens or the gate doubts one; rows that are done ride along."""
         self._follow(rows, cache)
         trees = {id(row): Tree.chain(row.tokens[-1:]) for row in rows}
@@ -70,7 +71,7 @@ class DraftModel(Draft):
             logits = self._extend(tokens) if any(going) else None
         return Proposal(list(trees.values()))
 
-    def _follow(self, rows: Sequence[Row], cache: KVCache) -> None:
+    def _follow(self, rows: Sequence[Seq], cache: KVCache) -> None:
         """Keeps what came true, takes its own rows from those that left the batch, gives them to those that joined."""
         if cache is not self._target:
             self._target, self._rows = cache, []
@@ -97,7 +98,7 @@ class DraftModel(Draft):
                 self._rows.append(row)
                 row.memory = []
 
-    def _check_room(self, row: Row) -> None:
+    def _check_room(self, row: Seq) -> None:
         """What is asked for must fit; slots beyond it, where drafts of the last positions lie, need no position."""
         limit, needed = self.small.shape.max_positions, len(row.request.tokens) + row.request.max_new_tokens
         if needed > limit:

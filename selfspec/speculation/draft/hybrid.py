@@ -21,10 +21,11 @@ from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation.draft import suffix
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate import Gate
 from selfspec.speculation.head import Head
+from selfspec.speculation.sequence import Seq
 
 
 @dataclass(slots=True)
@@ -47,13 +48,13 @@ class Hybrid(Draft):
         most = max(self.lookup.nodes(k), self.learned.nodes(k))
         return most if self.budget is None else max(most, 1 + self.budget)
 
-    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Row) -> tuple[Tensor, int]:
+    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Seq) -> tuple[Tensor, int]:
         """The learned draft's share; a lookup has none."""
         row.memory = Memories()
         with _remembering("learned", [row]):
             return self.learned.prefill(tokens, cache, at, row)
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """The lookup's trees, and the learned draft's where they are wanted."""
         with _remembering("lookup", rows):
             found = self.lookup.propose(rows, ks, gate, cache).trees
@@ -67,7 +68,7 @@ class Hybrid(Draft):
             return Proposal(trees)
         return Proposal(trees, self._completed(learned, trees, cache), learned.depth)
 
-    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+    def observe(self, row: Seq, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         """Tells both."""
         for name, draft in (("lookup", self.lookup), ("learned", self.learned)):
             with _remembering(name, [row]):
@@ -112,7 +113,7 @@ def merged(base: Tree, over: Tree, budget: int | None) -> Tree:
 
 
 @contextmanager
-def _remembering(name: str, rows: Sequence[Row]) -> Iterator[None]:
+def _remembering(name: str, rows: Sequence[Seq]) -> Iterator[None]:
     """Gives rows the memory of one of the two drafts, as if it were alone."""
     both: list[Memories] = [row.memory for row in rows]
     for row, memories in zip(rows, both, strict=True):

@@ -16,11 +16,12 @@ from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation import fit as fitting
-from selfspec.speculation.draft.base import Draft, Proposal, Row, stack
+from selfspec.speculation.draft.base import Draft, Proposal, stack
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate import Gate
 from selfspec.speculation.head import ExitHead, Head, RawExit
 from selfspec.speculation.readout import Readout
+from selfspec.speculation.sequence import Seq
 
 
 class EarlyExit(Draft):
@@ -58,7 +59,7 @@ class EarlyExit(Draft):
         """The root, and ``width`` candidates at each of k positions or as many as the budget allows."""
         return 1 + (k * self.width if self.budget is None else min(k * self.width, self.budget))
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """Drafts until every row has its k positions or the gate doubts the likeliest token of one.
 
         What is proposed last is run through the exit layers too: verification goes on from its hidden state.
