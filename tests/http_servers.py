@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 
 from selfspec.plan import Plan
-from selfspec.serve import app, wiring
+from selfspec.serve import app, build
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.metrics import Metrics
 from selfspec.serve.server import _Server
@@ -20,8 +20,8 @@ from selfspec.serve.server import _Server
 async def gateway(plan: Plan, key: str | None = None) -> AsyncIterator[tuple[str, Gateway]]:
     """Our gateway over a plan: its base URL, without ``/v1``, and itself."""
     metrics = Metrics()
-    local = wiring.local(plan, metrics)
-    made = wiring.gateway(plan, local, metrics)
+    local = build.local(plan, metrics)
+    made = build.gateway(plan, local, metrics)
     how: Any = {"log_level": "error", "timeout_graceful_shutdown": 1, "timeout_keep_alive": 10**6}
     server = _Server(uvicorn.Config(app.make(made, key), **how))
     with socket.create_server(("127.0.0.1", 0)) as listener:

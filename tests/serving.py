@@ -15,7 +15,7 @@ from selfspec.engine.base import Engine, RequestOutput
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.fake.session import FakeSession, Parts
 from selfspec.plan import Plan
-from selfspec.serve import app, wiring
+from selfspec.serve import app, build
 from selfspec.serve.backend import Call, Chunk, Price, Usage
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.local import Local
@@ -55,9 +55,9 @@ class Serving:
 def serving(plan: Plan, make: Callable[[], Engine] | None = None, key: str | None = None) -> Iterator[Serving]:
     """The gateway of a plan, ready to be called; ``make``: another engine than the plan's."""
     metrics = Metrics()
-    local = Local("local", make or (lambda: wiring.engine(plan)), plan.serve, plan.draft.name, metrics)
+    local = Local("local", make or (lambda: build.engine(plan)), plan.serve, plan.draft.name, metrics)
     local.ready.result()
-    gateway = wiring.gateway(plan, local, metrics)
+    gateway = build.gateway(plan, local, metrics)
     with listening(gateway, key) as url:
         yield Serving(url, gateway, local, metrics)
 

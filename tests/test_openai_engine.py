@@ -17,10 +17,10 @@ from selfspec.plan import Plan
 from selfspec.report.results import Result
 from selfspec.run import CONF
 from selfspec.serve.backend import Chunk, NoCache
+from selfspec.serve.build import Fixed
 from selfspec.serve.errors import Failed
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.metrics import Metrics
-from selfspec.serve.wiring import Fixed
 from selfspec.types import Request
 
 pytestmark = pytest.mark.slow

@@ -21,10 +21,10 @@ from selfspec.engine.fake.engine import FakeEngine
 from selfspec.plan import Plan
 from selfspec.run import CONF
 from selfspec.serve.backend import Call, Chunk, Hit, NoCache, Route
+from selfspec.serve.build import Fixed
 from selfspec.serve.errors import Failed, Overloaded, Unavailable
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.metrics import Metrics
-from selfspec.serve.wiring import Fixed
 
 if TYPE_CHECKING:
     import openai

@@ -25,7 +25,7 @@ from selfspec import plan
 from selfspec.plan import Plan
 from selfspec.run import CONF
 from selfspec.serve import __main__ as door
-from selfspec.serve import server, wiring
+from selfspec.serve import build, server
 from selfspec.serve.local import Local
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def asked(**more: object) -> str:
 
 def test_a_process_says_where_it_is_and_stops_when_told_to(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "selfspec.serve", *FAKE, "serve.port=0"]
-    environment = {key: value for key, value in os.environ.items() if key != wiring.KEY}
+    environment = {key: value for key, value in os.environ.items() if key != build.KEY}
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -102,7 +102,7 @@ class TestDraining:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         monkeypatch.setattr(server, "_listening", listening)
-        monkeypatch.setattr(wiring, "engine", lambda plan: engine)
+        monkeypatch.setattr(build, "engine", lambda plan: engine)
         server.run(made)
         assert not failures, failures
 
@@ -125,7 +125,7 @@ class TestDraining:
         self.run(monkeypatch, made, client)
 
     def test_but_not_for_ever(self, monkeypatch: pytest.MonkeyPatch, made: Plan) -> None:
-        opened, locals_made = wiring.local, list[Local]()
+        opened, locals_made = build.local, list[Local]()
 
         def noted(*args: Any) -> Local:
             locals_made.append(opened(*args))
@@ -143,7 +143,7 @@ class TestDraining:
                 *_, last = response.read().decode().strip().split("\n\n")
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
 
-        monkeypatch.setattr(wiring, "local", noted)
+        monkeypatch.setattr(build, "local", noted)
         self.run(monkeypatch, replace(made, serve=replace(made.serve, drain_s=0.05)), client)
 
 
@@ -205,7 +205,7 @@ def test_the_key_is_in_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         made = plan.make(compose("config", [*FAKE, "serve.api_key=hush-hush"]))
-    monkeypatch.delenv(wiring.KEY, raising=False)
-    assert wiring.api_key(made) == "hush-hush" and "hush" not in json.dumps(made.settings())
-    monkeypatch.setenv(wiring.KEY, "other")
-    assert wiring.api_key(made) == "other"
+    monkeypatch.delenv(build.KEY, raising=False)
+    assert build.api_key(made) == "hush-hush" and "hush" not in json.dumps(made.settings())
+    monkeypatch.setenv(build.KEY, "other")
+    assert build.api_key(made) == "other"

@@ -19,7 +19,7 @@ from selfspec.config import RouteName, RouterConfig
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.run import CONF
-from selfspec.serve import remote, wiring
+from selfspec.serve import build, remote
 from selfspec.serve import router as module
 from selfspec.serve.backend import Call, Chunk, Price, Usage
 from selfspec.serve.errors import Unavailable
@@ -294,7 +294,7 @@ def test_wrong_keys_are_refused_in_one_line(run: Any, fake: list[str], override:
 def test_what_cannot_be_served_is_refused_before_it_is_loaded(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(ConfigError, match="a: key_env=NO_KEY: the environment has none"):
-        wiring.check(served("serve.backends=[{name: a, url: 'http://h/v1', key_env: NO_KEY}]"))
+        build.check(served("serve.backends=[{name: a, url: 'http://h/v1', key_env: NO_KEY}]"))
 
 
 @pytest.mark.real
