@@ -124,12 +124,12 @@ def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def answered(calling: load.Load) -> int:
         """Since the last interval's end."""
-        lines = (calling._folder / "samples.jsonl").read_bytes()[calling._read :].rpartition(b"\n")[0].splitlines()
+        lines = (calling.folder / "samples.jsonl").read_bytes()[calling._read :].rpartition(b"\n")[0].splitlines()
         return [json.loads(line)["error"] for line in lines].count(None)
 
     def tabled(calling: load.Load) -> bool:
         """Whether Locust has written down what it has seen, which it does once a second."""
-        path = calling._folder / "locust_stats.csv"
+        path = calling.folder / "locust_stats.csv"
         return path.exists() and "\nGAP," in path.read_text().replace("\r", "")
 
     def watching(server: "Server", calling: load.Load, until: float, interval: float) -> list[tuple[float, float]]:

@@ -4,9 +4,9 @@ import asyncio
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from http_servers import gateway
@@ -125,16 +126,18 @@ def prometheus(tmp_path: Path) -> Iterator[Any]:
     started = list[subprocess.Popen[bytes]]()
 
     def start(target: str) -> tuple[str, subprocess.Popen[bytes]]:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
         text = (PROMETHEUS / "prometheus.yml").read_text().replace("127.0.0.1:8000", target)
         assert target in text
         (tmp_path / "prometheus.yml").write_text(text.replace("interval: 5s", "interval: 1s"))
         shutil.copy(PROMETHEUS / "alerts.yml", tmp_path)
         command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
-        command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
+        command += ["--web.listen-address=127.0.0.1:0", "--log.level=error"]
         started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        return f"http://127.0.0.1:{port}", started[-1]
+        process = psutil.Process(started[-1].pid)
+        while not (ports := [at.laddr.port for at in process.net_connections("tcp") if at.status == "LISTEN"]):
+            assert started[-1].poll() is None, "it has ended by itself"
+            time.sleep(0.05)
+        return f"http://127.0.0.1:{ports[0]}", started[-1]
 
     yield start
     for process in started:

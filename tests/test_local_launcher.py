@@ -1,8 +1,10 @@
 """``hydra/launcher=local``: jobs as processes that share fit and tracker, die without hiding others, and are ended."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from launched import Sweep, until
 
+from hydra_plugins.selfspec_launcher import local
 from hydra_plugins.selfspec_launcher._jobs import Job
 from hydra_plugins.selfspec_launcher.local import LocalLauncher
 from selfspec import plan
@@ -105,6 +108,17 @@ def test_jobs_of_a_launcher_that_is_killed_end_too(fake: list[str], tmp_path: Pa
         job.wait()
         (log,) = tmp_path.rglob("log.txt")
         assert log.read_text().endswith("SIGTERM: finished work is kept; the same command carries on\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells no child of its parent's death")
+def test_a_job_whose_launcher_was_killed_before_it_began_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", "print('begun')"]
+    ours = local._die_with_parent()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)  # so the parent that it looks for is not the one it has
+        anothers = local._die_with_parent()
+    done = [subprocess.run(command, preexec_fn=die, capture_output=True, text=True) for die in (ours, anothers)]
+    assert [(each.returncode, each.stdout) for each in done] == [(0, "begun\n"), (143, "")]
 
 
 def test_jobs_have_the_configs_that_were_given(run: Run, fake: list[str], tmp_path: Path) -> None:

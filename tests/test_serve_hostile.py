@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from selfspec.soak.server import guarded
+from selfspec.soak.guard import guarded
 
 pytestmark = pytest.mark.slow
 
@@ -62,9 +62,9 @@ def serving(folder: Path, prompts_file: Path, client_timeout_s: float) -> Iterat
     command = [sys.executable, str(Path(__file__).with_name("planted.py")), "hold,narrow", *overrides]
     with guarded(command, log, {**os.environ, "PLANTED": str(hold)}) as guard:
         while not (ready := re.search(r"on http://(127.0.0.1):(\d+)\n", log.read_text())):
-            assert guard.poll() is None, log.read_text()
+            assert guard.alive, log.read_text()
             time.sleep(0.05)
-        (process,) = psutil.Process(guard.pid).children()
+        (process,) = psutil.Process(guard.process.pid).children()
         yield Gateway(ready[1], int(ready[2]), process, hold)
 
 

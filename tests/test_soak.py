@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -91,8 +92,10 @@ def test_a_soak_that_is_interrupted_and_killed_carries_on_and_holds(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # whoever uses it gets nowhere
     monkeypatch.setenv("LOCUST_RUN_TIME", "1")
-    (tmp_path / ".locust.conf").write_text("run-time = 1\n")
+    for name in (".locust.conf", "locust.conf"):  # of the user's home, and of the folder they are in
+        (tmp_path / name).write_text("run-time = 1\n")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     made, folder = make(), tmp_path / "job"
     folder.mkdir()
     job.check(made)
@@ -200,6 +203,17 @@ def test_timings_of_different_hardware_are_not_pooled(make: Make, tmp_path: Path
         "soak: the server was started 3 times; Locust's own tables are of the last",
         "soak: 1 of 3 intervals ran on other hardware; their timings are left out",
     ]
+
+
+def test_the_port_kept_for_vllm_is_nobody_elses_and_can_be_listened_at() -> None:
+    with server._reserved() as port, socket.socket() as another, socket.socket() as vllms:
+        with pytest.raises(OSError, match="in use"):
+            another.bind(("127.0.0.1", port))
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            vllms.setsockopt(socket.SOL_SOCKET, option, 1)
+        vllms.bind(("127.0.0.1", port))
+        vllms.listen()
+        socket.create_connection(("127.0.0.1", port)).close()
 
 
 @pytest.mark.parametrize(
