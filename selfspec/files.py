@@ -1,10 +1,12 @@
 """Files that are whole or not there at all, and who may write them."""
 
+import csv
 import errno
+import io
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -47,6 +49,13 @@ def storing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {reason(error)}") from error
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows, the first of them names, as CSV."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
 
 
 def acquire(lock: FileLock, what: str) -> None:

@@ -20,7 +20,7 @@ from selfspec import plan
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.plan import Plan
 from selfspec.run import CONF
-from selfspec.serve.backend import Call, Chunk, Hit, NoCache, Route
+from selfspec.serve.backend import Call, Chunk, Hit, Route
 from selfspec.serve.build import Fixed
 from selfspec.serve.errors import Failed, Overloaded, Unavailable
 from selfspec.serve.gateway import Gateway
@@ -103,7 +103,7 @@ def sent(url: str, method: str, path: str, body: bytes = b"", **headers: str) ->
 def over(script: Sequence[Chunk | Exception], settings: Any, **parts: Any) -> Iterator[tuple[str, Scripted, Gateway]]:
     """A server over a scripted back end."""
     backend = Scripted(script)
-    gateway = Gateway(settings, Fixed([MODEL], backend), parts.pop("cache", NoCache()), Metrics())
+    gateway = Gateway(settings, Fixed([MODEL], backend), parts.pop("cache", None), Metrics())
     with listening(gateway, **parts) as url:
         yield url, backend, gateway
 
@@ -410,7 +410,7 @@ class TestBackends:
                 return [Route(busy, "test", "first"), Route(well, "test", "second")]
 
         busy, well = Scripted([Overloaded("busy")], "busy"), Scripted(says("b", stats={"cycles": 7}), "well")
-        gateway = Gateway(made.serve, Two([MODEL], well), NoCache(), Metrics())
+        gateway = Gateway(made.serve, Two([MODEL], well), None, Metrics())
         with listening(gateway) as url:
             _, got = post(url, "/v1/completions", OK | {"selfspec": {"stats": True}})
         assert got["choices"][0]["text"] == "b"
@@ -465,26 +465,13 @@ class TestCache:
             assert all(f'lookups_total{{result="{result}"}} 1.0' in told for result in ("exact", "miss", "off"))
 
     def test_one_that_breaks_is_done_without(self, made: Plan) -> None:
-        class Broken(NoCache):
-            async def find(self, call: Call) -> Hit | None:
-                raise RuntimeError("planted")
-
-        with over(says("a"), made.serve, cache=_other(Broken())) as (url, _, _gateway):
+        with over(says("a"), made.serve, cache=object()) as (url, _, _gateway):  # which can neither find nor keep
             assert post(url, "/v1/completions", OK)[1]["choices"][0]["text"] == "a"
 
     def test_half_an_answer_is_not_kept(self, made: Plan) -> None:
         cache = self.Remembering()
         with over([*says("a")[:1], Failed("x")], made.serve, cache=cache) as (url, _, _gateway):
             assert post(url, "/v1/completions", OK)[0] == 500 and cache.kept == {}
-
-
-def _other(cache: NoCache) -> Any:
-    """The same methods in an object that is no ``NoCache``."""
-
-    class Other:
-        find, keep = cache.find, cache.keep
-
-    return Other()
 
 
 class TestLeaving:
