@@ -23,6 +23,17 @@ from selfspec.serve.metrics import Metrics
 from selfspec.types import Request
 
 
+class Clock:
+    """What time it is, as a test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        """In seconds."""
+        return self.now
+
+
 @contextmanager
 def listening(gateway: Gateway, key: str | None = None) -> Iterator[str]:
     """A real server in a thread: its address. Closes the gateway."""

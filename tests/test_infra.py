@@ -18,12 +18,8 @@ import psutil
 import pytest
 import yaml
 from http_servers import gateway
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 
-from selfspec import plan as plans
-from selfspec.plan import Plan
-from selfspec.run import CONF
 from selfspec.serve.backend import Call
 from selfspec.serve.metrics import Metrics
 
@@ -114,13 +110,6 @@ def test_prometheus_parses_every_query_of_the_dashboard(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def served(fake: list[str]) -> Plan:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return plans.make(compose("config", fake))
-
-
-@pytest.fixture
 def prometheus(tmp_path: Path) -> Iterator[Any]:
     """Starts a real one with our configuration, less where the gateway is and how often it is asked."""
     started = list[subprocess.Popen[bytes]]()
@@ -159,19 +148,16 @@ def ask(url: str, metric: str) -> list[str]:
 
 
 @installed
-def test_a_real_prometheus_scrapes_a_real_gateway(served: Plan, prometheus: Any) -> None:
-    async def run() -> None:
-        async with gateway(served) as (url, ours):
-            watching, process = prometheus(url.removeprefix("http://"))
-            call = Call("c1", "tiny", prompt="hello", max_tokens=8, temperature=0.0)
-            assert [chunk async for chunk in ours.answer(call)]
-            while await asyncio.to_thread(ask, watching, 'selfspec_request_seconds_count{job="selfspec"}') != ["1"]:
-                assert process.poll() is None, "it has ended by itself"
-                await asyncio.sleep(0.1)
-            for name in ("selfspec_batch_rows", "selfspec_queue_seconds_bucket", "process_resident_memory_bytes"):
-                assert await asyncio.to_thread(ask, watching, name), name
-
-    asyncio.run(run())
+async def test_a_real_prometheus_scrapes_a_real_gateway(fake: list[str], prometheus: Any) -> None:
+    async with gateway(planned(*fake)) as (url, ours):
+        watching, process = prometheus(url.removeprefix("http://"))
+        call = Call("c1", "tiny", prompt="hello", max_tokens=8, temperature=0.0)
+        assert [chunk async for chunk in ours.answer(call)]
+        while await asyncio.to_thread(ask, watching, 'selfspec_request_seconds_count{job="selfspec"}') != ["1"]:
+            assert process.poll() is None, "it has ended by itself"
+            await asyncio.sleep(0.1)
+        for name in ("selfspec_batch_rows", "selfspec_queue_seconds_bucket", "process_resident_memory_bytes"):
+            assert await asyncio.to_thread(ask, watching, name), name
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -188,7 +174,7 @@ def test_a_run_in_the_cloud_keeps_its_files_and_says_how_it_ended(tmp_path: Path
     assert "checkpoint.dir=gs://mine/selfspec gate=varH tau_v=4" in (tmp_path / "given").read_text()
 
 
-def test_the_container_starts_what_there_is(served: Plan) -> None:
+def test_the_container_starts_what_there_is() -> None:
     """Docker is not at hand: what its file copies is there, and what it starts takes these overrides."""
     lines = (INFRA / "Dockerfile").read_text().splitlines()
     for line in lines:

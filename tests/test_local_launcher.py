@@ -11,14 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from launched import Sweep, until
+from plans import planned
 
 from hydra_plugins.selfspec_launcher import local
 from hydra_plugins.selfspec_launcher._jobs import Job
 from hydra_plugins.selfspec_launcher.local import LocalLauncher
-from selfspec import plan
 from selfspec.checkpoint import FILE
 from selfspec.errors import StorageError
 from selfspec.provenance import hardware
@@ -133,12 +131,9 @@ def test_jobs_have_the_configs_that_were_given(run: Run, fake: list[str], tmp_pa
 
 
 def test_a_job_whose_log_cannot_be_written(fake: list[str]) -> None:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        made = plan.make(compose("config", fake))
     launcher = LocalLauncher(n_jobs=1, gpus=[], poll_s=0.1)
     with pytest.raises(StorageError, match=r"^/dev/null/0/log\.txt: cannot be written: not a directory"):
-        launcher.start([Job(0, "job 0", made, [], Path("/dev/null/0"))])
+        launcher.start([Job(0, "job 0", planned(*fake), [], Path("/dev/null/0"))])
 
 
 @pytest.mark.parametrize(

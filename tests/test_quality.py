@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 
-from selfspec import job, plan
+from selfspec import job
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume, TaskData
 from selfspec.engine.fake.engine import FakeEngine
@@ -25,7 +24,6 @@ from selfspec.quality.perplexity import Conversation, Nats
 from selfspec.report import quality as tables
 from selfspec.report import tables as report
 from selfspec.report.results import Result
-from selfspec.run import CONF
 from selfspec.stages import quality
 from selfspec.types import Score, Signals
 
@@ -39,12 +37,7 @@ ASKED = ("stages=[quality]", "quality.tasks=[]", "quality.chunk=2", "quality.pro
 def make(fake: list[str]) -> Make:
     """A plan of a quality stage without lm-eval on the fake engine, and more overrides."""
 
-    def made(*overrides: str) -> Plan:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plan.make(compose("config", [*fake, *ASKED, *overrides]))
-
-    return made
+    return partial(planned, *fake, *ASKED)
 
 
 def run(made: Plan, folder: Path) -> Result:

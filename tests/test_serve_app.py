@@ -12,14 +12,11 @@ from http.client import HTTPConnection, HTTPResponse
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 from serving import Gated, Scripted, Serving, listening, request, says, serving
 
-from selfspec import plan
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.plan import Plan
-from selfspec.run import CONF
 from selfspec.serve.backend import Call, Chunk, Hit, Route
 from selfspec.serve.build import Fixed
 from selfspec.serve.errors import Failed, Overloaded, Unavailable
@@ -33,13 +30,6 @@ MODEL = "tiny"
 CHAT = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def hydra() -> Iterator[None]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def made() -> Plan:
     limits = (
@@ -47,7 +37,7 @@ def made() -> Plan:
         "client_timeout_s=1e6",
     )
     fake = ("engine=fake", "draft=layerskip", "model.name=tiny", "model.layers=16")
-    return plan.make(compose("config", [*fake, *(f"serve.{limit}" for limit in limits)]))
+    return planned(*fake, *(f"serve.{limit}" for limit in limits))
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,17 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from http_servers import gateway
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import planned
+from serving import Clock
 
-from selfspec import plan as plans
 from selfspec.config import CacheConfig, CacheMode
-from selfspec.run import CONF
 from selfspec.serve.backend import Call, Chunk, TokenLogprob, Usage
 from selfspec.serve.cache import AnswerCache
 from selfspec.serve.words import words
@@ -29,14 +26,6 @@ def asking(text: str, **fields: Any) -> Call:
 
 
 CALL = asking("How tall is the tower?")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def cache(mode: CacheMode = CacheMode.same_words, clock: Clock | None = None, **settings: Any) -> AnswerCache:
@@ -258,46 +247,33 @@ def test_words(one: str, two: str, agree: bool) -> None:
     assert (words(one) == words(two)) is agree
 
 
-@pytest.fixture
-def served(overrides: list[str]) -> Callable[..., Any]:
-    def make(*more: str) -> Any:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plans.make(compose("config", [*overrides, "draft=none", *more]))
-
-    return make
-
-
-def test_through_the_gateway(served: Callable[..., Any]) -> None:
+async def test_through_the_gateway(overrides: list[str]) -> None:
     """On a real (tiny) model, over HTTP with two API keys: the header opts out, hits are counted and say so."""
     from openai import AsyncOpenAI
 
-    async def run() -> None:
-        limits = ("serve.max_model_len=128", "serve.max_prompt_tokens=64", "serve.max_tokens=32")
-        plan = served("serve.cache.mode=same_words", *limits)
-        async with gateway(plan) as (url, ours):
+    limits = ("serve.max_model_len=128", "serve.max_prompt_tokens=64", "serve.max_tokens=32")
+    plan = planned(*overrides, "draft=none", "serve.cache.mode=same_words", *limits)
+    async with gateway(plan) as (url, ours):
 
-            async def ask(text: str, **more: Any) -> tuple[str, str]:
-                wishes = {"selfspec": {"stats": True}, "ignore_eos": True}
-                told = await client.chat.completions.create(
-                    model="tiny", messages=[{"role": "user", "content": text}], max_tokens=6, temperature=0,
-                    extra_body=wishes, **more,
-                )  # fmt: skip
-                return told.choices[0].message.content, told.selfspec["cache"]
+        async def ask(text: str, **more: Any) -> tuple[str, str]:
+            wishes = {"selfspec": {"stats": True}, "ignore_eos": True}
+            told = await client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": text}], max_tokens=6, temperature=0,
+                extra_body=wishes, **more,
+            )  # fmt: skip
+            return told.choices[0].message.content, told.selfspec["cache"]
 
-            async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=None) as client:
-                text, cached = await ask("a model drafts tokens")
-                assert cached == "miss"
-                assert await ask("a model drafts tokens") == (text, "hit")
-                assert await ask("model drafts tokens") == (text, "hit")
-                assert (await ask("another model drafts tokens"))[1] == "miss"
-                off = {"X-Selfspec-Cache": "off"}
-                assert await ask("a model drafts tokens", extra_headers=off) == (text, "off")
-            told = ours.metrics.exposition().decode()
-            for result, count in (("exact", 1), ("same_words", 1), ("miss", 2), ("off", 1)):
-                assert f'selfspec_cache_lookups_total{{result="{result}"}} {count}.0' in told
-
-    asyncio.run(run())
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=None) as client:
+            text, cached = await ask("a model drafts tokens")
+            assert cached == "miss"
+            assert await ask("a model drafts tokens") == (text, "hit")
+            assert await ask("model drafts tokens") == (text, "hit")
+            assert (await ask("another model drafts tokens"))[1] == "miss"
+            off = {"X-Selfspec-Cache": "off"}
+            assert await ask("a model drafts tokens", extra_headers=off) == (text, "off")
+        told = ours.metrics.exposition().decode()
+        for result, count in (("exact", 1), ("same_words", 1), ("miss", 2), ("off", 1)):
+            assert f'selfspec_cache_lookups_total{{result="{result}"}} {count}.0' in told
 
 
 def test_logprobs_are_kept() -> None:

@@ -11,19 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 from serving import Gated
 
-from selfspec import plan
 from selfspec.plan import Plan
-from selfspec.run import CONF
 from selfspec.serve import __main__ as door
 from selfspec.serve import build, server
 from selfspec.serve.local import Local
@@ -71,12 +68,6 @@ def test_a_process_says_where_it_is_and_stops_when_told_to(tmp_path: Path) -> No
 
 
 class TestDraining:
-    @pytest.fixture
-    def made(self) -> Plan:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plan.make(compose("config", [*FAKE, "serve.drain_s=1e6"]))
-
     def run(self, monkeypatch: pytest.MonkeyPatch, made: Plan, client: Callable[[int, Gated], None]) -> None:
         """The server in the main thread, which alone gets signals, and what is done to it in another."""
         engine, failures = Gated(made), list[BaseException]()
@@ -106,7 +97,7 @@ class TestDraining:
         server.run(made)
         assert not failures, failures
 
-    def test_answers_that_have_begun_are_ended_and_no_others(self, monkeypatch: pytest.MonkeyPatch, made: Plan) -> None:
+    def test_answers_that_have_begun_are_ended_and_no_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def client(port: int, engine: Gated) -> None:
             engine.go_on(2)
             with answering(port, "POST", "/v1/completions", asked()) as response:
@@ -122,9 +113,9 @@ class TestDraining:
                 rest = (begun + response.read()).decode()
             assert rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
 
-        self.run(monkeypatch, made, client)
+        self.run(monkeypatch, planned(*FAKE, "serve.drain_s=1e6"), client)
 
-    def test_but_not_for_ever(self, monkeypatch: pytest.MonkeyPatch, made: Plan) -> None:
+    def test_but_not_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
         opened, locals_made = build.local, list[Local]()
 
         def noted(*args: Any) -> Local:
@@ -144,7 +135,7 @@ class TestDraining:
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
 
         monkeypatch.setattr(build, "local", noted)
-        self.run(monkeypatch, replace(made, serve=replace(made.serve, drain_s=0.05)), client)
+        self.run(monkeypatch, planned(*FAKE, "serve.drain_s=0.05"), client)
 
 
 class TestRefusals:
@@ -202,9 +193,7 @@ def test_the_config_is_shown_without_loading_anything(tmp_path: Path) -> None:
 
 
 def test_the_key_is_in_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        made = plan.make(compose("config", [*FAKE, "serve.api_key=hush-hush"]))
+    made = planned(*FAKE, "serve.api_key=hush-hush")
     monkeypatch.delenv(build.KEY, raising=False)
     assert build.api_key(made) == "hush-hush" and "hush" not in json.dumps(made.settings())
     monkeypatch.setenv(build.KEY, "other")

@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 from http_servers import Rogue, gateway
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import planned
 
-from selfspec import plan as plans
 from selfspec.config import RouteName, RouterConfig
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
-from selfspec.run import CONF
 from selfspec.serve import build, remote
 from selfspec.serve import router as module
 from selfspec.serve.backend import Call, Chunk, Price, Usage
@@ -192,23 +189,19 @@ def test_an_answer_that_is_left_teaches_nothing() -> None:
     assert not asyncio.run(run()).latency.known(stub.now)
 
 
-def test_health_is_asked_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_is_asked_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once before the first call, then not again for some seconds; who is not well comes last."""
     monkeypatch.setattr(module, "_HEALTH_S", 1e6)
-
-    async def run() -> None:
-        made = router([option(sick), option(well)])
-        for _ in range(3):
-            assert [route.backend.name for route in await made.routes(CALL)] == ["well", "sick"]
-        assert sick.asked == well.asked == 1
-        made._asked, sick.well = -1e9, True
-        await made.routes(CALL)
-        await asyncio.gather(made._asking or asyncio.sleep(0))
-        assert sick.asked == 2
-        assert [route.backend.name for route in await made.routes(CALL)] == ["sick", "well"]
-
     sick, well = Stub("sick", well=False), Stub("well")
-    asyncio.run(run())
+    made = router([option(sick), option(well)])
+    for _ in range(3):
+        assert [route.backend.name for route in await made.routes(CALL)] == ["well", "sick"]
+    assert sick.asked == well.asked == 1
+    made._asked, sick.well = -1e9, True
+    await made.routes(CALL)
+    await asyncio.gather(made._asking or asyncio.sleep(0))
+    assert sick.asked == 2
+    assert [route.backend.name for route in await made.routes(CALL)] == ["sick", "well"]
 
 
 def test_decisions_are_logged_without_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
@@ -221,32 +214,26 @@ def test_decisions_are_logged_without_the_prompt(caplog: pytest.LogCaptureFixtur
 
 @pytest.fixture
 def served(fake: list[str]) -> Any:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda *more: plans.make(compose("config", [*fake, *more]))
+    return lambda *more: planned(*fake, *more)
 
 
-def test_through_the_gateway_a_dead_back_end_is_stood_in_for(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_dead_back_end_is_stood_in_for_over_http(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The API is named first by the policy and refuses: our engine answers, and both choices are counted."""
     monkeypatch.setattr(remote, "_HEALTH_S", 1e6)
-
-    async def run() -> None:
-        async with rogue.serving() as url:
-            back_ends = f"serve.backends=[{{name: api, url: '{url}', retries: 0, connect_s: 1e6, first_s: 1e6}}]"
-            plan: Plan = served(back_ends, "serve.router.policy=length", "serve.router.max_total_tokens=1")
-            async with gateway(plan) as (_, ours):
-                call = replace(CALL, prompt="hello", max_tokens=5, stats=True)
-                chunks = [chunk async for chunk in ours.answer(call)]
-                assert chunks[-1].stats is not None and chunks[-1].stats["backend"] == "local"
-                text = ours.metrics.exposition().decode()
-                assert 'selfspec_routes_total{backend="api",policy="length",reason="length"} 1.0' in text
-                assert 'selfspec_routes_total{backend="local",policy="length",reason="fallback"} 1.0' in text
-                rogue.behaviours = ["ok"]
-                chunks = [chunk async for chunk in ours.answer(call)]
-                assert "".join(chunk.text for chunk in chunks) == "ab"
-
     rogue = Rogue(500)
-    asyncio.run(run())
+    async with rogue.serving() as url:
+        back_ends = f"serve.backends=[{{name: api, url: '{url}', retries: 0, connect_s: 1e6, first_s: 1e6}}]"
+        plan: Plan = served(back_ends, "serve.router.policy=length", "serve.router.max_total_tokens=1")
+        async with gateway(plan) as (_, ours):
+            call = replace(CALL, prompt="hello", max_tokens=5, stats=True)
+            chunks = [chunk async for chunk in ours.answer(call)]
+            assert chunks[-1].stats is not None and chunks[-1].stats["backend"] == "local"
+            text = ours.metrics.exposition().decode()
+            assert 'selfspec_routes_total{backend="api",policy="length",reason="length"} 1.0' in text
+            assert 'selfspec_routes_total{backend="local",policy="length",reason="fallback"} 1.0' in text
+            rogue.behaviours = ["ok"]
+            chunks = [chunk async for chunk in ours.answer(call)]
+            assert "".join(chunk.text for chunk in chunks) == "ab"
 
 
 @pytest.mark.parametrize(
@@ -298,12 +285,10 @@ def test_what_cannot_be_served_is_refused_before_it_is_loaded(served: Any, monke
 
 
 @pytest.mark.real
-def test_local_full_local_quantised_and_the_cache_on_the_real_model() -> None:
+async def test_local_full_local_quantised_and_the_cache_on_the_real_model() -> None:
     """``serve=routed``: both engines answer by name, and nobody is asked twice."""
-    GlobalHydra.instance().clear()
     limits = ("serve.max_model_len=256", "serve.max_prompt_tokens=128", "serve.max_tokens=64", "serve.max_batch=2")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        plan = plans.make(compose("config", ["draft=ngram", "serve=routed", *limits]))
+    plan = planned("draft=ngram", "serve=routed", *limits)
 
     def asking(model: str, text: str) -> Call:
         said = ({"role": "user", "content": text},)
@@ -313,19 +298,16 @@ def test_local_full_local_quantised_and_the_cache_on_the_real_model() -> None:
         chunks = [chunk async for chunk in ours.answer(call)]
         return "".join(chunk.text for chunk in chunks), chunks[-1].stats
 
-    async def run() -> None:
-        async with gateway(plan) as (_, ours):
-            int8 = ours.router.backends[1]
-            while not await int8.healthy():
-                await asyncio.sleep(0.1)
-            for model in ("local", "int8"):
-                text, stats = await answer(ours, asking(model, "What is the capital of France?"))
-                assert text and stats["backend"] == model
-            text, stats = await answer(ours, asking(AUTO, "Name the capital of Italy."))
-            assert stats["backend"] in ("local", "int8") and stats["cache"] == "miss"
-            again, stats = await answer(ours, asking(AUTO, "Please name the capital of Italy!"))
-            assert (again, stats["backend"], stats["cache"]) == (text, "cache", "hit")
-            _, stats = await answer(ours, asking(AUTO, "Name the capital of Spain."))
-            assert stats["cache"] == "miss"
-
-    asyncio.run(run())
+    async with gateway(plan) as (_, ours):
+        int8 = ours.router.backends[1]
+        while not await int8.healthy():
+            await asyncio.sleep(0.1)
+        for model in ("local", "int8"):
+            text, stats = await answer(ours, asking(model, "What is the capital of France?"))
+            assert text and stats["backend"] == model
+        text, stats = await answer(ours, asking(AUTO, "Name the capital of Italy."))
+        assert stats["backend"] in ("local", "int8") and stats["cache"] == "miss"
+        again, stats = await answer(ours, asking(AUTO, "Please name the capital of Italy!"))
+        assert (again, stats["backend"], stats["cache"]) == (text, "cache", "hit")
+        _, stats = await answer(ours, asking(AUTO, "Name the capital of Spain."))
+        assert stats["cache"] == "miss"

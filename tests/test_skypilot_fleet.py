@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 from rich.console import Console
 
 from hydra_plugins.skypilot_launcher import _fleet, _table, _task
 from hydra_plugins.skypilot_launcher._fleet import Fleet, Job
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
-from selfspec import plan
 from selfspec.config import Resume
 from selfspec.errors import ConfigError, LaunchError
 from selfspec.plan import Plan
 from selfspec.report import results
-from selfspec.run import CONF
 from selfspec.sweep_context import SweepContext
 
 SETTINGS = SkyPilotConf(poll_s=0.0, infra="gcp")
@@ -80,9 +77,7 @@ def finish(made: Plan) -> None:
 @pytest.fixture
 def jobs(fake: list[str], tmp_path: Path) -> list[Job]:
     """Twenty."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        made = plan.make(compose("config", [*fake, f"checkpoint.dir={tmp_path / 'store'}"]))
+    made = planned(*fake, f"checkpoint.dir={tmp_path / 'store'}")
     plans = [replace(made, seed=seed) for seed in range(20)]
     return [Job(p, {"name": _task.name(p)}, [at], [tmp_path / "sweep" / str(at)]) for at, p in enumerate(plans)]
 
@@ -241,10 +236,8 @@ def test_where_jobs_elsewhere_are_tracked(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    GlobalHydra.instance().clear()
     asked = ["tracking=mlflow" if part == "tracking=none" else part for part in fake]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        made = plan.make(compose("config", [*asked, *overrides.split(), "checkpoint.dir=gs://b/x"]))
+    made = planned(*asked, *overrides.split(), "checkpoint.dir=gs://b/x")
     why, secrets, override = expected
     said = _task.untracked(made)
     assert (said is None) == (why is None) and (why or "") in (said or "")

@@ -9,21 +9,20 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 from test_soak_judge import interval
 
-from selfspec import job, plan
+from selfspec import job
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume
 from selfspec.errors import ConfigError, Interrupted, StageError
 from selfspec.plan import Plan
-from selfspec.run import CONF
 from selfspec.soak import load, server
 from selfspec.stages import soak
 
@@ -42,12 +41,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unhurried")]
 
 @pytest.fixture
 def make(fake: list[str]) -> Make:
-    def made(*more: str) -> Plan:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plan.make(compose("config", [*fake, "stages=[soak]", *SHORT, *more]))
-
-    return made
+    return partial(planned, *fake, "stages=[soak]", *SHORT)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, then: Path, *faults: str) -> None:
@@ -232,9 +226,7 @@ def test_the_port_kept_for_vllm_is_nobody_elses_and_can_be_listened_at() -> None
 )
 def test_the_gateway_is_given_the_plan_of_the_job(make: Make, more: list[str]) -> None:
     made = make(*more)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        given = plan.make(compose("config", [*server.overrides(made), "stages=[soak]"]))
+    given = planned(*server.overrides(made), "stages=[soak]")
     for group in server.GROUPS:
         assert getattr(given, group) == replace(made, serve=replace(made.serve, api_key=None)).__dict__[group], group
     assert (given.label, given.head_id, given.answers_id) == (made.label, made.head_id, made.answers_id)
@@ -263,14 +255,11 @@ def test_what_cannot_be_soaked_is_refused_in_a_line(
 
 @pytest.mark.real
 def test_the_real_model_holds(tmp_path: Path) -> None:
-    GlobalHydra.instance().clear()
     light = ("draft=ngram", "stages=[soak]", "scale=smoke", "soak.users=3", "soak.new_tokens=16", "soak.prompts=8")
     short = ("soak.seconds=6", "soak.interval=2", "soak.warmup=4", "soak.max_memory_slope=100000", "serve.max_batch=4")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [*light, *short, "tracking=none", f"output_dir={tmp_path}"])
     folder = tmp_path / "job"
     folder.mkdir()
-    result = job.run(plan.make(cfg), folder)
+    result = job.run(planned(*light, *short, "tracking=none", f"output_dir={tmp_path}"), folder)
     measured = result["measurements"]
     assert result["status"] == "finished" and nothing_runs(), result["error"]
     assert measured["soak/errors"] == 0 < measured["soak/requests"] and measured["soak/sentinels_differing"] == 0

@@ -15,16 +15,14 @@ from typing import Any
 
 import launched
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
+from plans import planned
 
-from selfspec import fitting, job, plan, sweep_context
+from selfspec import fitting, job, sweep_context
 from selfspec.checkpoint import FILE
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.report import results
 from selfspec.report.results import Result
-from selfspec.run import CONF
 from selfspec.sweep import callback as sweep
 from selfspec.tracking import MLflowTracker
 from selfspec.tracking import mlflow as mlflow_tracker
@@ -377,11 +375,7 @@ def test_two_jobs_at_once_fit_their_common_head_once(
     from selfspec.engine.torch.engine import TorchEngine
 
     monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        plans = [
-            plan.make(compose("config", [*overrides, "gate=varH", f"tau_v={t}", "hardware.threads=1"])) for t in (1, 2)
-        ]
+    plans = [planned(*overrides, "gate=varH", f"tau_v={t}", "hardware.threads=1") for t in (1, 2)]
     calls = list[str]()
     monkeypatch.setattr(TorchEngine, "fit", _noting(calls, "fit", TorchEngine.fit))
     monkeypatch.setattr(fitting, "_prompts", _noting(calls, "answers", fitting._prompts))
