@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,8 @@ def test_eight_create_one_object(gcs: Proxy) -> None:
         if own.create("contested", f"by {me}".encode()):
             won.append(me)
 
-    threads = [threading.Thread(target=create, args=(me,)) for me in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(create, range(8)))
     assert len(won) == 1
     assert Bucket(URL).read("contested") == f"by {won[0]}".encode()
 

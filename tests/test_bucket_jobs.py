@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,11 +245,8 @@ def test_one_builds_while_the_others_wait(
             time.sleep(0.01)
         path.write_bytes(b"head" * 1000)
 
-    threads = [threading.Thread(target=at(DIR).make, args=("heads/x.safetensors", build)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda store: store.make("heads/x.safetensors", build), [at(DIR) for _ in range(6)]))
     assert built == [1]
     path = at(DIR).fetch("heads/x.safetensors")
     assert path.read_bytes() == b"head" * 1000 and path.is_relative_to(tmp_path / "cache")

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 
@@ -144,7 +145,7 @@ def test_eight_at_once(gcs: Proxy) -> None:
     """Each has it for itself, in turn."""
     inside, most, turns = 0, 0, list[int]()
 
-    def work() -> None:
+    def work(_: int) -> None:
         nonlocal inside, most
         with Lease(Bucket("gs://bucket/leases"), "plan/lease", 1e6, Clock(sleep=lambda s: time.sleep(0.01))) as held:
             inside += 1
@@ -153,11 +154,8 @@ def test_eight_at_once(gcs: Proxy) -> None:
             time.sleep(0.01)
             inside -= 1
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert most == 1 and turns == list(range(1, 9))
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -26,7 +27,7 @@ _names = count()
 
 
 def begin(place: str = URL, resume: Resume = Resume.auto, plan: str = PLAN, launch: str | None = None) -> Journal:
-    """Its lease is one that nothing renews while a test runs: ``bury`` is to be the last word on it."""
+    """Its lease is one that nothing renews while a test runs: ``expire`` is to be the last word on it."""
     return Journal.open(place, plan, {"K": 4}, resume, launch=launch, lease_s=1e6)
 
 
@@ -42,7 +43,7 @@ def units(place: str = URL) -> list[str]:
         return [record.unit for record in journal.records("bench")]
 
 
-def mark_orphans_failed(epoch: int = 1) -> None:
+def expire(epoch: int = 1) -> None:
     """Makes a holder look as if it had died long ago."""
     Bucket(URL).write(f"lease/{epoch:08d}", b'{"until": 1, "term_s": 60, "holder": "x"}')
 
@@ -74,12 +75,21 @@ def test_units_come_back(place: str) -> None:
             journal.append("bench", "block/0", {}, "cpu")
         with pytest.raises(TypeError):
             journal.append("bench", "x", {"x": object()}, "cpu")
-    with pytest.raises(ValueError, match="is closed"):
-        journal.append("bench", "x", {}, "cpu")
+        with pytest.raises(TypeError):
+            journal.note("x", object())
+    journal.close()
+    for act in (lambda: journal.append("bench", "x", {}, "cpu"), lambda: journal.note("key", 1)):
+        with pytest.raises(ValueError, match="is closed"):
+            act()
+    assert first.data == {"loss": float("inf"), "shape": [1, 2], "by_k": {"3": None}}, "as it will be read"
+    assert journal.records("bench") == [second], "what it holds can still be read"
     for _ in range(2):
         with begin(place, Resume.require) as again:
             assert again.created == journal.created and again.notes == {"run_id": "two"}
-            assert (again.records("fit"), again.records("bench")) == ([first], [second])
+            assert [again.records(stage) for stage in ("fit", "bench", "quality")] == [[first], [second], []]
+            assert again.get("bench", "block/0") == second and again.get("bench", "block/1") is None
+            with pytest.raises(ValueError, match="unit 'block/0' of stage 'bench' is in the journal already"):
+                again.append("bench", "block/0", {}, "cpu")
 
 
 def test_resume(place: str) -> None:
@@ -90,8 +100,9 @@ def test_resume(place: str) -> None:
     assert not inspect(place, PLAN)
     written(2, place)
     assert inspect(place, PLAN, Resume.require) and inspect(place, PLAN)
-    with pytest.raises(JournalError, match=f"is the journal of plan {PLAN}, not of other"):
-        begin(place, plan="other")
+    for ask in (inspect, lambda place, plan: begin(place, plan=plan)):
+        with pytest.raises(JournalError, match=f"is the journal of plan {PLAN}, not of other"):
+            ask(place, "other")
     with begin(place, Resume.never) as journal:
         assert journal.records("bench") == []
         journal.append("bench", "unit 1", {}, "cpu")
@@ -196,7 +207,7 @@ def test_a_missing_object(gcs: Proxy, number: int) -> None:
 def test_a_zombie_is_fenced(gcs: Proxy) -> None:
     zombie = begin()
     zombie.append("bench", "unit 0", {}, "zombie")
-    mark_orphans_failed()
+    expire()
     with begin() as successor:
         for act in (
             lambda: zombie.append("bench", "unit 1", {}, "zombie"),
@@ -228,7 +239,7 @@ def test_a_zombies_write_that_is_under_way(gcs: Proxy) -> None:
     thread = threading.Thread(target=append)
     thread.start()
     late.met.wait()
-    mark_orphans_failed()
+    expire()
     with begin() as successor:
         assert successor.records("bench") == []
         late.released.set()
@@ -242,7 +253,7 @@ def test_a_zombies_write_that_is_under_way(gcs: Proxy) -> None:
 def test_a_zombies_write_that_comes_just_before_the_fence(gcs: Proxy) -> None:
     """It stands, and its successor, which had not read it, reads again."""
     zombie, opened = begin(), list[Journal]()
-    mark_orphans_failed()
+    expire()
     late = gcs.plant('POST.*journal/00000002.*"epoch": 2', "late")
     thread = threading.Thread(target=lambda: opened.append(begin()))
     thread.start()
@@ -260,18 +271,15 @@ def test_eight_at_once_do_each_unit_once(gcs: Proxy, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(lease_module, "POLL_S", 0.01)
     done = list[str]()
 
-    def work() -> None:
+    def work(_: int) -> None:
         with Journal.open(URL, PLAN, {}, Resume.auto) as journal:
             for n in range(3):
                 if journal.get("bench", str(n)) is None:
                     journal.append("bench", str(n), {}, "cpu")
                     done.append(str(n))
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert sorted(done) == sorted(units()) == ["0", "1", "2"]
 
 
