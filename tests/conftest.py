@@ -110,7 +110,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def call(*argv: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
         os.environ.pop("HYDRA_FULL_ERROR", None)
-        monkeypatch.setattr(sys, "argv", ["selfspec.run", *argv])
+        # Options first: argparse wants the overrides side by side.
+        ordered = sorted(argv, key=lambda word: not word.startswith("-"))
+        monkeypatch.setattr(sys, "argv", ["selfspec.run", *ordered])
         capsys.readouterr()
         try:
             main()

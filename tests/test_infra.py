@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from http_servers import gateway
 from plans import planned
+from serving import serving
 
 from selfspec.serve.backend import Call
 from selfspec.serve.metrics import Metrics
@@ -149,10 +149,10 @@ def ask(url: str, metric: str) -> list[str]:
 
 @installed
 async def test_a_real_prometheus_scrapes_a_real_gateway(fake: list[str], prometheus: Any) -> None:
-    async with gateway(planned(*fake)) as (url, ours):
-        watching, process = prometheus(url.removeprefix("http://"))
+    with serving(planned(*fake)) as server:
+        watching, process = prometheus(server.url.removeprefix("http://"))
         call = Call("c1", "tiny", prompt="hello", max_tokens=8, temperature=0.0)
-        assert [chunk async for chunk in ours.answer(call)]
+        assert [chunk async for chunk in server.gateway.answer(call)]
         while await asyncio.to_thread(ask, watching, 'selfspec_request_seconds_count{job="selfspec"}') != ["1"]:
             assert process.poll() is None, "it has ended by itself"
             await asyncio.sleep(0.1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launched import Sweep, until
+from launched import Sweep, tracked, until
 from plans import planned
 
 from hydra_plugins.selfspec_launcher import local
@@ -34,8 +34,6 @@ Run = Callable[..., tuple[int, str, str]]
 def test_jobs_share_one_fit_and_one_tracker(
     run: Run, overrides: list[str], uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow import MlflowClient
-
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     tracking = ("tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=local")
     ours = [each for each in overrides if each != "tracking=none"]
@@ -55,13 +53,8 @@ def test_jobs_share_one_fit_and_one_tracker(
     assert isinstance(cores, int)
     assert [result["provenance"]["extra"]["threads"] for result in found] == [max(1, cores // 2)] * 2
 
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("local")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
-    (parent,) = [each.info.run_id for each in runs if "selfspec.sweep_id" in each.data.tags]
-    assert [each.data.tags.get("mlflow.parentRunId") for each in runs].count(parent) == 2 and len(runs) == 3
-    assert {each.info.status for each in runs} == {"FINISHED"}
+    parent, children = tracked(uri, "local")
+    assert [each.info.status for each in (parent, *children)] == ["FINISHED"] * 3
     assert "lock" not in "".join(log.read_text() for log in tmp_path.rglob("log.txt"))
 
 
@@ -154,7 +147,6 @@ def test_a_launcher_that_would_be_dropped_is_refused(
     (far / "here.yaml").write_text("# @package _global_\n")
     (far / "there.yaml").write_text("# @package _global_\ndefaults:\n  - override /hydra/launcher: local\n")
     (far / "more.yaml").write_text("# @package _global_\nhydra:\n  launcher:\n    n_jobs: 3\n")
-    options = [each for each in argv if each.startswith("-")]
-    code, _, err = run(*options, f"--config-dir={tmp_path / 'conf'}", *fake, *(a for a in argv if a not in options))
+    code, _, err = run(f"--config-dir={tmp_path / 'conf'}", *fake, *argv)
     assert code == 2 and err.startswith(f"error: {says}") and err.count("\n") == 1, err
     assert not (tmp_path / "outputs").exists()

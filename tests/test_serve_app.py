@@ -15,10 +15,12 @@ import pytest
 from plans import planned
 from serving import Gated, Scripted, Serving, listening, request, says, serving
 
+from selfspec.config import CacheConfig, CacheMode
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.plan import Plan
-from selfspec.serve.backend import Call, Chunk, Hit, Route
+from selfspec.serve.backend import Call, Chunk, Route
 from selfspec.serve.build import Fixed
+from selfspec.serve.cache import AnswerCache
 from selfspec.serve.errors import Failed, Overloaded, Unavailable
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.metrics import Metrics
@@ -207,7 +209,7 @@ class TestOpenAIClient:
 
             got = asyncio.run(all_of_them())
             assert got == [answered(prompt, 5 + 4 * i, made) for i, prompt in enumerate(prompts)]
-            assert server.gateway.active == 0
+            assert server.gateway.active == 0 and server.local._callers == {} and server.local._load == (0, 0, 0.0)
 
     def test_errors_are_the_clients_own(self, server: Serving) -> None:
         import openai
@@ -428,22 +430,18 @@ class TestBackends:
         assert after["process_resident_memory_bytes"] > 1e6 and after["selfspec_waiting_requests"] == 0
 
 
+def exact() -> AnswerCache:
+    return AnswerCache(CacheConfig(mode=CacheMode.exact))
+
+
 class TestCache:
-    class Remembering:
-        """An exact cache, to see how it is asked."""
-
-        def __init__(self) -> None:
-            self.kept: dict[str | None, list[Chunk]] = {}
-
-        async def find(self, call: Call) -> Hit | None:
-            return Hit("exact", self.kept[str(call.prompt)]) if str(call.prompt) in self.kept else None
-
-        async def keep(self, call: Call, chunks: Sequence[Chunk]) -> None:
-            self.kept[str(call.prompt)] = list(chunks)
-
     def test_what_was_answered_is_not_asked_again(self, made: Plan) -> None:
-        asked = OK | {"selfspec": {"stats": True}}
-        with over(says("a", "b"), made.serve, cache=self.Remembering()) as (url, backend, gateway):
+        asked = OK | {"temperature": 0, "selfspec": {"stats": True}}
+        with over(says("a", "b"), made.serve, cache=AnswerCache(CacheConfig(mode=CacheMode.exact))) as (
+            url,
+            backend,
+            gateway,
+        ):
             seen = [post(url, "/v1/completions", asked)[1] for _ in range(2)]
             assert [each["choices"][0]["text"] for each in seen] == ["ab", "ab"]
             assert [each["selfspec"]["cache"] for each in seen] == ["miss", "hit"]
@@ -459,9 +457,9 @@ class TestCache:
             assert post(url, "/v1/completions", OK)[1]["choices"][0]["text"] == "a"
 
     def test_half_an_answer_is_not_kept(self, made: Plan) -> None:
-        cache = self.Remembering()
+        cache = exact()
         with over([*says("a")[:1], Failed("x")], made.serve, cache=cache) as (url, _, _gateway):
-            assert post(url, "/v1/completions", OK)[0] == 500 and cache.kept == {}
+            assert post(url, "/v1/completions", OK | {"temperature": 0})[0] == 500 and len(cache) == 0
 
 
 class TestLeaving:

@@ -62,15 +62,6 @@ async def test_it_says_what_the_engine_says(made: Plan) -> None:
         assert (last.finish, last.usage, last.stats) == ("length", (5, 12), None)
 
 
-async def test_many_at_once(made: Plan) -> None:
-    calls = [replace(GREEDY, prompt=f"prompt {i}", max_tokens=5 + 3 * i) for i in range(12)]
-    async with loaded(made, lambda: FakeEngine(made)) as local:
-        together = await asyncio.gather(*(whole(local, call) for call in calls))
-        alone = [await whole(local, call) for call in calls]
-        assert [said(chunks) for chunks in together] == [said(chunks) for chunks in alone]
-        assert local._callers == {} and local._load.rows == local._load.waiting == 0
-
-
 async def test_statistics_and_metrics(made: Plan) -> None:
     metrics = Metrics()
     async with loaded(made, lambda: FakeEngine(made), metrics) as local:

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from http_servers import Rogue, event, gateway, sse
+from http_servers import Rogue, event, sse
 from hypothesis import given
 from hypothesis import strategies as st
 from plans import planned
-from serving import Clock
+from serving import Clock, serving
 
 from selfspec.config import BackendConfig
 from selfspec.errors import ConfigError
@@ -69,10 +69,10 @@ async def test_the_answer_is_what_our_own_gateway_says(fake: list[str], chat: bo
     """Streamed through a second server and back, greedily and drawn by a seed, it is the same text and usage."""
     asked = {"messages": ({"role": "user", "content": "hello"},), "prompt": None} if chat else {}
     call = replace(CALL, model="tiny", logprobs=2, ignore_eos=True, **asked)  # type: ignore[arg-type]
-    async with gateway(planned(*fake)) as (url, ours):
-        back_end = Remote(config(f"{url}/v1", model="tiny"))
+    with serving(planned(*fake)) as server:
+        back_end = Remote(config(f"{server.url}/v1", model="tiny"))
         for each in (call, replace(call, temperature=0.7, seed=3, stop=("zzzz",))):
-            here = [chunk async for chunk in ours.answer(each)]
+            here = [chunk async for chunk in server.gateway.answer(each)]
             there = await said(back_end, each)
             assert "".join(c.text for c in there) == "".join(c.text for c in here)
             assert (there[-1].finish, there[-1].usage) == (here[-1].finish, here[-1].usage)

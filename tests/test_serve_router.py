@@ -8,17 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from http_servers import Rogue, gateway
+from http_servers import Rogue
 from hypothesis import given
 from hypothesis import strategies as st
 from plans import planned
+from serving import Clock, Scripted, says, serving
 
 from selfspec.config import RouteName, RouterConfig
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.serve import build, remote
 from selfspec.serve import router as module
-from selfspec.serve.backend import Call, Chunk, Price, Usage
+from selfspec.serve.backend import Call, Chunk, Price
 from selfspec.serve.errors import Unavailable
 from selfspec.serve.estimates import Latency, Timed, dollars
 from selfspec.serve.router import AUTO, Option, PolicyRouter
@@ -26,27 +27,21 @@ from selfspec.serve.router import AUTO, Option, PolicyRouter
 CALL = Call("c1", AUTO, prompt=(5, 6, 7), max_tokens=100, temperature=0.0)
 
 
-class Stub:
+class Stub(Scripted):
     """A back end that says three tokens, a second apart, by a clock of its own."""
 
     def __init__(self, name: str, price: Price | None = None, well: bool = True) -> None:
-        self.name, self.price, self.well = name, price or Price(), well
-        self.now, self.asked = 0.0, 0
-
-    def clock(self) -> float:
-        return self.now
+        super().__init__(says("a", "b", "c"), name, price or Price())
+        self.well, self.clock, self.asked = well, Clock(), 0
 
     async def stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
-        for text in "abc":
-            self.now += 1.0
-            yield Chunk(text, 1)
-        yield Chunk("", 0, None, "stop", Usage(3, 3))
+        async for chunk in super().stream(call):
+            self.clock.now += chunk.tokens
+            yield chunk
 
     async def healthy(self) -> bool:
         self.asked += 1
         return self.well
-
-    async def close(self) -> None: ...
 
 
 def option(stub: Stub, first_s: float = 0.0, token_s: float = 0.0, **limits: Any) -> Option:
@@ -130,7 +125,7 @@ def test_what_nobody_knows_is_tried() -> None:
     stub = Stub("old")
     options = [option(stub, 9.0, 9.0), option(Stub("new"))]
     assert chosen(options, policy=RouteName.cost, budget_s=1.0)[0] == ("new", "cheapest")
-    stub.now = 61.0
+    stub.clock.now = 61.0
     assert options[0].backend.expected(10) == 0
 
 
@@ -173,7 +168,7 @@ def test_latency_is_learned_from_answers() -> None:
     stub = Stub("a")
     timed = asyncio.run(run())
     assert (timed.latency.first_s, timed.latency.token_s) == (1.0, 1.0) and timed.expected(10) == 10.0
-    timed.latency.observe(stub.now, 2.0, None)
+    timed.latency.observe(stub.clock.now, 2.0, None)
     assert timed.latency.first_s == pytest.approx(1.2) and timed.latency.token_s == 1.0
 
 
@@ -186,7 +181,7 @@ def test_an_answer_that_is_left_teaches_nothing() -> None:
         return timed
 
     stub = Stub("a")
-    assert not asyncio.run(run()).latency.known(stub.now)
+    assert not asyncio.run(run()).latency.known(stub.clock.now)
 
 
 async def test_health_is_asked_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,15 +219,15 @@ async def test_a_dead_back_end_is_stood_in_for_over_http(served: Any, monkeypatc
     async with rogue.serving() as url:
         back_ends = f"serve.backends=[{{name: api, url: '{url}', retries: 0, connect_s: 1e6, first_s: 1e6}}]"
         plan: Plan = served(back_ends, "serve.router.policy=length", "serve.router.max_total_tokens=1")
-        async with gateway(plan) as (_, ours):
+        with serving(plan) as server:
             call = replace(CALL, prompt="hello", max_tokens=5, stats=True)
-            chunks = [chunk async for chunk in ours.answer(call)]
+            chunks = [chunk async for chunk in server.gateway.answer(call)]
             assert chunks[-1].stats is not None and chunks[-1].stats["backend"] == "local"
-            text = ours.metrics.exposition().decode()
+            text = server.metrics.exposition().decode()
             assert 'selfspec_routes_total{backend="api",policy="length",reason="length"} 1.0' in text
             assert 'selfspec_routes_total{backend="local",policy="length",reason="fallback"} 1.0' in text
             rogue.behaviours = ["ok"]
-            chunks = [chunk async for chunk in ours.answer(call)]
+            chunks = [chunk async for chunk in server.gateway.answer(call)]
             assert "".join(chunk.text for chunk in chunks) == "ab"
 
 
@@ -294,20 +289,20 @@ async def test_local_full_local_quantised_and_the_cache_on_the_real_model() -> N
         said = ({"role": "user", "content": text},)
         return Call("c1", model, messages=said, max_tokens=24, temperature=0.0, stats=True)
 
-    async def answer(ours: Any, call: Call) -> tuple[str, Any]:
-        chunks = [chunk async for chunk in ours.answer(call)]
+    async def answer(call: Call) -> tuple[str, Any]:
+        chunks = [chunk async for chunk in server.gateway.answer(call)]
         return "".join(chunk.text for chunk in chunks), chunks[-1].stats
 
-    async with gateway(plan) as (_, ours):
-        int8 = ours.router.backends[1]
+    with serving(plan) as server:
+        int8 = server.gateway.router.backends[1]
         while not await int8.healthy():
             await asyncio.sleep(0.1)
         for model in ("local", "int8"):
-            text, stats = await answer(ours, asking(model, "What is the capital of France?"))
+            text, stats = await answer(asking(model, "What is the capital of France?"))
             assert text and stats["backend"] == model
-        text, stats = await answer(ours, asking(AUTO, "Name the capital of Italy."))
+        text, stats = await answer(asking(AUTO, "Name the capital of Italy."))
         assert stats["backend"] in ("local", "int8") and stats["cache"] == "miss"
-        again, stats = await answer(ours, asking(AUTO, "Please name the capital of Italy!"))
+        again, stats = await answer(asking(AUTO, "Please name the capital of Italy!"))
         assert (again, stats["backend"], stats["cache"]) == (text, "cache", "hit")
-        _, stats = await answer(ours, asking(AUTO, "Name the capital of Spain."))
+        _, stats = await answer(asking(AUTO, "Name the capital of Spain."))
         assert stats["cache"] == "miss"

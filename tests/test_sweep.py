@@ -1,6 +1,5 @@
 """A sweep: checked whole, tracked as a parent and its children, each plan run once, one table at the end."""
 
-import csv
 import json
 import os
 import signal
@@ -10,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import launched
 import pytest
 from hydra.core.utils import JobReturn
+from launched import Sweep, journalled, rows, tracked
 from plans import planned
 
 from selfspec import fitting, job, sweep_context
@@ -62,12 +62,7 @@ def fake(fake: list[str]) -> list[str]:
 @pytest.fixture
 def run(run: Run, fake: list[str]) -> Run:
     """The command line with those overrides before its own."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        options = [arg for arg in argv if arg.startswith("-")]
-        return run(*options, *fake, *(arg for arg in argv if arg not in options))
-
-    return call
+    return partial(run, *fake)
 
 
 @pytest.fixture
@@ -84,37 +79,9 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def tracked(uri: str, experiment: str) -> tuple[Any, list[Any]]:
-    """The one parent of an experiment, and its children in the order they began."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=uri)
-    known = client.get_experiment_by_name(experiment)
-    assert known is not None
-    runs = client.search_runs([known.experiment_id])
-    (parent,) = [found for found in runs if "selfspec.sweep_id" in found.data.tags]
-    children = [found for found in runs if found.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(runs) == 1 + len(children), "nothing stands beside the sweep"
-    return parent, sorted(children, key=lambda found: found.info.start_time)
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
-
-
 def folders(tmp_path: Path) -> list[Path]:
     """Of the sweeps, in the order they began."""
     return sorted(file.parent for file in tmp_path.rglob(sweep_context.FILE))
-
-
-def journalled(tmp_path: Path) -> Counter[str]:
-    """How often each unit of each plan is in a journal; its header makes one more."""
-    return Counter(
-        f"{path.parent.name} {entry.get('unit')}"
-        for path in tmp_path.rglob(FILE)
-        for entry in map(json.loads, path.read_text().splitlines())
-        if "unit" in entry
-    )
 
 
 def test_one_parent_three_children_and_the_same_ones_again(
@@ -349,8 +316,8 @@ def test_a_folder_that_an_earlier_sweep_has_used(run: Run, tmp_path: Path, gener
 
 def test_a_job_that_dies_is_not_hidden_by_what_was_in_its_folder(fake: list[str], tmp_path: Path) -> None:
     argv = ["hydra/launcher=local", *fake, f"hydra.sweep.dir={tmp_path / 'mine'}", "K=1,2"]
-    assert launched.Sweep(tmp_path, *argv).run()[0] == 0
-    code, said = launched.Sweep(tmp_path, *argv, "tau=0.1", "scale.prompts=5", dies="K=2").run()
+    assert Sweep(tmp_path, *argv).run()[0] == 0
+    code, said = Sweep(tmp_path, *argv, "tau=0.1", "scale.prompts=5", dies="K=2").run()
     assert code == 1 and "job 1 K=2: killed by SIGKILL" in said
     assert [row["status"] for row in rows(tmp_path / "mine")] == ["finished", "failed"]
 
