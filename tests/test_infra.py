@@ -51,25 +51,20 @@ def promtool(*arguments: str) -> str:
     return done.stdout
 
 
-def metrics_of_the_contract() -> list[str]:
-    return [
-        *(f"selfspec_{name}_seconds_bucket" for name in ("request", "ttft", "inter_token", "queue")),
-        *(f"selfspec_{name}_tokens_total" for name in ("proposed", "accepted", "generated")),
-        *(f"selfspec_{name}_total" for name in ("cache_lookups", "routes", "errors")),
-        *(
-            "selfspec_batch_rows",
-            "selfspec_waiting_requests",
-            "selfspec_kv_used_ratio",
-            "process_resident_memory_bytes",
-        ),
-    ]
+CONTRACT = {
+    *(f"selfspec_{name}_seconds_bucket" for name in ("request", "ttft", "inter_token", "queue")),
+    *(f"selfspec_{name}_tokens_total" for name in ("proposed", "accepted", "generated")),
+    *(f"selfspec_{name}_total" for name in ("cache_lookups", "routes", "errors")),
+    *(f"selfspec_{name}" for name in ("batch_rows", "waiting_requests", "kv_used_ratio")),
+    "process_resident_memory_bytes",
+}
+"""What every dashboard may count on."""
 
 
 def test_every_metric_that_is_shown_or_watched_exists_and_every_one_is_shown() -> None:
     shown = {name for query in QUERIES for name in METRIC.findall(query)}
     watched = set(METRIC.findall((PROMETHEUS / "alerts.yml").read_text()))
-    assert shown - exposed() == set() and watched - exposed() == set()
-    assert set(metrics_of_the_contract()) - shown == set()
+    assert shown | watched <= exposed() and shown >= CONTRACT
 
 
 def test_the_dashboard_is_one_that_grafana_imports() -> None:
