@@ -280,9 +280,7 @@ class TestDerived:
         assert _left(cache) == []
 
     @pytest.mark.parametrize("error", [RuntimeError("no"), OSError("that is not a model")], ids=repr)
-    def test_an_error_of_the_builders_passes_through_and_leaves_nothing(
-        self, cache: Path, error: Exception
-    ) -> None:
+    def test_an_error_of_the_builders_passes_through_and_leaves_nothing(self, cache: Path, error: Exception) -> None:
         def build(folder: Path) -> None:
             (folder / "half").write_text("half")
             raise error

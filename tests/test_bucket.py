@@ -2,9 +2,7 @@
 
 import os
 import signal
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,21 +54,6 @@ def test_who_was_told_to_end_does_not_wait_for_a_bucket_to_clear_up(bucket: Buck
             with pytest.raises(StorageError):
                 bucket.read("x/1")
     assert len(gcs.seen) == 6, "the client's own tries, and none of ours"
-
-
-def test_eight_create_one_object(gcs: Proxy) -> None:
-    start, won = threading.Barrier(8), list[int]()
-
-    def create(me: int) -> None:
-        own = Bucket(f"{URL}/", sleep=lambda seconds: None)
-        start.wait()
-        if own.create("contested", f"by {me}".encode()):
-            won.append(me)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(create, range(8)))
-    assert len(won) == 1
-    assert Bucket(URL).read("contested") == f"by {won[0]}".encode()
 
 
 # --- what passes

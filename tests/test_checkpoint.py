@@ -440,17 +440,6 @@ def test_a_second_process_waits(tmp_path: Path, killed: bool) -> None:
     assert units(tmp_path) == [str(n) for n in range(20)]
 
 
-@pytest.mark.slow
-def test_two_processes_do_each_unit_once(tmp_path: Path) -> None:
-    children = [worker(tmp_path, 50) for _ in range(2)]
-    done: list[str] = []
-    for child in children:
-        out, _ = child.communicate()
-        assert child.returncode == 0
-        done += out.split()[1:]
-    assert sorted(done, key=int) == units(tmp_path) == [str(n) for n in range(50)]
-
-
 def test_who_waits_for_a_head_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     building, built = threading.Event(), threading.Event()
 

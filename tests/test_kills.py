@@ -62,6 +62,8 @@ def test_two_launchers_at_once(make: Make, undisturbed: Sweep) -> None:
         assert [one.wait(), other.wait()] == [0, 0], sweep.said()
     assert violations(sweep, undisturbed) == []
     assert len(sweep.calls()) == len(undisturbed.calls()) == 36, "each unit once"
+    one_table, other_table = (path.read_text() for path in sweep.folder.rglob("sweeps/*/summary.csv"))
+    assert one_table == other_table
 
 
 def test_what_is_wrong_is_found(undisturbed: Sweep, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_jobs_share_one_fit_and_one_tracker(
     found = results.find(tmp_path / "outputs" / "main" / "sweeps")
     assert [result["lossless"] for result in found] == ["yes", "yes"]
     assert len({result["measurements"]["fit/solve_s"] for result in found}) == 1, "both report the one fit"
+    assert len({result["plan_id"] for result in found}) == 2
     (answers,) = (tmp_path / "outputs" / "checkpoint" / "fit").glob(f"*/{FILE}")
     units = [json.loads(line).get("unit") for line in answers.read_text().splitlines()[1:]]
     assert units == ["batch-0000"]

@@ -97,23 +97,6 @@ async def test_a_stop_text_ends_the_answer(made: Plan) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_who_leaves_frees_the_row_before_the_next_cycle(made: Plan) -> None:
-    engine = Gated(made)
-    async with loaded(made, lambda: engine) as local:
-        engine.go_on(3)
-        leaving, staying = local.stream(GREEDY), asyncio.ensure_future(whole(local, replace(GREEDY, prompt="b")))
-        await anext(leaving)
-        await asyncio.to_thread(engine.waits.wait)
-        steps = len(engine.rows)
-        await leaving.aclose()
-        engine.go_on(999)
-        chunks = await staying
-        assert chunks[-1].usage == (1, 12)
-        # One step had begun when it left, and saw its row; no later one does.
-        assert all(tuple(b"hello") not in rows for rows in engine.rows[steps + 1 :])
-        assert any(tuple(b"hello") in rows for rows in engine.rows)
-
-
 async def test_who_leaves_the_queue_is_never_decoded(made: Plan) -> None:
     engine, single = Gated(made), replace(made, serve=replace(made.serve, max_batch=1))
     async with loaded(single, lambda: engine) as local:

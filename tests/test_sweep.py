@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,11 @@ from typing import Any
 import pytest
 from hydra.core.utils import JobReturn
 from launched import Sweep, journalled, rows, tracked
-from plans import planned
 
-from selfspec import fitting, job, sweep_context
+from selfspec import sweep_context
 from selfspec.checkpoint import FILE
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.report import results
-from selfspec.report.results import Result
 from selfspec.sweep import callback as sweep
 from selfspec.tracking import MLflowTracker
 from selfspec.tracking import mlflow as mlflow_tracker
@@ -32,22 +29,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's, see test_tracking.py
 ]
-
-COUNTED = """
-import os, sys, time
-from selfspec.engine.fake.engine import FakeEngine
-from selfspec.run import main
-generate = FakeEngine.generate
-said = sys.argv.pop(1)
-def counted(*args, **options):
-    os.write(1, b"generated" + bytes([10]))
-    while not os.stat(said).st_size:
-        time.sleep(0.01)
-    return generate(*args, **options)
-FakeEngine.generate = counted
-main()
-"""
-"""The command line with an engine that says when it works, and does so once there is something in a file."""
 
 Run = Callable[..., tuple[int, str, str]]
 write_result = results.write_result
@@ -119,15 +100,7 @@ def test_one_parent_three_children_and_the_same_ones_again(
     assert len(rows(folders(tmp_path)[1])) == 3
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        "checkpoint.resume=auto",
-        pytest.param(
-            "checkpoint.resume=never",
-        ),
-    ],
-)
+@pytest.mark.parametrize("more", ["checkpoint.resume=auto", "checkpoint.resume=never"])
 def test_jobs_that_come_to_one_plan_run_once(run: Run, tmp_path: Path, generated: list[int], more: str) -> None:
     code, _, err = run("-m", "gate=none", "tau=.3,.4,.5", more)
     assert (code, err) == (0, "warning: tau has no effect in this combination\n")
@@ -220,17 +193,16 @@ def test_a_report_that_fails_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyP
     assert code == 1 and "no pixels" in err
 
 
-def test_an_experiment_sweeps_without_being_asked_to(run: Run, tmp_path: Path) -> None:
+def test_an_experiment_sweeps_without_being_asked_to_unless_something_else_is_asked_for(
+    run: Run, tmp_path: Path
+) -> None:
     code, _, err = run("experiment=k_sweep", "draft=layerskip", "gate=none")
     assert (code, err) == (0, "")
-    (folder,) = folders(tmp_path)
-    assert folder.parts[-3:-1] == ("k_sweep", "sweeps")
-    assert [row["controller.K"] for row in rows(folder)] == ["1", "2", "3", "4", "6", "8"]
-
-
-def test_what_is_asked_for_stands_above_the_experiments_sweep(run: Run, tmp_path: Path) -> None:
     assert run("experiment=k_sweep", "draft=layerskip", "K=5,7")[0] == 0
-    assert [row["controller.K"] for row in rows(folders(tmp_path)[0])] == ["5", "7"]
+    first, second = folders(tmp_path)
+    assert first.parts[-3:-1] == ("k_sweep", "sweeps")
+    assert [row["controller.K"] for row in rows(first)] == ["1", "2", "3", "4", "6", "8"]
+    assert [row["controller.K"] for row in rows(second)] == ["5", "7"]
 
 
 def test_a_sweep_whose_tracker_is_down(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,50 +292,3 @@ def test_a_job_that_dies_is_not_hidden_by_what_was_in_its_folder(fake: list[str]
     code, said = Sweep(tmp_path, *argv, "tau=0.1", "scale.prompts=5", dies="K=2").run()
     assert code == 1 and "job 1 K=2: killed by SIGKILL" in said
     assert [row["status"] for row in rows(tmp_path / "mine")] == ["finished", "failed"]
-
-
-def test_two_processes_with_one_plan_share_its_work(fake: list[str], tmp_path: Path) -> None:
-    said = tmp_path / "said"  # one works when the other has said that it waits
-    argv = [sys.executable, "-c", COUNTED, str(said), *fake, "scale.prompts=20", "scale.warmup=0"]
-    with said.open("a") as file:
-        pair = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=file, text=True) for _ in range(2)]
-    outs = [process.communicate()[0] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], said.read_text()
-    assert said.read_text().count("\n") == 1 and "waiting for another process that runs the same" in said.read_text()
-    assert sum(out.count("generated") for out in outs) == 2 * 20
-    assert set(journalled(tmp_path).values()) == {1} and len(journalled(tmp_path)) == 20
-    one, other = results.find(tmp_path / "outputs" / "main")
-    assert one["measurements"] == other["measurements"]
-
-
-def test_two_jobs_at_once_fit_their_common_head_once(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from selfspec.engine.torch.engine import TorchEngine
-
-    monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
-    plans = [planned(*overrides, "gate=varH", f"tau_v={t}", "hardware.threads=1") for t in (1, 2)]
-    calls = list[str]()
-    monkeypatch.setattr(TorchEngine, "fit", _noting(calls, "fit", TorchEngine.fit))
-    monkeypatch.setattr(fitting, "_prompts", _noting(calls, "answers", fitting._prompts))
-
-    def one(number: int) -> Result:
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        return job.run(plans[number], folder)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(one, range(2)))
-    assert sorted(calls) == ["answers", "fit"]
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
-    assert plans[0].id != plans[1].id and plans[0].head_id == plans[1].head_id
-    agreement = {result["measurements"]["fit/agreement"] for result in results}
-    assert len(agreement) == 1 and [result["lossless"] for result in results] == ["yes", "yes"]
-
-
-def _noting(calls: list[str], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    def noted(*args: Any) -> Any:
-        calls.append(name)
-        return method(*args)
-
-    return noted
