@@ -247,7 +247,7 @@ def test_words(one: str, two: str, agree: bool) -> None:
 
 
 def test_over_http_on_a_tiny_model(overrides: list[str]) -> None:
-    """The header opts out; hits are counted, and say so."""
+    """The header opts out; hits are counted, and say so; nobody is given what another was told."""
     from openai import OpenAI
 
     limits = ("serve.max_model_len=128", "serve.max_prompt_tokens=64", "serve.max_tokens=32")
@@ -267,8 +267,10 @@ def test_over_http_on_a_tiny_model(overrides: list[str]) -> None:
         assert ask("model drafts tokens") == (text, "hit", "cache")
         assert ask("another model drafts tokens")[1:] == ("miss", "local")
         assert ask("a model drafts tokens", extra_headers={"X-Selfspec-Cache": "off"}) == (text, "off", "local")
+        client.api_key = "another caller's"
+        assert ask("a model drafts tokens") == (text, "miss", "local")
         told = server.metrics.exposition().decode()
-    for result, count in (("exact", 1), ("same_words", 1), ("miss", 2), ("off", 1)):
+    for result, count in (("exact", 1), ("same_words", 1), ("miss", 3), ("off", 1)):
         assert f'selfspec_cache_lookups_total{{result="{result}"}} {count}.0' in told
 
 

@@ -347,21 +347,6 @@ def flooded(gateway: Gateway, calls: int) -> tuple[int, int]:
     return statuses.count(429), statuses.count(200)
 
 
-def test_answers_are_kept_apart_by_key(gateway: Gateway) -> None:
-    body = {**GOOD, "prompt": "a secret", "selfspec": {"stats": True}}
-
-    def looked(**headers: str) -> str:
-        status, answer = ask(gateway, body, **headers)
-        assert status == 200
-        return str(answer["selfspec"]["cache"])
-
-    alice, bob = {"Authorization": "Bearer alice"}, {"Authorization": "Bearer bob"}
-    assert [looked(**alice), looked(**alice), looked(**bob), looked(), looked(**bob)] == [
-        *("miss", "hit", "miss", "miss", "hit")
-    ]
-    assert looked(**alice, X_Selfspec_Cache="off") == "off"
-
-
 def test_schemathesis_finds_nothing(gateway: Gateway) -> None:
     """Requests made from our own OpenAPI, good and bad ones."""
     import schemathesis

@@ -19,9 +19,9 @@ from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.serve import build, remote
 from selfspec.serve import router as module
-from selfspec.serve.backend import Call, Chunk, Price
+from selfspec.serve.backend import Call, Chunk, Price, Route
 from selfspec.serve.errors import Unavailable
-from selfspec.serve.estimates import Latency, Timed, dollars
+from selfspec.serve.estimates import Timed, dollars
 from selfspec.serve.router import AUTO, Option, PolicyRouter
 
 CALL = Call("c1", AUTO, prompt=(5, 6, 7), max_tokens=100, temperature=0.0)
@@ -47,7 +47,7 @@ class Stub(Scripted):
 def option(stub: Stub, first_s: float = 0.0, token_s: float = 0.0, **limits: Any) -> Option:
     timed = Timed(stub, stub.clock)
     if first_s or token_s:
-        timed.latency = Latency(first_s, token_s, 0.0)
+        timed.first_s, timed.token_s, timed.seen = first_s, token_s, 0.0
     return Option(timed, (stub.name, f"model-of-{stub.name}"), **limits)
 
 
@@ -60,13 +60,14 @@ def router(options: Sequence[Option], **settings: Any) -> PolicyRouter:
 
 
 def chosen(options: Sequence[Option], call: Call = CALL, **settings: Any) -> list[tuple[str, str]]:
-    routes = asyncio.run(_routes(router(options, **settings), call))
+    made = router(options, **settings)
+
+    async def ask() -> Sequence[Route]:
+        return await made.routes(call)
+
+    routes = asyncio.run(ask())
     assert all(route.policy == settings.get("policy", RouteName.fixed).name for route in routes)
     return [(route.backend.name, route.reason) for route in routes]
-
-
-async def _routes(made: PolicyRouter, call: Call) -> Any:
-    return await made.routes(call)
 
 
 def test_fixed_keeps_the_order() -> None:
@@ -158,30 +159,23 @@ def test_cost_is_the_best_there_is(
             assert facts[int(name)] == min(within)
 
 
-def test_latency_is_learned_from_answers() -> None:
-    async def run() -> Timed:
-        timed = Timed(stub, stub.clock)
-        async for _ in timed.stream(CALL):
-            pass
-        return timed
-
+async def test_latency_is_learned_from_answers() -> None:
     stub = Stub("a")
-    timed = asyncio.run(run())
-    assert (timed.latency.first_s, timed.latency.token_s) == (1.0, 1.0) and timed.expected(10) == 10.0
-    timed.latency.observe(stub.clock.now, 2.0, None)
-    assert timed.latency.first_s == pytest.approx(1.2) and timed.latency.token_s == 1.0
+    timed = Timed(stub, stub.clock)
+    async for _ in timed.stream(CALL):
+        pass
+    assert (timed.first_s, timed.token_s) == (1.0, 1.0) and timed.expected(10) == 10.0
+    timed.observe(2.0, None)
+    assert timed.first_s == pytest.approx(1.2) and timed.token_s == 1.0
 
 
-def test_an_answer_that_is_left_teaches_nothing() -> None:
-    async def run() -> Timed:
-        timed = Timed(stub, stub.clock)
-        chunks = timed.stream(CALL)
-        await anext(chunks)
-        await chunks.aclose()
-        return timed
-
+async def test_an_answer_that_is_left_teaches_nothing() -> None:
     stub = Stub("a")
-    assert not asyncio.run(run()).latency.known(stub.clock.now)
+    timed = Timed(stub, stub.clock)
+    chunks = timed.stream(CALL)
+    await anext(chunks)
+    await chunks.aclose()
+    assert not timed.known
 
 
 async def test_health_is_asked_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
