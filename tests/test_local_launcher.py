@@ -23,10 +23,7 @@ from selfspec.provenance import hardware
 from selfspec.report import results
 from selfspec.run import CONF
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's, see test_tracking.py
-]
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., tuple[int, str, str]]
 

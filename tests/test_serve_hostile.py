@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+import tiny
 
 from selfspec.soak.guard import guarded
 
@@ -41,23 +42,10 @@ class Gateway(NamedTuple):
 @contextmanager
 def serving(folder: Path, prompts_file: Path, client_timeout_s: float) -> Iterator[Gateway]:
     """A gateway over a fake engine; what it sends is read by its client, or stays with it."""
-    overrides = [
-        *("engine=fake", "draft=layerskip", "exit_layer=3", "model.name=tiny", "model.layers=6", "model.sha256=null"),
-        *(f"model.source=file:{prompts_file}", f"workload.source=file:{prompts_file}", "workload.sha256=null"),
-        *(
-            f"serve.max_batch={BATCH}",
-            f"serve.max_concurrent_requests={STREAMS}",
-            f"serve.max_body_bytes={BODY}",
-            "serve.port=0",
-        ),
-        *(
-            f"serve.client_timeout_s={client_timeout_s}",
-            "serve.cache.mode=exact",
-            f"output_dir={folder}",
-            "tracking=none",
-        ),
-        *("serve.max_tokens=4000", "serve.max_model_len=5000"),
-    ]
+    limits = {"max_batch": BATCH, "max_concurrent_requests": STREAMS, "max_body_bytes": BODY}
+    limits |= {"client_timeout_s": client_timeout_s, "max_tokens": 4000, "max_model_len": 5000}
+    overrides = [*tiny.fake_job(prompts_file), *(f"serve.{key}={value}" for key, value in limits.items())]
+    overrides += ["serve.port=0", "serve.cache.mode=exact", f"output_dir={folder}"]
     log, hold = folder / "log", folder / "hold"
     command = [sys.executable, str(Path(__file__).with_name("planted.py")), "hold,narrow", *overrides]
     with guarded(command, log, {**os.environ, "PLANTED": str(hold)}) as guard:

@@ -21,10 +21,7 @@ needs_slurm = pytest.mark.skipif(
     "SLURM_TEST" not in os.environ,
     reason="SLURM_TEST is not set: no Slurm was brought up for tests (tests/slurm/up.sh)",
 )
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's, see test_tracking.py
-]
+pytestmark = pytest.mark.slow
 LAUNCHER = ("hydra/launcher=slurm", "hydra.launcher.poll_s=0.5", "hydra.launcher.cpus_per_task=1")
 CLOCK = "bench/cpu_utilisation"
 """The one column of the fake engine's that is measured by a real clock."""

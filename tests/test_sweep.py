@@ -25,10 +25,7 @@ from selfspec.tracking import MLflowTracker
 from selfspec.tracking import mlflow as mlflow_tracker
 from selfspec.types import Completion, Request
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's, see test_tracking.py
-]
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., tuple[int, str, str]]
 write_result = results.write_result

@@ -22,8 +22,7 @@ from selfspec.tracking import mlflow as mlflow_tracker
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# MLflow's own, with SQLAlchemy 2.1; a shielded tracker hides it.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
