@@ -59,7 +59,9 @@ def timeless(result: Any) -> dict[str, Any]:
     return {**result, "measurements": left, "settings": None, "provenance": None}
 
 
-def test_a_job(gcs: Proxy, fake: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_on_a_bucket(
+    gcs: Proxy, fake: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its identity is that of the same job on a folder, and so are its results; done again, it runs nothing."""
     local, there = planned(*fake), planned(*fake, *ON_GCS)
     assert local.id == there.id and local.head_id == there.head_id
@@ -112,8 +114,7 @@ def test_killed_and_resumed_elsewhere(
     assert sorted(units(todo)) == sorted(units(undisturbed)) and len(units(todo)) == wanted
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143)])
-def test_interrupted(gcs: Proxy, fake: list[str], signum: int, code: int) -> None:
+def test_sigterm_keeps_the_unit_and_releases_the_lease(gcs: Proxy, fake: list[str]) -> None:
     """The unit in hand is kept, and the lease given back: nobody waits."""
     argv = [*fake, *ON_GCS, "scale.warmup=0"]
     todo = planned(*argv)
@@ -121,10 +122,10 @@ def test_interrupted(gcs: Proxy, fake: list[str], signum: int, code: int) -> Non
     command = [sys.executable, "-m", "selfspec.run", *argv]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         meets(late, process)
-        process.send_signal(signum)
+        process.terminate()
         late.released.set()
         _, err = process.communicate()
-    assert (process.returncode, err) == (code, "SIGTERM: finished work is kept; the same command carries on\n")
+    assert (process.returncode, err) == (143, "SIGTERM: finished work is kept; the same command carries on\n")
     assert json.loads(Bucket(job.place(todo)).read("lease/00000001") or b"")["until"] == 0
     assert len(units(todo)) == 3
 
@@ -214,7 +215,7 @@ def test_bad_input_costs_one_line(
 
 
 @pytest.mark.parametrize("verb", ["GET", "POST"])
-def test_no_right(gcs: Proxy, fake: list[str], run: Run, tmp_path: Path, verb: str) -> None:
+def test_a_forbidden_bucket_costs_one_line(gcs: Proxy, fake: list[str], run: Run, tmp_path: Path, verb: str) -> None:
     gcs.plant(verb, 403, times=99, body=NO_RIGHT)
     code, out, err = run(*fake, *ON_GCS)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -252,7 +253,7 @@ def test_one_builds_while_the_others_wait(
     assert path.read_bytes() == b"head" * 1000 and path.is_relative_to(tmp_path / "cache")
 
 
-def test_who_built_first_is_right(gcs: Proxy) -> None:
+def test_the_head_that_was_built_first_stands(gcs: Proxy) -> None:
     """A zombie that comes late with a head of its own takes its successor's."""
 
     def build(path: Path) -> None:

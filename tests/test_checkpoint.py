@@ -45,7 +45,7 @@ def units(folder: Path) -> list[str]:
 # --- what it keeps
 
 
-def test_the_file(tmp_path: Path) -> None:
+def test_a_journal_is_a_header_and_a_line_for_each_unit(tmp_path: Path) -> None:
     data = written(tmp_path, 1)
     header, unit = map(json.loads, data.splitlines())
     assert header["journal"] == 1
@@ -106,7 +106,7 @@ def test_observers_see_new_units_once_they_are_safe(tmp_path: Path) -> None:
 # --- what it resumes from
 
 
-def test_never_moves_the_old_one_aside(tmp_path: Path) -> None:
+def test_resume_never_moves_the_old_journal_aside(tmp_path: Path) -> None:
     first = written(tmp_path, 2)
     with begin(tmp_path, Resume.never) as journal:
         assert journal.records("bench") == []
@@ -118,7 +118,7 @@ def test_never_moves_the_old_one_aside(tmp_path: Path) -> None:
     assert len((tmp_path / FILE).read_bytes().splitlines()) == 1
 
 
-def test_never_begins_where_there_is_none(tmp_path: Path) -> None:
+def test_resume_never_begins_where_there_is_no_journal(tmp_path: Path) -> None:
     begin(tmp_path, Resume.never).close()
     assert not list(tmp_path.glob("journal.*.jsonl"))
 
@@ -156,7 +156,7 @@ def test_inspect_changes_and_creates_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "there" / FILE).read_bytes() == torn
 
 
-def test_a_journal_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_journal_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
     with pytest.raises(JournalError, match=r"journal\.jsonl: cannot be read: is a directory"):
         inspect(tmp_path, PLAN)
@@ -167,7 +167,7 @@ def test_a_journal_that_cannot_be_read(tmp_path: Path) -> None:
 # --- torn and corrupt
 
 
-def test_torn_at_every_byte(tmp_path: Path) -> None:
+def test_a_journal_torn_at_any_byte_keeps_its_whole_units(tmp_path: Path) -> None:
     """Cut anywhere: every unit whose line is whole is there, and the journal can be carried on with."""
     data = written(tmp_path, 3)
     ends = [n + 1 for n, byte in enumerate(data) if byte == ord("\n")]
@@ -183,7 +183,7 @@ def test_torn_at_every_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 50 + b"\n", b"\0" * 50, b'{"stage":"be\n', b"\xff\n", b"\n"])
-def test_a_last_line_that_never_reached_the_disk(tmp_path: Path, tail: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torn_last_line_is_dropped(tmp_path: Path, tail: bytes, caplog: pytest.LogCaptureFixture) -> None:
     data = written(tmp_path, 2)
     assert not caplog.records
     (tmp_path / FILE).write_bytes(data + tail)
@@ -236,7 +236,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk(small_disk: Path) -> None:
+def test_a_full_disk_loses_no_finished_unit(small_disk: Path) -> None:
     journal = begin(small_disk / "run")
     with pytest.raises(StorageError, match=r"journal\.jsonl: cannot be written: no space left on device"), journal:
         for n in range(1000):
@@ -249,7 +249,7 @@ def test_a_full_disk(small_disk: Path) -> None:
         again.append("bench", "small enough", {}, "cpu")
 
 
-def test_a_read_only_disk(small_disk: Path) -> None:
+def test_a_read_only_disk_is_refused(small_disk: Path) -> None:
     written(small_disk, 1)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     inspect(small_disk, PLAN)
@@ -258,7 +258,7 @@ def test_a_read_only_disk(small_disk: Path) -> None:
             begin(folder)
 
 
-def test_a_write_that_falls_short(tmp_path: Path) -> None:
+def test_a_short_write_closes_the_journal(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with begin(tmp_path) as journal:
         journal.append("bench", "a", {}, "cpu")
@@ -275,7 +275,7 @@ def test_a_write_that_falls_short(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_a_failed_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
+def test_a_unit_whose_sync_failed_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
     """The unit counts as not finished; or as finished, if not even the clean-up worked."""
 
     def fail(*_: object) -> None:
@@ -293,7 +293,7 @@ def test_a_failed_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: boo
         assert [record.unit for record in journal.records("bench")] == (["a"] if cut else ["a", "b"])
 
 
-def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/run: cannot be written: not a directory"):
         begin(tmp_path / "file" / "run")
@@ -389,7 +389,7 @@ def stop(child: "subprocess.Popen[str]", signum: int, after: int, wait_s: float)
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments(tmp_path: Path) -> None:
+def test_kill_9_loses_no_finished_unit(tmp_path: Path) -> None:
     chance = random.Random(0)
     done, kept = list[str](), list[str]()
     for _ in range(10):

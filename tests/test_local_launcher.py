@@ -121,7 +121,7 @@ def test_jobs_have_the_configs_that_were_given(run: Run, fake: list[str], tmp_pa
     assert code == 0 and all(f"| layerskip3 maxp={threshold} K=4 " in out for threshold in (0.25, 0.125)), err
 
 
-def test_a_job_whose_log_cannot_be_written(fake: list[str]) -> None:
+def test_a_log_that_cannot_be_written_is_refused(fake: list[str]) -> None:
     launcher = LocalLauncher(n_jobs=1, gpus=[], poll_s=0.1)
     with pytest.raises(StorageError, match=r"^/dev/null/0/log\.txt: cannot be written: not a directory"):
         launcher.start([Job(0, "job 0", planned(*fake), [], Path("/dev/null/0"))])

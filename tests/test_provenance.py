@@ -107,7 +107,7 @@ def test_folders_that_cannot_be_synced_are_let_pass(tmp_path: Path, monkeypatch:
         files.sync_folder(tmp_path)
 
 
-def test_hardware() -> None:
+def test_hardware_is_told() -> None:
     found = provenance.hardware()
     assert found == provenance.hardware()
     assert found["cpu"]
@@ -180,7 +180,7 @@ def test_nothing_heavy_is_imported() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", program], env=env, check=True)
 
 
-def test_git(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_tells_commit_and_changes(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True)
     sha = head.stdout.strip()
     (checkout / "ignored").write_text("")

@@ -88,7 +88,7 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_a_row_says_it_all() -> None:
+def test_a_row_has_rates_baseline_intervals_and_verdict() -> None:
     header, _, *rows = cells(report.text(MANY))
     assert header[0] == "configuration"
     assert rows == [
@@ -160,7 +160,7 @@ def test_labels_and_errors_are_not_markup() -> None:
 
 
 @pytest.mark.slow
-def test_the_files(tmp_path: Path) -> None:
+def test_writing_a_report_again_changes_no_file(tmp_path: Path) -> None:
     save(tmp_path, *MANY)
     written = report.write(tmp_path, MANY)
     assert [path.name for path in written] == ["summary.csv", "accept.tsv", "report.txt", "tok_s.png", "acceptance.png"]

@@ -125,7 +125,7 @@ class TestOpenAIClient:
         assert got.usage is not None and got.usage.completion_tokens == 100
 
     @pytest.mark.parametrize("include_usage", [True, False])
-    def test_streams(self, server: Serving, made: Plan, include_usage: bool) -> None:
+    def test_a_stream_is_the_whole_answer_in_pieces(self, server: Serving, made: Plan, include_usage: bool) -> None:
         asked: Any = {"stream": True, "stream_options": {"include_usage": include_usage}, "temperature": 0}
         asked |= {"model": MODEL, "max_tokens": 20}
         for kind, wanted in (("chat", answered("<user>hello", 20, made)), ("text", answered("hello", 20, made))):
@@ -273,7 +273,9 @@ class TestRefusals:
             ({"selfspec": {"other": 1}}, "selfspec"),
         ],
     )
-    def test_of_a_completion(self, server: Serving, change: dict[str, Any], param: str | None) -> None:
+    def test_a_wrong_completion_field_is_named(
+        self, server: Serving, change: dict[str, Any], param: str | None
+    ) -> None:
         status, got = post(server.url, "/v1/completions", OK | change)
         error = got["error"]
         assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error")
@@ -295,20 +297,20 @@ class TestRefusals:
             ({"prompt": "x"}, "prompt"),
         ],
     )
-    def test_of_a_chat(self, server: Serving, change: dict[str, Any], param: str | None) -> None:
+    def test_a_wrong_chat_field_is_named(self, server: Serving, change: dict[str, Any], param: str | None) -> None:
         status, got = post(server.url, "/v1/chat/completions", OK_CHAT | change)
         assert (status, got["error"]["param"]) == (400, param)
 
-    def test_another_content_type(self, server: Serving) -> None:
+    def test_another_content_type_is_refused(self, server: Serving) -> None:
         status, got = post(server.url, "/v1/completions", json.dumps(OK).encode(), content_type="text/plain")
         assert status == 400 and "JSON" in got["error"]["message"]
 
-    def test_paths_and_methods(self, server: Serving) -> None:
+    def test_unknown_paths_and_methods_are_refused(self, server: Serving) -> None:
         for method, path, wanted in (("GET", "/v1/completions", 405), ("POST", "/v1/other", 404), ("GET", "/", 404)):
             status, got, _ = sent(server.url, method, path)
             assert status == wanted and json.loads(got)["error"]["type"] == "invalid_request_error"
 
-    def test_a_body_that_is_too_long(self, server: Serving) -> None:
+    def test_a_body_that_is_too_long_is_refused(self, server: Serving) -> None:
         """Whether it says so beforehand or not."""
         long = json.dumps(OK | {"prompt": "x" * 5000}).encode()
         assert post(server.url, "/v1/completions", long)[0] == 413
@@ -320,14 +322,14 @@ class TestRefusals:
         assert connection.getresponse().status == 413
         connection.close()
 
-    def test_a_body_that_does_not_come(self, made: Plan) -> None:
+    def test_a_body_that_does_not_come_is_timed_out(self, made: Plan) -> None:
         with over(says("a"), replace(made.serve, client_timeout_s=0.05)) as (url, backend, gateway):
             with opened(url, b'{"model"', 100) as connection, HTTPResponse(connection) as response:
                 response.begin()
                 assert response.status == 408 and json.loads(response.read())["error"]["code"] == "request_timeout"
             assert not backend.calls and gateway.active == 0
 
-    def test_keys(self, made: Plan) -> None:
+    def test_only_who_has_the_api_key_is_answered(self, made: Plan) -> None:
         with over(says("a"), made.serve, key="secret") as (url, backend, _):
             for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
                 status, got = post(url, "/v1/completions", OK, **headers)
@@ -339,7 +341,7 @@ class TestRefusals:
             (call,) = backend.calls
             assert call.key is not None and "secret" not in call.key
 
-    def test_more_streams_than_allowed(self, made: Plan) -> None:
+    def test_more_streams_than_allowed_are_refused(self, made: Plan) -> None:
         engine = Gated(made)
         with serving(made, lambda: engine) as server, ThreadPoolExecutor() as pool:
             running = [pool.submit(post, server.url, "/v1/completions", OK) for _ in range(4)]
@@ -352,7 +354,7 @@ class TestRefusals:
             assert [future.result()[0] for future in running] == [200] * 4
             assert post(server.url, "/v1/completions", OK)[0] == 200
 
-    def test_while_draining(self, made: Plan) -> None:
+    def test_no_call_is_taken_while_draining(self, made: Plan) -> None:
         with over(says("a"), made.serve) as (url, _, gateway):
             assert sent(url, "GET", "/health")[:2] == (200, b'{"status":"ok"}')
             gateway.draining = True
@@ -383,13 +385,13 @@ class TestBackends:
                 list(client(url).completions.create(model=MODEL, prompt="x", stream=True))
             assert post(url, "/v1/completions", OK)[0] == 500
 
-    def test_what_nobody_foresaw(self, made: Plan) -> None:
+    def test_an_unforeseen_error_tells_no_details(self, made: Plan) -> None:
         with over([RuntimeError("secret detail")], made.serve) as (url, _, gateway):
             status, got = post(url, "/v1/completions", OK)
             assert status == 500 and got["error"]["type"] == "server_error" and "secret" not in str(got)
             assert gateway.active == 0
 
-    def test_another_is_asked_where_one_cannot(self, made: Plan) -> None:
+    def test_an_overloaded_back_end_is_stood_in_for(self, made: Plan) -> None:
         class Two(Fixed):
             async def routes(self, call: Call) -> Sequence[Route]:
                 return [Route(busy, "test", "first"), Route(well, "test", "second")]
@@ -406,7 +408,7 @@ class TestBackends:
         told = gateway.metrics.exposition().decode()
         assert 'selfspec_routes_total{backend="well",policy="test",reason="second"} 1.0' in told
 
-    def test_metrics(self, server: Serving) -> None:
+    def test_metrics_count_an_answer(self, server: Serving) -> None:
         def told() -> dict[str, float]:
             status, got, headers = sent(server.url, "GET", "/metrics")
             assert status == 200 and headers["content-type"].startswith("text/plain")
@@ -445,7 +447,7 @@ class TestCache:
             told = gateway.metrics.exposition().decode()
             assert all(f'lookups_total{{result="{result}"}} 1.0' in told for result in ("exact", "miss", "off"))
 
-    def test_one_that_breaks_is_done_without(self, made: Plan) -> None:
+    def test_a_broken_cache_is_done_without(self, made: Plan) -> None:
         with over(says("a"), made.serve, cache=object()) as (url, _, _gateway):  # which can neither find nor keep
             assert post(url, "/v1/completions", OK)[1]["choices"][0]["text"] == "a"
 

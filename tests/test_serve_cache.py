@@ -124,7 +124,7 @@ OTHER = [
 ]
 
 
-def test_in_the_same_words() -> None:
+def test_another_wording_with_the_same_words_is_answered() -> None:
     made = kept(cache(), CALL)
     assert [found(made, asking(text)) for text in SAME] == ["same_words"] * len(SAME)
     assert [found(made, asking(text)) for text in OTHER] == [None] * len(OTHER)
@@ -242,7 +242,7 @@ def test_case_spacing_and_punctuation_do_not_count(text: str) -> None:
         ("Please", "Thanks", False),
     ],
 )
-def test_words(one: str, two: str, agree: bool) -> None:
+def test_which_texts_have_the_same_words(one: str, two: str, agree: bool) -> None:
     assert (words(one) == words(two)) is agree
 
 

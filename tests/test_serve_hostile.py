@@ -200,7 +200,7 @@ def refused(answered: tuple[int, Any]) -> int:
     return status
 
 
-def test_hundreds_of_malformed_bodies(gateway: Gateway) -> None:
+def test_hundreds_of_malformed_bodies_are_refused(gateway: Gateway) -> None:
     bodies = [*cut(GOOD), *cut(CHAT), *wrong(), *ODD]
     assert len(bodies) > 500
     statuses = []
@@ -211,13 +211,13 @@ def test_hundreds_of_malformed_bodies(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW"])
-def test_methods_and_paths_there_are_not(gateway: Gateway, method: str) -> None:
+def test_unknown_methods_and_paths_are_refused(gateway: Gateway, method: str) -> None:
     for path in ("/v1/completions", "/", "/v1/nothing", "/v1/models/%ff", "/v1//completions", "/" + "x" * 5_000):
         status, _ = ask(gateway, b"{}", path, method)
         assert 400 <= status < 500
 
 
-def test_what_is_no_http(gateway: Gateway) -> None:
+def test_garbage_is_answered_with_a_4xx_or_closed(gateway: Gateway) -> None:
     for sent in GARBAGE:
         said = raw(gateway, sent)
         assert not said or re.match(rb"HTTP/1.1 (100|4\d\d) ", said), (sent[:80], said[:200])

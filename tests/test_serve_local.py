@@ -50,7 +50,7 @@ def said(chunks: list[Chunk]) -> str:
     return "".join(chunk.text for chunk in chunks)
 
 
-async def test_it_says_what_the_engine_says(made: Plan) -> None:
+async def test_the_text_is_what_the_engine_generates(made: Plan) -> None:
     async with loaded(made, lambda: FakeEngine(made)) as local:
         chunks = await whole(local, GREEDY)
         engine = FakeEngine(made)
@@ -127,7 +127,7 @@ async def test_an_engine_that_breaks_is_opened_again(made: Plan) -> None:
         assert (await whole(local, GREEDY))[-1].usage == (5, 12)
 
 
-async def test_an_engine_that_cannot_be_loaded(made: Plan) -> None:
+async def test_an_engine_that_cannot_be_loaded_is_unavailable(made: Plan) -> None:
     def make() -> Engine:
         raise ConfigError("model.source=nowhere")
 
@@ -140,7 +140,7 @@ async def test_an_engine_that_cannot_be_loaded(made: Plan) -> None:
     await local.close()
 
 
-async def test_before_it_is_loaded_and_after_it_was_stopped(made: Plan) -> None:
+async def test_it_is_unavailable_before_it_is_loaded_and_after_it_was_stopped(made: Plan) -> None:
     wait, engine = threading.Event(), Gated(made)
 
     def make() -> Engine:

@@ -115,7 +115,7 @@ class TestDraining:
 
         self.run(monkeypatch, planned(*FAKE, "serve.drain_s=1e6"), client)
 
-    def test_but_not_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_draining_ends_after_drain_s(self, monkeypatch: pytest.MonkeyPatch) -> None:
         opened, locals_made = build.local, list[Local]()
 
         def noted(*args: Any) -> Local:
@@ -171,10 +171,10 @@ class TestRefusals:
             (("serve.host=256.0.0.1", *FAKE), "serve.host=256.0.0.1"),
         ],
     )
-    def test_in_one_line(self, refused: Callable[..., str], argv: tuple[str, ...], says: str) -> None:
+    def test_bad_input_costs_one_line(self, refused: Callable[..., str], argv: tuple[str, ...], says: str) -> None:
         assert says in refused(*argv)
 
-    def test_a_port_that_is_taken(self, refused: Callable[..., str]) -> None:
+    def test_a_port_that_is_taken_is_refused(self, refused: Callable[..., str]) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()

@@ -150,7 +150,7 @@ async def test_before_the_first_token_a_call_is_tried_again(first: Any, limits: 
     ],
     ids=str,
 )
-async def test_what_goes_wrong_is_told_apart(
+async def test_each_failure_has_its_error(
     behaviour: Any, kind: type[RequestError], calls: int, limits: list[asyncio.Timeout]
 ) -> None:
     """A broken answer is never begun again, and what the caller did wrong is not tried twice."""
@@ -162,7 +162,7 @@ async def test_what_goes_wrong_is_told_apart(
     assert type(caught.value) is kind and rogue.calls == calls
 
 
-async def test_nobody_listens(closed_port: int) -> None:
+async def test_a_closed_port_is_unavailable(closed_port: int) -> None:
     back_end = Remote(config(f"http://127.0.0.1:{closed_port}/v1"))
     with pytest.raises(Unavailable, match="other: cannot be reached"):
         await said(back_end)
@@ -186,7 +186,7 @@ async def test_the_breaker_leaves_a_failing_server_alone_and_probes_it() -> None
         assert back_end.breaker.state == "closed"
 
 
-async def test_health() -> None:
+async def test_health_follows_the_server() -> None:
     rogue = Rogue("ok")
     async with against(rogue) as back_end:
         assert await back_end.healthy()

@@ -91,7 +91,7 @@ def test_two_that_serve_a_model_stand_in_for_each_other() -> None:
     assert chosen(shared, replace(CALL, model="m")) == [("b", "fallback"), ("a", "named")]
 
 
-def test_length() -> None:
+def test_length_takes_the_first_back_end_that_fits() -> None:
     options = [
         option(Stub("a"), max_total_tokens=104),
         option(Stub("b"), max_total_tokens=200),
@@ -121,7 +121,7 @@ def test_cost_keeps_the_budgets() -> None:
     assert chosen([quick, middle], policy=RouteName.cost, budget_usd=1e-6)[0] == ("other", "too_dear")
 
 
-def test_what_nobody_knows_is_tried() -> None:
+def test_a_back_end_of_unknown_latency_is_tried() -> None:
     """An unknown latency counts as none, so that a new back end is asked once; so is one unheard of for a minute."""
     stub = Stub("old")
     options = [option(stub, 9.0, 9.0), option(Stub("new"))]

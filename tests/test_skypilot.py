@@ -278,7 +278,7 @@ def test_who_interrupts_is_told_what_goes_on(
         os.killpg(int((tmp_path / "sky" / str(number) / "pid").read_text()), signal.SIGKILL)
 
 
-def test_without_skypilot(sweep: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_sky_it_says_how_to_get_it(sweep: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = sweep("K=2", "hydra.launcher.python=null")
     assert (code, err.count("\n")) == (2, 1) and "uv tool install" in err
@@ -292,7 +292,7 @@ def test_without_skypilot(sweep: Run, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.parametrize("version", ["0.10.3", None])
-def test_a_skypilot_that_will_not_do(version: str | None, sky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_or_missing_skypilot_is_refused(version: str | None, sky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if version is None:
         monkeypatch.setenv("PYTHONPATH", "")
         with pytest.raises(ConfigError, match=r"SkyPilot cannot be imported by .*; make one: uv tool install"):

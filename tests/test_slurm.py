@@ -133,7 +133,7 @@ def test_what_sbatch_is_told_and_does_not_say(
     assert {"#SBATCH --mail-type=END", "#SBATCH --x", "#SBATCH --requeue", "module load cuda"} <= set(lines)
 
 
-def test_without_slurm(run: Run, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sbatch_is_refused(run: Run, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     code, _, err = run("-m", "hydra/launcher=slurm", *fake, "K=1,2")
     assert (code, err) == (2, "error: hydra/launcher=slurm: there is no sbatch here; needs a machine of a Slurm\n")

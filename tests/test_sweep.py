@@ -202,7 +202,7 @@ def test_an_experiment_sweeps_without_being_asked_to_unless_something_else_is_as
     assert [row["controller.K"] for row in rows(second)] == ["5", "7"]
 
 
-def test_a_sweep_whose_tracker_is_down(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_down_fails_no_sweep(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object) -> None:
         raise ConnectionError("the server is down")
 
@@ -232,7 +232,7 @@ def test_what_an_override_refers_to_is_the_jobs_to_look_up(
     assert not [path for path in files if path.is_file() and b"hush-hush" in path.read_bytes()]
 
 
-def test_interrupted_at_its_report(run: Run, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_at_its_report_it_is_killed_in_mlflow(run: Run, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ("-m", "tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=interrupted", "K=1,2")
     with monkeypatch.context() as patch:
         patch.setattr(MLflowTracker, "mark_orphans_failed", lambda *args: os.kill(os.getpid(), signal.SIGINT))
