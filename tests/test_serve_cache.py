@@ -16,7 +16,7 @@ from selfspec.serve.backend import Call, Chunk, TokenLogprob, Usage
 from selfspec.serve.cache import AnswerCache
 from selfspec.serve.words import words
 
-ANSWER = (Chunk("It is ", 2), Chunk("so.", 1, None, "stop", Usage(3, 3), {"cycles": 2}))
+ANSWER = (Chunk("It is ", 2, [TokenLogprob("It", -0.5)]), Chunk("so.", 1, None, "stop", Usage(3, 3), {"cycles": 2}))
 
 
 def asking(text: str, **fields: Any) -> Call:
@@ -46,6 +46,7 @@ def test_the_same_call_gets_the_same_answer() -> None:
     hit = asyncio.run(kept(cache(), CALL).find(replace(CALL, id="c2", stats=True)))
     assert hit is not None and hit.result == "exact"
     assert [chunk.text for chunk in hit.chunks] == ["It is ", "so."]
+    assert hit.chunks[0].logprobs == [TokenLogprob("It", -0.5)]
     assert hit.chunks[-1].usage == Usage(3, 3) and hit.chunks[-1].stats is None  # another call's statistics
 
 
@@ -272,11 +273,3 @@ def test_over_http_on_a_tiny_model(overrides: list[str]) -> None:
         told = server.metrics.exposition().decode()
     for result, count in (("exact", 1), ("same_words", 1), ("miss", 3), ("off", 1)):
         assert f'selfspec_cache_lookups_total{{result="{result}"}} {count}.0' in told
-
-
-def test_logprobs_are_kept() -> None:
-    chunks = (Chunk("a", 1, [TokenLogprob("a", -0.5)]), Chunk("", 0, [], "stop", Usage(1, 1)))
-    made, call = cache(), replace(CALL, logprobs=0)
-    asyncio.run(made.keep(call, chunks))
-    hit = asyncio.run(made.find(call))
-    assert hit is not None and hit.chunks[0].logprobs == [TokenLogprob("a", -0.5)]

@@ -197,14 +197,12 @@ class TestSelect:
         ids = [prompt.id for prompt in select(make(many()), "bench", 4, 0, encode)]
         assert ids == ["c31_7", "c59_14", "c82_14", "c123_0"]
 
-    def test_exact_length(self, make: Maker) -> None:
+    def test_exact_length_and_longest(self, make: Maker) -> None:
         content = make(many(), prompt_tokens=32)
         chosen = select(content, "fit", 40, 0, encode)
         whole = prompts(content)
         assert {len(prompt.tokens) for prompt in chosen} == {32}
         assert all(bytes(prompt.tokens).decode() == whole[prompt.id][:32] for prompt in chosen)
-
-    def test_longest(self, make: Maker) -> None:
         chosen = select(make(many(), max_prompt_tokens=20), "fit", 20, 0, encode)
         assert all(0 < len(prompt.tokens) <= 20 for prompt in chosen)
 

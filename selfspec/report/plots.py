@@ -140,6 +140,11 @@ def _png(figure: "Figure", axes: "Axes", legend: "Sequence[Artist]") -> bytes:
         fontsize=8,
         frameon=False,
     )
+    return png(figure)
+
+
+def png(figure: "Figure") -> bytes:
+    """The same bytes for the same picture, whatever made it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
