@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -101,18 +102,17 @@ def hydra_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``python -m selfspec.run ...`` in this process: exit code, stdout, stderr."""
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """A front door's ``main`` called with such a command line: exit code, stdout, stderr."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from selfspec.run import main
-
-    def call(*argv: str) -> tuple[int, str, str]:
+    def call(main: Callable[[], None], *argv: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
         os.environ.pop("HYDRA_FULL_ERROR", None)
         # Options first: argparse wants the overrides side by side.
-        ordered = sorted(argv, key=lambda word: not word.startswith("-"))
-        monkeypatch.setattr(sys, "argv", ["selfspec.run", *ordered])
+        monkeypatch.setattr(sys, "argv", ["selfspec", *sorted(argv, key=lambda word: not word.startswith("-"))])
         capsys.readouterr()
         try:
             main()
@@ -122,6 +122,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def run(command_line: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """``python -m selfspec.run ...`` in this process."""
+    from selfspec.run import main
+
+    return partial(command_line, main)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_report
 from plans import planned
 
 from selfspec import job
@@ -155,17 +156,11 @@ def test_auc_is_the_chance_that_what_stands_looks_better() -> None:
 def test_exits_are_kept_apart_and_one_that_never_varies_has_no_area() -> None:
     told = [signals(3, [0.9, 0.1], [1, 0]), signals(3, [0.3, 0.2], [1, 1], head="lsq"), signals(5, [0.5, 0.4], [0, 0])]
     made = gates.curves(told)
-    assert {(curve.exit, curve.auc) for curve in made if curve.gate == "maxp"} == {
-        ((3, "raw"), 1.0),
-        ((3, "lsq"), None),
-        ((5, "raw"), None),
-    }
+    areas = {curve.exit: curve.auc for curve in made if curve.gate == "maxp"}
+    assert areas == {(3, "raw"): 1.0, (3, "lsq"): None, (5, "raw"): None}
     found = gates.summarise(told, made)
-    assert (found["gates/3/raw/acceptance"], found["gates/3/lsq/acceptance"], found["gates/5/raw/tokens"]) == (
-        0.5,
-        1.0,
-        2,
-    )
+    wanted = {"gates/3/raw/acceptance": 0.5, "gates/3/lsq/acceptance": 1.0, "gates/5/raw/tokens": 2}
+    assert found.items() >= wanted.items()
     assert "gates/3/raw/maxp_auc" in found and "gates/3/lsq/maxp_auc" not in found
     rows = list(csv.DictReader(gates.table(made).splitlines()))
     assert {row["exit_layer"] for row in rows} == {"3"} and {row["gate"] for row in rows} == set(gates.GATES)
@@ -358,12 +353,9 @@ def test_identity(make: Make) -> None:
 
 
 def measured(**numbers: float) -> Result:
-    keys = {key.replace("__", "/"): number for key, number in numbers.items()}
-    return {
-        "version": 1, "plan_id": "p", "label": "lsq12", "name": "main", "settings": {}, "measurements": keys,
-        "lossless": "yes", "notes": [], "provenance": {}, "acceptance_by_position": [], "status": "finished",
-        "error": None,
-    }  # fmt: skip
+    return test_report.result(
+        label="lsq12", measurements={key.replace("__", "/"): number for key, number in numbers.items()}
+    )
 
 
 def met(row: Result) -> dict[str, str]:
@@ -372,25 +364,15 @@ def met(row: Result) -> dict[str, str]:
 
 
 def test_targets_are_met_by_the_whole_interval() -> None:
-    delta = "quality__reference_delta_ppl"
-    assert met(measured(**{delta: 0.1, delta + "_low": 0.0, delta + "_high": 0.17})) == {
-        "delta-PPL, reference answers": "yes"
-    }
-    assert (
-        met(measured(**{delta: 0.1, delta + "_low": 0.0, delta + "_high": 0.19}))["delta-PPL, reference answers"]
-        == "unclear"
-    )
+    delta, name = "quality__reference_delta_ppl", "delta-PPL, reference answers"
+    for high, verdict in ((0.17, "yes"), (0.19, "unclear")):
+        assert met(measured(**{delta: 0.1, f"{delta}_low": 0.0, f"{delta}_high": high})) == {name: verdict}
     row = measured(
         quality__text_delta_ppl=0.5, bench__acceptance=0.46, bench__ttft_ms=54, bench__plain_ttft_ms=100,
         bench__speedup=1.9, bench__speedup_low=1.8, bench__speedup_high=1.95,
     )  # fmt: skip
-    said = {
-        "delta-PPL, own text": "no",
-        "acceptance rate": "yes",
-        "TTFT over plain's": "yes",
-        "tok/s over plain's": "no",
-    }
-    assert met(row) == said
+    said = {"delta-PPL, own text": "no", "acceptance rate": "yes"}
+    assert met(row) == said | {"TTFT over plain's": "yes", "tok/s over plain's": "no"}
     row["measurements"] |= {"bench/ttft_ms": 55, "bench/speedup_low": 2.0, "bench/speedup_high": 2.4}
     assert met(row) == said | {"TTFT over plain's": "no", "tok/s over plain's": "yes"}
 

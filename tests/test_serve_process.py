@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from plans import planned
 from serving import Gated
 
@@ -140,22 +139,14 @@ class TestDraining:
 
 class TestRefusals:
     @pytest.fixture
-    def refused(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-    ) -> Callable[..., str]:
+    def refused(self, command_line: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
         """The one line that ``python -m selfspec.serve ...`` leaves with."""
+        monkeypatch.chdir(tmp_path)
 
         def call(*argv: str) -> str:
-            GlobalHydra.instance().clear()
-            monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-            monkeypatch.chdir(tmp_path)
-            monkeypatch.setattr(sys, "argv", ["selfspec.serve", *argv])
-            with pytest.raises(SystemExit) as left:
-                door.main()
-            out, error = capsys.readouterr()
-            assert left.value.code == 2 and out == "" and error.count("\n") == 1
-            assert list(tmp_path.iterdir()) == []
-            return error
+            code, out, error = command_line(door.main, *argv)
+            assert (code, out, error.count("\n")) == (2, "", 1) and list(tmp_path.iterdir()) == []
+            return str(error)
 
         return call
 
