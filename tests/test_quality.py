@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import test_report
-from plans import planned
+from plans import planned, run_job
 
 from selfspec import job
 from selfspec.checkpoint import Journal
@@ -39,11 +39,6 @@ def make(fake: list[str]) -> Make:
     """A plan of a quality stage without lm-eval on the fake engine, and more overrides."""
 
     return partial(planned, *fake, *ASKED)
-
-
-def run(made: Plan, folder: Path) -> Result:
-    folder.mkdir(parents=True, exist_ok=True)
-    return job.run(made, folder)
 
 
 def units(made: Plan) -> dict[str, dict[str, Any]]:
@@ -179,7 +174,7 @@ def test_thresholds_are_the_gates_own() -> None:
 
 def test_what_the_stage_leaves_behind(make: Make, tmp_path: Path) -> None:
     made = make()
-    result = run(made, tmp_path)
+    result = run_job(made, tmp_path)
     done = units(made)
     assert [*done] == [
         *("texts/00000-00002", "texts/00002-00004", "texts/00004-00005"),
@@ -201,7 +196,7 @@ def test_what_the_stage_leaves_behind(make: Make, tmp_path: Path) -> None:
 
 
 def test_what_is_lossy_changes_perplexity_and_fails_nothing(make: Make, tmp_path: Path) -> None:
-    result = run(make("policy.verify=false"), tmp_path)
+    result = run_job(make("policy.verify=false"), tmp_path)
     assert result["measurements"]["quality/reference_delta_ppl"] != 0 and result["status"] == "finished"
 
 
@@ -224,23 +219,23 @@ def test_only_what_is_missing_is_run(make: Make, tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         for name in ("_texts", "_gates"):
             patch.setattr(quality, name, watched(name, broken=True))
-        run(made, tmp_path)
+        run_job(made, tmp_path)
     assert quality._texts is work and len(units(made)) == fail_at - 1
     kept = units(made)
     calls.clear()
     for name in ("_texts", "_gates"):
         monkeypatch.setattr(quality, name, watched(name, broken=False))
-    resumed = run(made, tmp_path)
+    resumed = run_job(made, tmp_path)
     assert calls == (["_texts"] * 3 + ["_gates"] * 2)[fail_at - 1 :]
     assert {unit: units(made)[unit] for unit in kept} == kept
-    whole = run(replace(made, checkpoint=replace(made.checkpoint, dir=str(tmp_path / "b"))), tmp_path / "c")
+    whole = run_job(replace(made, checkpoint=replace(made.checkpoint, dir=str(tmp_path / "b"))), tmp_path / "c")
     assert resumed["measurements"] == whole["measurements"]
 
 
 def test_a_finished_stage_needs_no_engine(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(make(), tmp_path)
+    first = run_job(make(), tmp_path)
     monkeypatch.setattr(FakeEngine, "__init__", lambda self, plan: pytest.fail("an engine is made"))
-    assert run(make(), tmp_path)["measurements"] == first["measurements"]
+    assert run_job(make(), tmp_path)["measurements"] == first["measurements"]
 
 
 def test_plain_decoding_is_scored_once(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +247,7 @@ def test_plain_decoding_is_scored_once(make: Make, tmp_path: Path, monkeypatch: 
         return score(self, *args, plain=plain)
 
     monkeypatch.setattr(FakeEngine, "score", spy)
-    result = run(make("draft=none", "quality.gate_prompts=0"), tmp_path)
+    result = run_job(make("draft=none", "quality.gate_prompts=0"), tmp_path)
     assert all(plainly) and result["measurements"]["quality/text_delta_ppl"] == 0
     assert not any("gates" in key for key in result["measurements"])
 
@@ -268,23 +263,23 @@ def test_an_exact_policy_that_changes_the_distribution_fails(
 
     monkeypatch.setattr(FakeEngine, "score", off)
     monkeypatch.setattr(FakeEngine, "describe", lambda self: {"dtype": "float32"})
-    result = run(make(), tmp_path)
+    result = run_job(make(), tmp_path)
     assert result["status"] == "failed" and "not exact: delta-PPL of the reference answers is +" in (
         result["error"] or ""
     )
-    relaxed = run(make("policy.verify=false"), tmp_path)
+    relaxed = run_job(make("policy.verify=false"), tmp_path)
     assert relaxed["status"] == "finished"
     monkeypatch.setattr(FakeEngine, "describe", lambda self: {"dtype": "bfloat16"})
-    assert run(make("seed=1"), tmp_path)["status"] == "finished", "rounding may be as large"
+    assert run_job(make("seed=1"), tmp_path)["status"] == "finished", "rounding may be as large"
 
 
 def test_a_relaxed_policy_is_explained(make: Make, tmp_path: Path) -> None:
-    (note,) = run(make("policy=typical"), tmp_path)["notes"]
+    (note,) = run_job(make("policy=typical"), tmp_path)["notes"]
     assert "its own text's does" in note
 
 
 def test_what_a_tracker_is_shown(make: Make, tmp_path: Path) -> None:
-    run(make(), tmp_path)
+    run_job(make(), tmp_path)
     shown = {unit: quality.per_unit(data) for unit, data in units(make()).items()}
     assert shown["gates/00000-00002"] == {}
     assert shown["texts/00000-00002"]["quality/unit/reference_delta_ppl"] == 0
@@ -426,7 +421,7 @@ def test_tasks_run_plainly_and_as_configured(
     job.fetch(made)
     with monkeypatch.context() as patch:
         patch.setattr(FakeEngine, "score", prefers_b)
-        result = run(made, tmp_path / "run")
+        result = run_job(made, tmp_path / "run")
     assert seen == [True] * 4 + [False] * 4, "each context is read once for all its choices"
     found = {key: value for key, value in result["measurements"].items() if key.startswith("quality/tasks/arc_easy")}
     assert (found["quality/tasks/arc_easy/plain/acc"], found["quality/tasks/arc_easy/configured/acc"]) == (1, 0)

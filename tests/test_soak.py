@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from plans import planned
+from plans import planned, run_job
 from test_soak_judge import interval
 
 from selfspec import job
@@ -91,7 +91,6 @@ def test_a_soak_that_is_interrupted_and_killed_carries_on_and_holds(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     made, folder = make(), tmp_path / "job"
-    folder.mkdir()
     job.check(made)
     take, takes = load.Load.take, list[float]()
 
@@ -103,15 +102,15 @@ def test_a_soak_that_is_interrupted_and_killed_carries_on_and_holds(
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(load.Load, "take", interrupted)
-        job.run(made, folder)
+        run_job(made, folder)
     assert kept(made) == ["begin", "interval-0000"] and nothing_runs()
 
     with monkeypatch.context() as patch, pytest.raises(StageError, match="died under load: exit code 7: planted death"):
         plant(patch, tmp_path / "then", "death")
-        job.run(made, folder)
+        run_job(made, folder)
     assert kept(made) == ["begin", "interval-0000", "interval-0001"] and nothing_runs()
 
-    result = job.run(made, folder)
+    result = run_job(made, folder)
     assert (result["status"], result["error"]) == ("finished", None), result["error"]
     assert kept(made)[3:] == ["interval-0002", "locust-3", "end"] and nothing_runs()
     measured = {key.removeprefix("soak/"): value for key, value in result["measurements"].items()}
@@ -136,10 +135,10 @@ def test_a_soak_that_is_interrupted_and_killed_carries_on_and_holds(
 
     with monkeypatch.context() as patch:
         patch.setattr(server, "guarded", None)
-        assert job.run(made, folder)["measurements"] == result["measurements"], "all is in the journal"
+        assert run_job(made, folder)["measurements"] == result["measurements"], "all is in the journal"
         held_to = make("soak.max_total_p99_ms=0.001")
         assert held_to.id == made.id, "another bound judges the same soak"
-        strict = job.run(held_to, folder)
+        strict = run_job(held_to, folder)
         assert strict["status"] == "failed" and "p99 total" in str(strict["error"])
 
 
@@ -150,8 +149,7 @@ def test_planted_faults_fail_it_and_mlflow_shows_it(
 
     plant(monkeypatch, tmp_path / "then", "leak", "drift", "sentinel", "errors")
     made, folder = make("tracking=mlflow", f"tracking.uri={uri}", "soak.max_memory_slope=300"), tmp_path / "job"
-    folder.mkdir()
-    result = job.run(made, folder)
+    result = run_job(made, folder)
     errors, leak, drift, sentinel = str(result["error"]).split("; ")
     assert result["status"] == "failed" and nothing_runs()
     assert "requests failed" in errors and "allowed 0.00%" in errors and "HTTP 400" in errors
@@ -188,9 +186,7 @@ def test_timings_of_different_hardware_are_not_pooled(make: Make, tmp_path: Path
             data = interval(number, slow=slow, life=1 + number) | {"provenance": {"fingerprint": on}}
             journal.append("soak", f"interval-{number:04d}", data, on)
         journal.append("soak", "end", {"answers": [], "verdicts": []}, "here")
-    folder = tmp_path / "job"
-    folder.mkdir()
-    result = job.run(made, folder)
+    result = run_job(made, tmp_path / "job")
     assert result["measurements"]["soak/requests"] == 60 and result["measurements"]["soak/total_p99_ms"] < 300
     assert result["provenance"]["fingerprint"] == "here"
     assert result["notes"][1:] == [
@@ -257,9 +253,7 @@ def test_what_cannot_be_soaked_is_refused_in_a_line(
 def test_the_real_model_holds(tmp_path: Path) -> None:
     light = ("draft=ngram", "stages=[soak]", "scale=smoke", "soak.users=3", "soak.new_tokens=16", "soak.prompts=8")
     short = ("soak.seconds=6", "soak.interval=2", "soak.warmup=4", "soak.max_memory_slope=100000", "serve.max_batch=4")
-    folder = tmp_path / "job"
-    folder.mkdir()
-    result = job.run(planned(*light, *short, "tracking=none", f"output_dir={tmp_path}"), folder)
+    result = run_job(planned(*light, *short, "tracking=none", f"output_dir={tmp_path}"), tmp_path / "job")
     measured = result["measurements"]
     assert result["status"] == "finished" and nothing_runs(), result["error"]
     assert measured["soak/errors"] == 0 < measured["soak/requests"] and measured["soak/sentinels_differing"] == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import planned
+from plans import planned, run_job
 
 from selfspec import job
 from selfspec.data import workload
@@ -54,9 +54,8 @@ def test_half_a_minute_of_load(drafting: Server, tmp_path: Path, monkeypatch: py
         yield drafting
 
     monkeypatch.setattr(soak, "serving", the_one)
-    (tmp_path / "job").mkdir()
     job.check(asked)
-    result = job.run(asked, tmp_path / "job")
+    result = run_job(asked, tmp_path / "job")
     assert result["status"] == "finished", result["error"]
     found = result["measurements"]
     assert found["soak/requests"] > 3 and found["soak/error_rate"] == 0
