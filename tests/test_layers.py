@@ -14,8 +14,9 @@ import pytest
 REPO = Path(__file__).parents[1]
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types"),
-    ("config", "data.assets", "heads", "interrupt", "metrics", "progress"),
-    ("data", "files", "provenance", "refusal", "sweep.compose", "vllm_rules"),
+    ("config", "heads", "interrupt", "metrics", "progress"),
+    ("files", "provenance", "refusal", "sweep.compose", "vllm_rules"),
+    ("data",),
     ("checkpoint", "rules", "sweep_context", "tracking"),
     ("plan",),
     ("model", "report"),

@@ -13,7 +13,7 @@ from selfspec.engine import factory
 from selfspec.engine.base import Opens, Tokenizer
 from selfspec.errors import ConfigError, one_line
 from selfspec.plan import Plan
-from selfspec.serve.backend import Backend, Cache, Call, NoCache, Route, Router
+from selfspec.serve.backend import Backend, Call, Route, Router
 from selfspec.serve.cache import AnswerCache
 from selfspec.serve.errors import Unavailable
 from selfspec.serve.estimates import Timed
@@ -69,7 +69,8 @@ def engine(plan: Plan, weights: Weights | None = None) -> Opens:
 
 def gateway(plan: Plan, local: Local, metrics: Metrics) -> Gateway:
     """The gateway over our own engine's back end and whatever else the plan names."""
-    return Gateway(plan.serve, router(plan, local, metrics), cache(plan), metrics)
+    cache = None if plan.serve.cache.mode is CacheMode.none else AnswerCache(plan.serve.cache)
+    return Gateway(plan.serve, router(plan, local, metrics), cache, metrics)
 
 
 def router(plan: Plan, local: Local, metrics: Metrics) -> Router:
@@ -120,11 +121,6 @@ def tokens(tokenizer: Tokenizer, call: Call) -> Sequence[int]:
         return tokenizer.encode_chat(call.messages)
     except ValueError:
         return ()
-
-
-def cache(plan: Plan) -> Cache:
-    """What ``serve.cache`` asks for."""
-    return NoCache() if plan.serve.cache.mode is CacheMode.none else AnswerCache(plan.serve.cache)
 
 
 class Fixed:
