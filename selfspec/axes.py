@@ -192,8 +192,8 @@ class EngineOptions(Option):
     asked: ClassVar[str] = "make(self, plan)"
     runs_ours: ClassVar[bool] = True
     """Whether it runs every draft that can be made here; else those that name it (``DraftOptions.engines``)."""
-    served: ClassVar[bool] = False
-    """Whether the gateway can decode with it."""
+    can: ClassVar[tuple[type, ...]] = ()
+    """What it can do besides decoding (``engine/base.py``); the engine's class has these among its bases."""
     reads_model: ClassVar[bool] = True
     """Whether the model is to be on this disk."""
 

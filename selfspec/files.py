@@ -1,11 +1,16 @@
-"""Files that are whole or not there at all."""
+"""Files that are whole or not there at all, and who may write them."""
 
+import csv
 import errno
+import io
 import os
 import secrets
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from selfspec.errors import StorageError
 from selfspec.interrupt import shield
@@ -44,6 +49,22 @@ def storing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {reason(error)}") from error
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows, the first of them names, as CSV."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def acquire(lock: FileLock, what: str) -> None:
+    """Lock; if another process has, say what it does, and wait."""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"waiting for another process that {what}", file=sys.stderr, flush=True)
+        lock.acquire()
 
 
 def reason(error: OSError) -> str:

@@ -6,6 +6,7 @@ heads of every exit layer); the head is then fitted on those answers. Who comes 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from selfspec import checkpoint, heads
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume
 from selfspec.data import workload
-from selfspec.engine.base import Engine, LazyEngine
+from selfspec.engine.base import Engine, Fits, LazyEngine
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.progress import progress
@@ -79,11 +80,23 @@ def ready(engine: LazyEngine, plan: Plan) -> dict[str, Any]:
     if may_fit(plan) and not fitted(plan):
         pairs = answered(engine, plan)
         facts = {**wanted(plan), "format": 1, "versions": versions()}
-        _store(plan).make(_head(plan), lambda path: engine().fit(pairs, path, facts))
+        _store(plan).make(_head(plan), lambda path: _fits(engine()).fit(pairs, path, facts))
     found = check_head(plan)
     if plan.draft.get("head") is None:
         _store(plan).fetch(_head(plan))
     return found
+
+
+def install(engine: Engine, plan: Plan) -> None:
+    """Has an engine draft through the plan's head, which is made :func:`ready`; where drafts have one."""
+    if plan.draft.fitted:
+        ready(lambda: engine, plan)
+        _fits(engine).use_head(head_path(plan))
+
+
+def _fits(engine: Engine) -> Fits:
+    assert isinstance(engine, Fits), "checked by the plan: others cannot run drafts with a head"
+    return engine
 
 
 def answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequence[int]]]:
@@ -120,6 +133,6 @@ def _head(plan: Plan) -> str:
 def _prompts(engine: Engine, plan: Plan) -> list[tuple[int, ...]]:
     """Whole prompts, however short the bench cuts its own: one head serves all lengths."""
     source = replace(plan.workload, prompt_tokens=None, max_prompt_tokens=MAX_PROMPT_TOKENS)
-    encode = lambda text: engine.encode(text, source.chat)  # noqa: E731
+    encode = partial(engine.tokenizer.encode, chat=source.chat)
     chosen = workload.select(source, "fit", plan.scale.fit_prompts, plan.seed, encode)
     return sorted((prompt.tokens for prompt in chosen), key=len)  # a batch is as wide as its longest prompt

@@ -2,19 +2,22 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from selfspec import checkpoint, fitting, provenance, stages, tracking
-from selfspec.checkpoint import Journal, Record
+from selfspec.checkpoint import Journal
 from selfspec.data import assets
 from selfspec.engine import factory
+from selfspec.engine.base import LazyEngine
 from selfspec.errors import Interrupted, LeaseError
 from selfspec.interrupt import shield, trap
 from selfspec.plan import Plan
 from selfspec.report import results, tables
+from selfspec.stages.base import Stage
 from selfspec.sweep_context import ALONE, SweepContext
 from selfspec.tracking import Tracker
 from selfspec.types import Measurements
@@ -32,12 +35,12 @@ def check(*plans: Plan, here: bool = True, ask_buckets: bool = True) -> None:
     """
     for plan in plans:
         tracking.make(plan.tracking, plan.output_dir)
-        for stage in plan.stages:
-            stages.ask(stage, "check", plan, otherwise=None)
+        for stage in stages.of(plan):
+            stage.check()
         if here:
             factory.check(plan)
-            for stage in plan.stages:
-                stages.ask(stage, "installed", plan, otherwise=None)
+            for stage in stages.of(plan):
+                stage.installed()
     kept = [plan for plan in plans if ask_buckets or checkpoint.on_disk(plan.checkpoint.dir) is not None]
     checkpoint.map_concurrent(_check_kept, kept)
 
@@ -60,8 +63,8 @@ def fetch(plan: Plan) -> None:
     assets.fetch(plan.workload.source, plan.workload.sha256)
     if plan.engine.reads_model:
         assets.fetch(plan.model.source, plan.model.sha256)
-    for stage in plan.stages:
-        stages.ask(stage, "fetch", plan, otherwise=None)
+    for stage in stages.of(plan):
+        stage.fetch()
 
 
 def run(plan: Plan, folder: Path, sweep: SweepContext = ALONE) -> results.Result:
@@ -85,19 +88,19 @@ def run(plan: Plan, folder: Path, sweep: SweepContext = ALONE) -> results.Result
         Journal.open(place(plan), plan.id, plan.settings(), resume, launch=sweep.launch, lease_s=lease_s) as journal,
         _tracked(plan, journal, sweep.run_id) as tracker,
     ):
-        engine = cache(lambda: factory.make(plan))
+        engine, ours = cache(lambda: factory.make(plan)), stages.of(plan)
         measured: Measurements = {}
-        for stage in plan.stages:
-            found: Measurements = stages.load(stage).run(engine, plan, journal)
-            measured |= {f"{stage}/{name}": value for name, value in found.items()}
+        for stage in ours:
+            _finish(stage, engine, journal, tracker)
+            measured |= {f"{stage.name}/{name}": value for name, value in stage.measurements(journal).items()}
 
-        result = _result(plan, journal, measured)
+        result = _result(plan, ours, journal, measured)
         tables.write(folder, [result])
-        for stage in plan.stages:
-            stages.ask(stage, "write", folder, plan, journal, otherwise=None)
+        for stage in ours:
+            stage.write(folder, journal)
         results.write_result(folder, result)
 
-        ended = max((record.at for stage in plan.stages for record in journal.records(stage)), default=0)
+        ended = max((record.at for stage in ours for record in journal.records(stage.name)), default=0)
         tracker.log(measured, 0, ended)
         tracker.set_tags(
             {"selfspec.lossless": result["lossless"] or "not checked", "selfspec.error": result["error"] or ""}
@@ -111,7 +114,7 @@ def run(plan: Plan, folder: Path, sweep: SweepContext = ALONE) -> results.Result
 
 @contextmanager
 def _tracked(plan: Plan, journal: Journal, parent: str | None) -> Iterator[Tracker]:
-    """The plan's run of the tracker, resumed where there is one; units are logged as they finish."""
+    """The plan's run of the tracker, resumed where there is one."""
     tracker = tracking.make(plan.tracking, plan.output_dir)
     known = journal.notes.get("run_id")
     try:
@@ -120,10 +123,6 @@ def _tracked(plan: Plan, journal: Journal, parent: str | None) -> Iterator[Track
             run_id = tracker.start(plan.label, tags, plan.settings(), known, parent)
             if run_id not in (None, known):
                 journal.note("run_id", run_id)
-        for stage in plan.stages:
-            for step, record in enumerate(journal.records(stage)):  # again: what is stored already stays as it is
-                _log_unit(tracker, record, step)
-        journal.on_append.append(lambda record: _log_unit(tracker, record, len(journal.records(record.stage)) - 1))
         yield tracker
     except LeaseError:  # the run is its successor's
         raise
@@ -135,15 +134,19 @@ def _tracked(plan: Plan, journal: Journal, parent: str | None) -> Iterator[Track
         raise
 
 
+def _finish(stage: Stage, engine: LazyEngine, journal: Journal, tracker: Tracker) -> None:
+    """Runs what is missing of a stage: a unit is journalled, then logged, and only then is the next one begun."""
+    with closing(stage.units(engine, journal)) as units:  # at once where we fail: a soak has a server to stop
+        new = (journal.append(stage.name, *unit) for unit in units)
+        # Earlier runs' too: a tracker may have missed the last one, and what it has stored stays as it is.
+        for step, record in enumerate(chain(journal.records(stage.name), new)):
+            if shown := stage.per_unit(record.data):
+                tracker.log(shown, step, record.at)
+
+
 def place(plan: Plan) -> str:
     """Where the plan's journal is kept."""
     return checkpoint.plan_place(plan.checkpoint.dir, plan.id)
-
-
-def _log_unit(tracker: Tracker, record: Record, step: int) -> None:
-    shown: Measurements = stages.ask(record.stage, "per_unit", record.data, otherwise={})
-    if shown:
-        tracker.log(shown, step, record.at)
 
 
 def _tags(plan: Plan) -> dict[str, str]:
@@ -151,13 +154,12 @@ def _tags(plan: Plan) -> dict[str, str]:
     return {f"selfspec.{k}": v for k, v in ours.items()} | {f"git.{k}": v for k, v in provenance.git().items()}
 
 
-def _result(plan: Plan, journal: Journal, measured: Measurements) -> results.Result:
+def _result(plan: Plan, ours: list[Stage], journal: Journal, measured: Measurements) -> results.Result:
     facts: dict[str, Any] = {}
-    notes, failures = list[str](), list[str]()
-    for stage in plan.stages:
-        facts = stages.ask(stage, "facts", plan, journal, otherwise=facts) | facts  # the first to say something stands
-        notes += stages.ask(stage, "notes", plan, journal, otherwise=[])
-        failures += stages.ask(stage, "failures", plan, journal, otherwise=[])
+    for stage in ours:
+        facts = stage.facts(journal) | facts  # the first to say something stands
+    notes = [note for stage in ours for note in stage.notes(journal)]
+    failures = [reason for stage in ours for reason in stage.failures(journal)]
     result = cast(
         results.Result,
         {**results.empty_result(plan, provenance.collect()), **facts, "measurements": measured, "notes": notes},

@@ -1,5 +1,7 @@
 """Shared by all tests: a tiny random Llama in float32, a tiny prompt file, and a cache of their own."""
 
+import asyncio
+import inspect
 import itertools
 import json
 import os
@@ -7,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -57,6 +60,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A test that is a coroutine is run to its end, in an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}))
+    return True
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder in the Hugging Face layout."""
@@ -90,16 +102,17 @@ def hydra_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``python -m selfspec.run ...`` in this process: exit code, stdout, stderr."""
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """A front door's ``main`` called with such a command line: exit code, stdout, stderr."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from selfspec.run import main
-
-    def call(*argv: str) -> tuple[int, str, str]:
+    def call(main: Callable[[], None], *argv: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
         os.environ.pop("HYDRA_FULL_ERROR", None)
-        monkeypatch.setattr(sys, "argv", ["selfspec.run", *argv])
+        # Options first: argparse wants the overrides side by side.
+        monkeypatch.setattr(sys, "argv", ["selfspec", *sorted(argv, key=lambda word: not word.startswith("-"))])
         capsys.readouterr()
         try:
             main()
@@ -109,6 +122,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def run(command_line: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """``python -m selfspec.run ...`` in this process."""
+    from selfspec.run import main
+
+    return partial(command_line, main)
 
 
 @pytest.fixture
@@ -124,12 +145,12 @@ def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def answered(calling: load.Load) -> int:
         """Since the last interval's end."""
-        lines = (calling._folder / "samples.jsonl").read_bytes()[calling._read :].rpartition(b"\n")[0].splitlines()
+        lines = (calling.folder / "samples.jsonl").read_bytes()[calling._read :].rpartition(b"\n")[0].splitlines()
         return [json.loads(line)["error"] for line in lines].count(None)
 
     def tabled(calling: load.Load) -> bool:
         """Whether Locust has written down what it has seen, which it does once a second."""
-        path = calling._folder / "locust_stats.csv"
+        path = calling.folder / "locust_stats.csv"
         return path.exists() and "\nGAP," in path.read_text().replace("\r", "")
 
     def watching(server: "Server", calling: load.Load, until: float, interval: float) -> list[tuple[float, float]]:

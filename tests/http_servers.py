@@ -1,39 +1,10 @@
-"""Real HTTP servers for tests, in the test's own event loop: our gateway, and one that misbehaves."""
+"""A real HTTP server for tests that misbehaves as it is told to, in the test's own event loop."""
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
-
-import uvicorn
-
-from selfspec.plan import Plan
-from selfspec.serve import app, wiring
-from selfspec.serve.gateway import Gateway
-from selfspec.serve.metrics import Metrics
-from selfspec.serve.server import _Server
-
-
-@asynccontextmanager
-async def gateway(plan: Plan, key: str | None = None) -> AsyncIterator[tuple[str, Gateway]]:
-    """Our gateway over a plan: its base URL, without ``/v1``, and itself."""
-    metrics = Metrics()
-    local = wiring.local(plan, metrics)
-    made = wiring.gateway(plan, local, metrics)
-    how: Any = {"log_level": "error", "timeout_graceful_shutdown": 1, "timeout_keep_alive": 10**6}
-    server = _Server(uvicorn.Config(app.make(made, key), **how))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        serving = asyncio.ensure_future(server.serve([listener]))
-        try:
-            await asyncio.wrap_future(local.ready)
-            while not server.started:
-                await asyncio.sleep(0.005)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}", made
-        finally:
-            server.should_exit = True
-            await serving
 
 
 def event(text: str, finish: str | None = None) -> bytes:

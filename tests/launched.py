@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from selfspec.checkpoint import FILE
 
@@ -75,7 +76,36 @@ class Sweep:
 
     def rows(self) -> list[dict[str, str]]:
         """The latest sweep's table."""
-        return list(csv.DictReader((self.folder() / "summary.csv").read_text().splitlines()))
+        return rows(self.folder())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """Of a sweep's table."""
+    return list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+
+
+def journalled(folder: Path) -> Counter[str]:
+    """How often each unit of each plan is in a journal below a folder."""
+    return Counter(
+        f"{path.parent.name} {entry['unit']}"
+        for path in folder.rglob(FILE)
+        for entry in map(json.loads, path.read_text().splitlines())
+        if "unit" in entry
+    )
+
+
+def tracked(uri: str, experiment: str) -> tuple[Any, list[Any]]:
+    """MLflow's one parent of an experiment, and its children in the order they began."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    known = client.get_experiment_by_name(experiment)
+    assert known is not None
+    runs = client.search_runs([known.experiment_id])
+    (parent,) = [found for found in runs if "selfspec.sweep_id" in found.data.tags]
+    children = [found for found in runs if found.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(runs) == 1 + len(children), "nothing stands beside the sweep"
+    return parent, sorted(children, key=lambda found: found.info.start_time)
 
 
 def until(what: Callable[[], object], process: "subprocess.Popen[bytes]", log: Path) -> None:

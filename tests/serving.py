@@ -15,12 +15,23 @@ from selfspec.engine.base import Engine, RequestOutput
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.fake.session import FakeSession, Parts
 from selfspec.plan import Plan
-from selfspec.serve import app, wiring
+from selfspec.serve import app, build
 from selfspec.serve.backend import Call, Chunk, Price, Usage
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.local import Local
 from selfspec.serve.metrics import Metrics
 from selfspec.types import Request
+
+
+class Clock:
+    """What time it is, as a test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        """In seconds."""
+        return self.now
 
 
 @contextmanager
@@ -55,9 +66,9 @@ class Serving:
 def serving(plan: Plan, make: Callable[[], Engine] | None = None, key: str | None = None) -> Iterator[Serving]:
     """The gateway of a plan, ready to be called; ``make``: another engine than the plan's."""
     metrics = Metrics()
-    local = Local("local", make or (lambda: wiring.engine(plan)), plan.serve, plan.draft.name, metrics)
+    local = Local("local", make or (lambda: build.engine(plan)), plan.serve, plan.draft.name, metrics)
     local.ready.result()
-    gateway = wiring.gateway(plan, local, metrics)
+    gateway = build.gateway(plan, local, metrics)
     with listening(gateway, key) as url:
         yield Serving(url, gateway, local, metrics)
 
@@ -98,7 +109,7 @@ class GatedSession(FakeSession):
             self.engine.waits.set()
             self.engine.turns.acquire()
             self.engine.waits.clear()
-        self.engine.rows.append([member.row.request.tokens for member in self.members])
+        self.engine.rows.append([seq.request.tokens for seq in self.running])
         if self.engine.breaks:
             self.engine.breaks = False
             raise RuntimeError("planted")

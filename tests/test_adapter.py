@@ -19,12 +19,13 @@ from selfspec.speculation import fit as fitting
 from selfspec.speculation.block import Block
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft.base import Draft, Row
+from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head, HeadForm
 from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.readout import Readout
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -93,7 +94,7 @@ def test_keys_and_values_of_what_stands_are_those_of_one_pass(
     draft, model, checks = bench.draft(name, width, budget), bench.model, []
     layer, observe = model.shape.layers, draft.observe
 
-    def checked(row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+    def checked(row: Seq, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         observe(row, index, tokens, states, cache)
         stands = row.tokens[: cache.lengths[index]]
         fresh = model.new_cache(len(stands), 1, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from selfspec.data import assets
+from selfspec.data import assets, folders
 from selfspec.errors import AssetError, StorageError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -90,27 +90,20 @@ def test_a_malformed_source_is_refused_with_the_grammar(source: str) -> None:
 
 
 def test_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert assets.cache_dir() == tmp_path / "cache"
+    assert folders.cache_dir() == tmp_path / "cache"
     monkeypatch.delenv("SELFSPEC_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert assets.cache_dir() == tmp_path / "selfspec"
+    assert folders.cache_dir() == tmp_path / "selfspec"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert assets.cache_dir() == Path.home() / ".cache" / "selfspec"
+    assert folders.cache_dir() == Path.home() / ".cache" / "selfspec"
 
 
 @pytest.mark.slow
 class TestPypi:
     def test_takes_the_one_file_and_keeps_no_wheel(self, index: Path, cache: Path) -> None:
         path = assets.fetch(SOURCE, SHA256.upper())
-        assert path.name == "words.txt"
-        assert path.read_bytes() == CONTENT
+        assert (path.name, path.read_bytes()) == ("words.txt", CONTENT)
         assert [Path(name).name for name in _left(cache)] == [".selfspec-sizes.json", "words.txt"]
-
-    def test_second_time_needs_no_index(self, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = assets.fetch(SOURCE, SHA256)
-        monkeypatch.setattr(subprocess, "Popen", None)
-        monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
-        assert assets.fetch(SOURCE, SHA256) == path
 
     @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")])
     def test_a_damaged_copy_is_fetched_again(self, index: Path, damage: object) -> None:
@@ -119,27 +112,25 @@ class TestPypi:
         damage(path)
         assert assets.fetch(SOURCE, SHA256).read_bytes() == CONTENT
 
-    def test_wrong_hash(self, index: Path, cache: Path) -> None:
-        with pytest.raises(AssetError, match=f"{SHA256}, not {'0' * 64}"):
-            assets.fetch(SOURCE, "0" * 64)
-        assert _left(cache) == []
-
-    def test_hash_that_is_none(self) -> None:
-        with pytest.raises(AssetError, match=r"^sha256=abc: .*64 hexadecimal"):
-            assets.fetch(SOURCE, "abc")
-
-    def test_unknown_member_names_the_nearest(self, index: Path, cache: Path) -> None:
-        with pytest.raises(AssetError, match=f"no such file; the nearest is {MEMBER}$"):
-            assets.fetch("pypi:tinyassets==1.0/tinyassets/words.txt")
-        assert _left(cache) == []
-
-    def test_unknown_version_names_the_known(self, index: Path) -> None:
-        with pytest.raises(AssetError, match=r"there is no wheel of 2\.0 for this Python; the newest are 1\.0$"):
-            assets.fetch(f"pypi:tinyassets==2.0/{MEMBER}")
-
-    def test_unknown_distribution(self, cache: Path) -> None:
-        with pytest.raises(AssetError, match="finds no distribution tinyassets"):
-            assets.fetch(SOURCE)
+    @pytest.mark.parametrize(
+        ("source", "sha256", "says"),
+        [
+            (SOURCE, "0" * 64, f"{SHA256}, not {'0' * 64}"),
+            (SOURCE, "abc", r"^sha256=abc: .*64 hexadecimal"),
+            ("pypi:tinyassets==1.0/tinyassets/words.txt", None, f"no such file; the nearest is {MEMBER}$"),
+            (
+                f"pypi:tinyassets==2.0/{MEMBER}",
+                None,
+                r"there is no wheel of 2\.0 for this Python; the newest are 1\.0$",
+            ),
+            (f"pypi:tinyassests==1.0/{MEMBER}", None, "finds no distribution tinyassests"),
+        ],
+    )
+    def test_what_is_not_there_or_another_is_refused_and_leaves_nothing(
+        self, index: Path, cache: Path, source: str, sha256: str | None, says: str
+    ) -> None:
+        with pytest.raises(AssetError, match=says):
+            assets.fetch(source, sha256)
         assert _left(cache) == []
 
     def test_unreachable_index(self, monkeypatch: pytest.MonkeyPatch, closed_port: int) -> None:
@@ -156,17 +147,16 @@ class TestPypi:
         assert "\n" not in str(error.value)
         assert _left(cache) == []
 
-    def test_offline_does_not_try(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
-        monkeypatch.setattr(subprocess, "Popen", None)
-        with pytest.raises(AssetError, match="not in the cache, and SELFSPEC_OFFLINE=1 forbids"):
-            assets.fetch(SOURCE)
-
-    def test_offline_of_the_hub_leaves_the_index_alone(
-        self, index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    def test_offline_does_not_try_and_offline_of_the_hub_leaves_the_index_alone(
+        self, index: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        assert assets.fetch(SOURCE, SHA256).read_bytes() == CONTENT
+        path = assets.fetch(SOURCE, SHA256)
+        monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
+        monkeypatch.setattr(subprocess, "Popen", None)
+        assert assets.fetch(SOURCE, SHA256) == path, "the second time needs no index"
+        with pytest.raises(AssetError, match="not in the cache, and SELFSPEC_OFFLINE=1 forbids"):
+            assets.fetch(SOURCE)
 
 
 class TestFile:
@@ -178,12 +168,9 @@ class TestFile:
 
     def test_refusals(self, tmp_path: Path) -> None:
         (tmp_path / "words.txt").write_bytes(b"other")
-        with pytest.raises(AssetError, match="there is no"):
-            assets.fetch(f"file:{tmp_path}/none")
-        with pytest.raises(AssetError, match="its sha256 is"):
-            assets.fetch(f"file:{tmp_path}/words.txt", SHA256)
-        with pytest.raises(AssetError, match="is a folder"):
-            assets.fetch(f"file:{tmp_path}", SHA256)
+        for place, says in (("/none", "there is no"), ("/words.txt", "its sha256 is"), ("", "is a folder")):
+            with pytest.raises(AssetError, match=says):
+                assets.fetch(f"file:{tmp_path}{place}", SHA256)
 
 
 class TestHub:
@@ -194,6 +181,7 @@ class TestHub:
 
     @staticmethod
     def _answer(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[dict[str, object]]:
+        """What the hub's client is asked, once it answers so."""
         calls: list[dict[str, object]] = []
 
         def snapshot_download(repo: str, **options: object) -> str:
@@ -206,16 +194,14 @@ class TestHub:
         return calls
 
     def test_revision_and_no_pickles(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "model.safetensors").touch()
         calls = self._answer(monkeypatch, tmp_path)
-        assert assets.fetch("hf:org/name@abc123") == tmp_path
-        assert (calls[0]["repo"], calls[0]["revision"], calls[0]["local_files_only"]) == ("org/name", "abc123", False)
-        assert "*.safetensors" in str(calls[0]["allow_patterns"]) and ".bin" not in str(calls[0]["allow_patterns"])
-
-    def test_pickled_weights_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._answer(monkeypatch, tmp_path)
         with pytest.raises(AssetError, match=r"no \*\.safetensors"):
             assets.fetch("hf:org/name")
+        (tmp_path / "model.safetensors").touch()
+        assert assets.fetch("hf:org/name@abc123") == tmp_path
+        asked = calls[1]
+        assert (asked["repo"], asked["revision"], asked["local_files_only"]) == ("org/name", "abc123", False)
+        assert "*.safetensors" in str(asked["allow_patterns"]) and ".bin" not in str(asked["allow_patterns"])
 
     @pytest.mark.parametrize("name", ["SELFSPEC_OFFLINE", "HF_HUB_OFFLINE"])
     def test_offline_for_real(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,15 +212,14 @@ class TestHub:
     def test_unreachable_unknown_full(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        self._answer(monkeypatch, LocalEntryNotFoundError("long\nstory"))
-        with pytest.raises(AssetError, match="hub cannot be reached"):
-            assets.fetch("hf:org/name")
-        self._answer(monkeypatch, RuntimeError("first line\nsecond"))
-        with pytest.raises(AssetError, match=r"^hf:org/name: first line$"):
-            assets.fetch("hf:org/name")
-        self._answer(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-        with pytest.raises(StorageError, match="No space left"):
-            assets.fetch("hf:org/name")
+        for error, kind, says in (
+            (LocalEntryNotFoundError("long\nstory"), AssetError, "hub cannot be reached"),
+            (RuntimeError("first line\nsecond"), AssetError, r"^hf:org/name: first line$"),
+            (OSError(errno.ENOSPC, "No space left on device"), StorageError, "No space left"),
+        ):
+            self._answer(monkeypatch, error)
+            with pytest.raises(kind, match=says):
+                assets.fetch("hf:org/name")
 
     def test_sha256_is_refused(self) -> None:
         with pytest.raises(AssetError, match="pin hf:org/name@<commit>"):
@@ -250,25 +235,16 @@ class TestDerived:
             (folder / "a.txt").write_text("a")
 
         for _ in range(2):
-            folder = assets.derived("thing", KEY, build)
+            folder = folders.derived("thing", KEY, build)
         assert folder == cache / "derived" / f"thing-{KEY[:16]}"
         assert (folder / "a.txt").read_text() == "a"
         assert len(calls) == 1
-
-    def test_an_error_leaves_nothing(self, cache: Path) -> None:
-        def build(folder: Path) -> None:
-            (folder / "half").write_text("half")
-            raise RuntimeError("no")
-
-        with pytest.raises(RuntimeError, match="no"):
-            assets.derived("thing", KEY, build)
-        assert _left(cache) == []
 
     def test_what_a_killed_process_left_is_swept(self, cache: Path) -> None:
         part = cache / "derived" / f"thing-{KEY[:16]}.part"
         part.mkdir(parents=True)
         (part / "half").write_text("half")
-        folder = assets.derived("thing", KEY, lambda folder: None)
+        folder = folders.derived("thing", KEY, lambda folder: None)
         assert [file.name for file in folder.iterdir()] == [".selfspec-sizes.json"]
         assert not part.exists()
 
@@ -276,56 +252,55 @@ class TestDerived:
     def test_two_processes_build_once_and_the_second_says_what_it_waits_for(self, tmp_path: Path) -> None:
         said = tmp_path / "said"
         script = (
-            "import sys, time; from pathlib import Path; from selfspec.data import assets\n"
+            "import sys, time; from pathlib import Path; from selfspec.data import folders\n"
             "def build(folder):\n"
             f"    with Path({str(tmp_path / 'count')!r}).open('a') as f: f.write('x')\n"
             f"    while not Path({str(said)!r}).stat().st_size: time.sleep(0.01)\n"
             "    (folder / 'a').touch()\n"
-            f"assert (assets.derived('thing', {KEY!r}, build) / 'a').exists()\n"
+            f"assert (folders.derived('thing', {KEY!r}, build) / 'a').exists()\n"
             "assert 'torch' not in sys.modules and 'rich' not in sys.modules\n"
         )
         with said.open("a") as file:
             two = [subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stderr=file) for _ in range(2)]
         assert [process.wait() for process in two] == [0, 0], said.read_text()
         assert (tmp_path / "count").read_text() == "x"
-        assert (
-            said.read_text().count("\n") == 1 and "waiting for another process: conversion of thing" in said.read_text()
-        )
+        (line,) = said.read_text().splitlines()
+        assert line.startswith("waiting for another process that is at the conversion of thing")
 
     def test_a_cache_that_cannot_be_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "file" / "cache"))
         with pytest.raises(StorageError, match=r"file/cache.*: Not a directory"):
-            assets.derived("thing", KEY, lambda folder: None)
+            folders.derived("thing", KEY, lambda folder: None)
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
     def test_full_disk(self, cache: Path) -> None:
         with pytest.raises(StorageError, match="No space left on device"):
-            assets.derived("thing", KEY, lambda folder: _ignore(Path("/dev/full").write_text("x")))
+            folders.derived("thing", KEY, lambda folder: print(Path("/dev/full").write_text("x")))
         assert _left(cache) == []
 
-    def test_library_errors_without_a_number_pass_through(self) -> None:
+    @pytest.mark.parametrize("error", [RuntimeError("no"), OSError("that is not a model")], ids=repr)
+    def test_an_error_of_the_builders_passes_through_and_leaves_nothing(self, cache: Path, error: Exception) -> None:
         def build(folder: Path) -> None:
-            raise OSError("that is not a model")
+            (folder / "half").write_text("half")
+            raise error
 
-        with pytest.raises(OSError, match="not a model"):
-            assets.derived("thing", KEY, build)
+        with pytest.raises(type(error), match=str(error)):
+            folders.derived("thing", KEY, build)
+        assert _left(cache) == []
 
     def test_names_and_keys_are_checked(self) -> None:
         for name, key in (("a/b", KEY), ("a", "../../x"), ("a", "short")):
             with pytest.raises(ValueError, match="not a plain name"):
-                assets.derived(name, key, lambda folder: None)
+                folders.derived(name, key, lambda folder: None)
 
     def test_fingerprint(self, tmp_path: Path) -> None:
         file = tmp_path / "a"
         file.write_text("a")
-        first = assets.fingerprint(file, 1)
-        assert first == assets.fingerprint(file, 1) != assets.fingerprint(file, 2)
+        first = folders.fingerprint(file, 1)
+        assert first == folders.fingerprint(file, 1) != folders.fingerprint(file, 2)
         file.write_text("ab")
-        assert first != assets.fingerprint(file, 1)
-
-
-def _ignore(_: object) -> None: ...
+        assert first != folders.fingerprint(file, 1)
 
 
 def test_declared_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def bucket(gcs: Proxy) -> Bucket:
 
 
 @pytest.mark.parametrize("url", [URL, "gs://bucket", "memory://a/b", "memory://"])
-def test_objects(url: str, gcs: Proxy) -> None:
+def test_objects_are_created_written_read_listed_and_removed(url: str, gcs: Proxy) -> None:
     bucket = Bucket(url + "/")
     assert bucket.read("x/1") is None and bucket.size("x/1") is None and bucket.names("x") == []
     assert bucket.create("x/1", b"one") and not bucket.create("x/1", b"other")
@@ -57,24 +56,6 @@ def test_who_was_told_to_end_does_not_wait_for_a_bucket_to_clear_up(bucket: Buck
     assert len(gcs.seen) == 6, "the client's own tries, and none of ours"
 
 
-def test_eight_create_one_object(gcs: Proxy) -> None:
-    start, won = threading.Barrier(8), list[int]()
-
-    def create(me: int) -> None:
-        own = Bucket(f"{URL}/", sleep=lambda seconds: None)
-        start.wait()
-        if own.create("contested", f"by {me}".encode()):
-            won.append(me)
-
-    threads = [threading.Thread(target=create, args=(me,)) for me in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert Bucket(URL).read("contested") == f"by {won[0]}".encode()
-
-
 # --- what passes
 
 FAULTS: list[int | str] = [429, 500, 502, 503, 504, 408, "drop"]
@@ -88,7 +69,7 @@ VERBS: dict[str, Callable[[Bucket], object]] = {
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_what_passes_is_waited_for(bucket: Bucket, gcs: Proxy, what: int | str) -> None:
+def test_transient_faults_are_retried(bucket: Bucket, gcs: Proxy, what: int | str) -> None:
     for after in (False, True):
         for pattern, verb in VERBS.items():
             bucket.write("there/old", b"old")
@@ -108,7 +89,7 @@ def test_a_create_whose_answer_was_lost_knows_its_own_object(bucket: Bucket, gcs
     assert bucket.read("mine") == b"holder 1"
 
 
-def test_silence(gcs: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_without_an_answer_is_sent_again(gcs: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SILENCE_S", 0.5)  # an answer that is late for it is asked for again, 36 times
     silent = Bucket(URL + "/silent", sleep=lambda seconds: None)
     for after in (False, True):
@@ -126,7 +107,7 @@ def test_who_waits_is_told_once_what_for(bucket: Bucket, gcs: Proxy, capsys: pyt
         assert capsys.readouterr().err == f"warning: {URL}/waited for: planted, 503; asked again\n"
 
 
-def test_what_does_not_pass_is_given_up(bucket: Bucket, gcs: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lasting_outage_is_given_up(bucket: Bucket, gcs: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     gcs.plant("POST", 503, times=10_000)
     gcs.seen.clear()
     with pytest.raises(StorageError, match=r"^gs://bucket/some where/x: cannot be written: planted, 503$"):
@@ -142,14 +123,14 @@ def test_what_does_not_pass_is_given_up(bucket: Bucket, gcs: Proxy, caplog: pyte
 
 
 @pytest.mark.parametrize("ask", [*VERBS.values(), lambda bucket: bucket.remove("x"), lambda bucket: bucket.size("x")])
-def test_no_bucket(ask: Callable[[Bucket], object], gcs: Proxy) -> None:
+def test_a_missing_bucket_is_named(ask: Callable[[Bucket], object], gcs: Proxy) -> None:
     with pytest.raises(StorageError, match=r"^gs://typo/x: there is no bucket gs://typo; make it, or name another$"):
         ask(Bucket("gs://typo/x"))
     assert len(gcs.seen) < 5
 
 
 @pytest.mark.parametrize(("pattern", "ask"), VERBS.items())
-def test_no_right(pattern: str, ask: Callable[[Bucket], object], bucket: Bucket, gcs: Proxy) -> None:
+def test_forbidden_is_not_retried(pattern: str, ask: Callable[[Bucket], object], bucket: Bucket, gcs: Proxy) -> None:
     bucket.write("there/old", b"old")
     for status in (403, 401):
         fault = gcs.plant(pattern, status, times=99, body=NO_RIGHT.replace(b"403", str(status).encode()))
@@ -170,7 +151,7 @@ def test_no_right(pattern: str, ask: Callable[[Bucket], object], bucket: Bucket,
         ("adl://x/y", "needs pip install 'adl'"),
     ],
 )
-def test_a_url_that_cannot_be(url: str, says: str) -> None:
+def test_an_unusable_url_is_refused(url: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"^checkpoint.dir={url}: {says}"):
         Bucket(url)
 
@@ -189,7 +170,7 @@ def test_a_store_that_does_not_refuse_is_refused(tmp_path: Path, monkeypatch: py
         lax.check_exclusive("x", b"2")
 
 
-def test_the_clients_other_half_stays_off(gcs: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_support_of_zonal_buckets_stays_off(gcs: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")
     Bucket(URL)
     assert os.environ.pop("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT") == "false"

@@ -8,15 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gcs import NO_RIGHT, Fault, Proxy
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 
-from selfspec import fitting, job, plan
+from selfspec import fitting, job
 from selfspec.checkpoint import Journal, at, finished
 from selfspec.checkpoint import lease as lease_module
 from selfspec.checkpoint import store as store_module
@@ -27,7 +27,6 @@ from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import ConfigError, HeadError, JournalError
 from selfspec.plan import Plan
 from selfspec.report import results
-from selfspec.run import CONF
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +40,6 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: list[str]) -> 
     """Of this test alone: what a bucket lends lies there."""
     monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store_module, "_fetched", set())
-
-
-def made(*overrides: str) -> Plan:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return plan.make(compose("config", list(overrides)))
 
 
 def meets(fault: Fault, process: "subprocess.Popen[str]") -> None:
@@ -66,9 +59,11 @@ def timeless(result: Any) -> dict[str, Any]:
     return {**result, "measurements": left, "settings": None, "provenance": None}
 
 
-def test_a_job(gcs: Proxy, fake: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_on_a_bucket(
+    gcs: Proxy, fake: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its identity is that of the same job on a folder, and so are its results; done again, it runs nothing."""
-    local, there = made(*fake), made(*fake, *ON_GCS)
+    local, there = planned(*fake), planned(*fake, *ON_GCS)
     assert local.id == there.id and local.head_id == there.head_id
     code, _, err = run(*fake, *ON_GCS)
     assert (code, err) == (0, "")
@@ -93,7 +88,7 @@ def test_killed_and_resumed_elsewhere(
 ) -> None:
     """kill -9 while a unit is written; another process waits for the lease to run out and does the rest."""
     argv = [*fake, *ON_GCS, "checkpoint.lease_s=1", "scale.warmup=0", "scale.prompts=6"]
-    todo = made(*argv)
+    todo = planned(*argv)
     wanted = todo.scale.prompts * todo.scale.repeats
     command = [sys.executable, "-W", "error::ResourceWarning", "-m", "selfspec.run", *argv]
     stuck = gcs.plant("POST.*journal/00000006", "hang", times=99)
@@ -113,32 +108,31 @@ def test_killed_and_resumed_elsewhere(
     job.run(todo, tmp_path)
     assert capsys.readouterr().err == f"waiting for another process that holds {job.place(todo)}/lease\n"
     assert {name: bucket.read(f"journal/{name}") for name in before} == before
-    undisturbed = made(*fake, "scale.warmup=0", "scale.prompts=6")
+    undisturbed = planned(*fake, "scale.warmup=0", "scale.prompts=6")
     result = job.run(undisturbed, tmp_path)
     assert timeless(finished(DIR, todo.id)) == timeless(result)
     assert sorted(units(todo)) == sorted(units(undisturbed)) and len(units(todo)) == wanted
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143)])
-def test_interrupted(gcs: Proxy, fake: list[str], signum: int, code: int) -> None:
+def test_sigterm_keeps_the_unit_and_releases_the_lease(gcs: Proxy, fake: list[str]) -> None:
     """The unit in hand is kept, and the lease given back: nobody waits."""
     argv = [*fake, *ON_GCS, "scale.warmup=0"]
-    todo = made(*argv)
+    todo = planned(*argv)
     late = gcs.plant("POST.*journal/00000004", "late")
     command = [sys.executable, "-m", "selfspec.run", *argv]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         meets(late, process)
-        process.send_signal(signum)
+        process.terminate()
         late.released.set()
         _, err = process.communicate()
-    assert (process.returncode, err) == (code, "SIGTERM: finished work is kept; the same command carries on\n")
+    assert (process.returncode, err) == (143, "SIGTERM: finished work is kept; the same command carries on\n")
     assert json.loads(Bucket(job.place(todo)).read("lease/00000001") or b"")["until"] == 0
     assert len(units(todo)) == 3
 
 
 def test_a_zombie_job_leaves_nothing(gcs: Proxy, fake: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [*fake, *ON_GCS, "checkpoint.lease_s=86400"]  # nor does it renew its lease meanwhile
-    todo = made(*argv)
+    todo = planned(*argv)
     generate, taken = FakeEngine.generate, list[int]()
 
     def taken_over(*args: Any, **options: Any) -> Any:
@@ -157,7 +151,7 @@ def test_a_zombie_job_leaves_nothing(gcs: Proxy, fake: list[str], run: Run, monk
 
 def test_a_sweeps_checks_wait_for_a_bucket_together(gcs: Proxy, fake: list[str]) -> None:
     """One whose answer is late keeps no other waiting; none costs more than alone; the first error counts."""
-    plans = [made(*fake, *ON_GCS, f"seed={seed}") for seed in range(8)]
+    plans = [planned(*fake, *ON_GCS, f"seed={seed}") for seed in range(8)]
     gcs.seen.clear()
     job.check(plans[0])
     assert len(gcs.seen) == 2
@@ -181,7 +175,7 @@ def test_a_sweeps_checks_wait_for_a_bucket_together(gcs: Proxy, fake: list[str])
 def test_a_sweep_that_begins_anew(gcs: Proxy, fake: list[str], run: Run) -> None:
     """With ``never``, what an earlier sweep left is set aside; a plan that two of its jobs ask for runs once."""
     argv = ["-m", *fake, *ON_GCS, "checkpoint.resume=never", "tau=0.1,0.2"]  # no gate looks at tau
-    todo = made(*fake, *ON_GCS)
+    todo = planned(*fake, *ON_GCS)
     bucket = Bucket(job.place(todo))
     for begun_anew in (0, 1):
         code, out, _ = run(*argv)
@@ -216,12 +210,12 @@ def test_bad_input_costs_one_line(
     gcs: Proxy, fake: list[str], run: Run, tmp_path: Path, overrides: str, says: str
 ) -> None:
     code, out, err = run(*overrides.split(), *fake)
-    assert (code, out, err.count("\n")) == (2, "", 1) and says.format(id=made(*fake).id) in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and says.format(id=planned(*fake).id) in err
     assert "secret" not in err and not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize("verb", ["GET", "POST"])
-def test_no_right(gcs: Proxy, fake: list[str], run: Run, tmp_path: Path, verb: str) -> None:
+def test_a_forbidden_bucket_costs_one_line(gcs: Proxy, fake: list[str], run: Run, tmp_path: Path, verb: str) -> None:
     gcs.plant(verb, 403, times=99, body=NO_RIGHT)
     code, out, err = run(*fake, *ON_GCS)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -230,9 +224,9 @@ def test_no_right(gcs: Proxy, fake: list[str], run: Run, tmp_path: Path, verb: s
 
 def test_the_bucket_from_the_environment(gcs: Proxy, fake: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SELFSPEC_CHECKPOINT", "gs://bucket/mine")
-    assert made(*fake, "checkpoint=gcs").checkpoint.dir == "gs://bucket/mine"
+    assert planned(*fake, "checkpoint=gcs").checkpoint.dir == "gs://bucket/mine"
     with pytest.raises(JournalError, match="gs://bucket/mine"):
-        job.check(made(*fake, "checkpoint=gcs", "checkpoint.resume=require"))
+        job.check(planned(*fake, "checkpoint=gcs", "checkpoint.resume=require"))
 
 
 # --- heads
@@ -252,17 +246,14 @@ def test_one_builds_while_the_others_wait(
             time.sleep(0.01)
         path.write_bytes(b"head" * 1000)
 
-    threads = [threading.Thread(target=at(DIR).make, args=("heads/x.safetensors", build)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda store: store.make("heads/x.safetensors", build), [at(DIR) for _ in range(6)]))
     assert built == [1]
     path = at(DIR).fetch("heads/x.safetensors")
     assert path.read_bytes() == b"head" * 1000 and path.is_relative_to(tmp_path / "cache")
 
 
-def test_who_built_first_is_right(gcs: Proxy) -> None:
+def test_the_head_that_was_built_first_stands(gcs: Proxy) -> None:
     """A zombie that comes late with a head of its own takes its successor's."""
 
     def build(path: Path) -> None:
@@ -287,16 +278,16 @@ def test_a_head_is_fitted_once_for_all_machines(
         "scale.repeats=1",
         "scale.warmup=0",
     ]
-    first = made(*argv)
+    first = planned(*argv)
     with pytest.raises(ConfigError, match="needs a head and none is fitted yet"):
-        job.check(made(*argv, "stages=[bench]"))
+        job.check(planned(*argv, "stages=[bench]"))
     measured = job.run(first, tmp_path)["measurements"]
     assert measured["fit/agreement"] > 0 and fitting.fitted(first)
 
     shutil.rmtree(tmp_path / "cache" / "checkpoint")  # another machine
     monkeypatch.setattr(store_module, "_fetched", set())
     monkeypatch.delattr(TorchEngine, "fit")
-    second = made(*argv, "K=5")
+    second = planned(*argv, "K=5")
     assert second.id != first.id and not fitting.head_path(second).exists()
     job.check(second)
     assert not fitting.head_path(second).exists()  # a check downloads nothing but the head's facts

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.attention import AttentionMetadata
+from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 
 LAYERS, HEADS, SIZE = 3, 2, 4

@@ -45,22 +45,7 @@ def units(folder: Path) -> list[str]:
 # --- what it keeps
 
 
-def test_units_come_back(tmp_path: Path) -> None:
-    with begin(tmp_path) as journal:
-        first = journal.append("fit", "block/0", {"loss": float("inf"), "shape": (1, 2), "by_k": {3: None}}, "cpu")
-        second = journal.append("bench", "block/0", {}, "gpu")
-        third = journal.append("fit", "block/1", {}, "cpu")
-    assert first.data == {"loss": float("inf"), "shape": [1, 2], "by_k": {"3": None}}  # as it will be read
-    with begin(tmp_path, Resume.require) as again:
-        assert again.created == journal.created
-        assert again.records("fit") == [first, third]
-        assert again.records("bench") == [second]
-        assert again.records("quality") == []
-        assert again.get("bench", "block/0") == second
-        assert again.get("bench", "block/1") is None
-
-
-def test_the_file(tmp_path: Path) -> None:
+def test_a_journal_is_a_header_and_a_line_for_each_unit(tmp_path: Path) -> None:
     data = written(tmp_path, 1)
     header, unit = map(json.loads, data.splitlines())
     assert header["journal"] == 1
@@ -94,37 +79,6 @@ def test_a_unit_is_on_the_disk_before_append_returns(tmp_path: Path, monkeypatch
     assert calls[0][1] == calls[1][1]
 
 
-def test_a_unit_is_appended_once(tmp_path: Path) -> None:
-    with begin(tmp_path) as journal:
-        journal.append("bench", "a", {}, "cpu")
-        with pytest.raises(ValueError, match="unit 'a' of stage 'bench' is in the journal already"):
-            journal.append("bench", "a", {}, "cpu")
-    with begin(tmp_path) as journal, pytest.raises(ValueError, match="already"):
-        journal.append("bench", "a", {}, "cpu")
-    assert units(tmp_path) == ["a"]
-
-
-def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with begin(tmp_path) as journal:
-        with pytest.raises(TypeError):
-            journal.append("bench", "a", {"x": object()}, "cpu")
-        with pytest.raises(TypeError):
-            journal.note("x", object())
-        journal.append("bench", "a", {}, "cpu")
-    assert units(tmp_path) == ["a"]
-
-
-def test_a_closed_journal_takes_nothing_but_can_be_read(tmp_path: Path) -> None:
-    with begin(tmp_path) as journal:
-        record = journal.append("bench", "a", {}, "cpu")
-    journal.close()
-    assert journal.records("bench") == [record]
-    with pytest.raises(ValueError, match="is closed"):
-        journal.append("bench", "b", {}, "cpu")
-    with pytest.raises(ValueError, match="is closed"):
-        journal.note("key", 1)
-
-
 def test_notes(tmp_path: Path) -> None:
     with begin(tmp_path) as journal:
         assert journal.notes == {}
@@ -137,22 +91,17 @@ def test_notes(tmp_path: Path) -> None:
         assert journal.notes == {"run_id": "two", "other": {"a": [1]}}
 
 
-def test_observers_see_new_units_once_they_are_safe(tmp_path: Path) -> None:
-    seen: list[Record] = []
-    on_disk: list[int] = []
+def test_a_unit_is_given_back_once_it_is_safe(tmp_path: Path) -> None:
     written(tmp_path, 1)
     with begin(tmp_path) as journal:
-        journal.on_append += [seen.append, lambda record: on_disk.append(units(tmp_path).count(record.unit))]
-        journal.append("bench", "a", {}, "cpu")
-        journal.note("key", 1)
-    assert [record.unit for record in seen] == ["a"]
-    assert on_disk == [1]
+        assert journal.append("bench", "a", {}, "cpu").unit == "a"
+        assert units(tmp_path).count("a") == 1
 
 
 # --- what it resumes from
 
 
-def test_never_moves_the_old_one_aside(tmp_path: Path) -> None:
+def test_resume_never_moves_the_old_journal_aside(tmp_path: Path) -> None:
     first = written(tmp_path, 2)
     with begin(tmp_path, Resume.never) as journal:
         assert journal.records("bench") == []
@@ -164,32 +113,9 @@ def test_never_moves_the_old_one_aside(tmp_path: Path) -> None:
     assert len((tmp_path / FILE).read_bytes().splitlines()) == 1
 
 
-def test_never_begins_where_there_is_none(tmp_path: Path) -> None:
+def test_resume_never_begins_where_there_is_no_journal(tmp_path: Path) -> None:
     begin(tmp_path, Resume.never).close()
     assert not list(tmp_path.glob("journal.*.jsonl"))
-
-
-def test_require_wants_a_journal(tmp_path: Path) -> None:
-    folder = tmp_path / "none"
-    with pytest.raises(JournalError, match=r"checkpoint\.resume=require: there is no journal .*; auto begins one"):
-        begin(folder, Resume.require)
-    assert not folder.exists()
-    folder.mkdir()
-    (folder / FILE).write_bytes(written(tmp_path, 0)[:-5])
-    with pytest.raises(JournalError, match=r"checkpoint\.resume=require"):
-        begin(folder, Resume.require)
-    written(folder, 1)
-    with begin(folder, Resume.require) as journal:
-        assert len(journal.records("bench")) == 1
-
-
-def test_another_plans_journal_is_refused(tmp_path: Path) -> None:
-    written(tmp_path, 1)
-    with pytest.raises(JournalError, match=f"is the journal of plan {PLAN}, not of other"):
-        begin(tmp_path, plan="other")
-    with pytest.raises(JournalError, match="not of other"):
-        inspect(tmp_path, "other")
-    begin(tmp_path, Resume.never, plan="other").close()
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
@@ -212,16 +138,20 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 def test_inspect_changes_and_creates_nothing(tmp_path: Path) -> None:
     inspect(tmp_path / "none", PLAN)
-    with pytest.raises(JournalError, match="require"):
-        inspect(tmp_path / "none", PLAN, Resume.require)
+    for ask in (inspect, lambda folder, *_: begin(folder, Resume.require)):
+        with pytest.raises(JournalError, match="require"):
+            ask(tmp_path / "none", PLAN, Resume.require)
     assert not list(tmp_path.iterdir())
+    (tmp_path / FILE).write_bytes(written(tmp_path / "other", 0)[:-5])  # half a header
+    with pytest.raises(JournalError, match="require"):
+        begin(tmp_path, Resume.require)
     torn = written(tmp_path / "there", 2)[:-5]
     (tmp_path / "there" / FILE).write_bytes(torn)
     inspect(tmp_path / "there", PLAN, Resume.require)
     assert (tmp_path / "there" / FILE).read_bytes() == torn
 
 
-def test_a_journal_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_journal_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
     with pytest.raises(JournalError, match=r"journal\.jsonl: cannot be read: is a directory"):
         inspect(tmp_path, PLAN)
@@ -232,7 +162,7 @@ def test_a_journal_that_cannot_be_read(tmp_path: Path) -> None:
 # --- torn and corrupt
 
 
-def test_torn_at_every_byte(tmp_path: Path) -> None:
+def test_a_journal_torn_at_any_byte_keeps_its_whole_units(tmp_path: Path) -> None:
     """Cut anywhere: every unit whose line is whole is there, and the journal can be carried on with."""
     data = written(tmp_path, 3)
     ends = [n + 1 for n, byte in enumerate(data) if byte == ord("\n")]
@@ -248,7 +178,7 @@ def test_torn_at_every_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 50 + b"\n", b"\0" * 50, b'{"stage":"be\n', b"\xff\n", b"\n"])
-def test_a_last_line_that_never_reached_the_disk(tmp_path: Path, tail: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torn_last_line_is_dropped(tmp_path: Path, tail: bytes, caplog: pytest.LogCaptureFixture) -> None:
     data = written(tmp_path, 2)
     assert not caplog.records
     (tmp_path / FILE).write_bytes(data + tail)
@@ -301,7 +231,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk(small_disk: Path) -> None:
+def test_a_full_disk_loses_no_finished_unit(small_disk: Path) -> None:
     journal = begin(small_disk / "run")
     with pytest.raises(StorageError, match=r"journal\.jsonl: cannot be written: no space left on device"), journal:
         for n in range(1000):
@@ -314,7 +244,7 @@ def test_a_full_disk(small_disk: Path) -> None:
         again.append("bench", "small enough", {}, "cpu")
 
 
-def test_a_read_only_disk(small_disk: Path) -> None:
+def test_a_read_only_disk_is_refused(small_disk: Path) -> None:
     written(small_disk, 1)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     inspect(small_disk, PLAN)
@@ -323,7 +253,7 @@ def test_a_read_only_disk(small_disk: Path) -> None:
             begin(folder)
 
 
-def test_a_write_that_falls_short(tmp_path: Path) -> None:
+def test_a_short_write_closes_the_journal(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with begin(tmp_path) as journal:
         journal.append("bench", "a", {}, "cpu")
@@ -340,7 +270,7 @@ def test_a_write_that_falls_short(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_a_failed_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
+def test_a_unit_whose_sync_failed_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
     """The unit counts as not finished; or as finished, if not even the clean-up worked."""
 
     def fail(*_: object) -> None:
@@ -358,7 +288,7 @@ def test_a_failed_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: boo
         assert [record.unit for record in journal.records("bench")] == (["a"] if cut else ["a", "b"])
 
 
-def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/run: cannot be written: not a directory"):
         begin(tmp_path / "file" / "run")
@@ -377,9 +307,8 @@ def test_a_signal_waits_for_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return written
 
     with pytest.raises(Interrupted), trap(), begin(tmp_path) as journal:
-        journal.on_append.append(seen.append)
         monkeypatch.setattr(os, "write", interrupted)
-        journal.append("bench", "a", {}, "cpu")
+        seen.append(journal.append("bench", "a", {}, "cpu"))
     monkeypatch.undo()
     assert journal.get("bench", "a") is not None
     assert not seen
@@ -454,7 +383,7 @@ def stop(child: "subprocess.Popen[str]", signum: int, after: int, wait_s: float)
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments(tmp_path: Path) -> None:
+def test_kill_9_loses_no_finished_unit(tmp_path: Path) -> None:
     chance = random.Random(0)
     done, kept = list[str](), list[str]()
     for _ in range(10):
@@ -503,17 +432,6 @@ def test_a_second_process_waits(tmp_path: Path, killed: bool) -> None:
     assert more.split() == ["open", *(() if done else map(str, range(20)))]
     assert bool(done) is not killed
     assert units(tmp_path) == [str(n) for n in range(20)]
-
-
-@pytest.mark.slow
-def test_two_processes_do_each_unit_once(tmp_path: Path) -> None:
-    children = [worker(tmp_path, 50) for _ in range(2)]
-    done: list[str] = []
-    for child in children:
-        out, _ = child.communicate()
-        assert child.returncode == 0
-        done += out.split()[1:]
-    assert sorted(done, key=int) == units(tmp_path) == [str(n) for n in range(50)]
 
 
 def test_who_waits_for_a_head_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

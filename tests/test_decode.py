@@ -12,16 +12,18 @@ from torch import Tensor
 
 from selfspec.axes import GATE
 from selfspec.engine.torch.session import Scheduler
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.attention import AttentionMetadata
+from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.draft.layerskip import EarlyExit
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import ExitHead, FittedExit, RawExit
 from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -68,8 +70,8 @@ def run(
     while not done:
         done = [told.completion for told in scheduler.step() if told.completion]
         caches.check(cache, target.depth)
-        for member in scheduler.members:
-            assert cache.lengths == [len(member.row.tokens) - 1]
+        for seq in scheduler.running:
+            assert cache.lengths == [len(seq.tokens) - 1]
     assert not scheduler.busy and cache.lengths == []
     return done[0]
 
@@ -88,10 +90,10 @@ class Script(Draft):
         super().__init__(model)
         self.prompt, self.tokens, self.wrong = prompt, tokens, wrong
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         (row,), (k,) = rows, ks
         at = len(row.tokens) - self.prompt
-        assert tuple(self.tokens[:at]) == tuple(row.new_tokens)
+        assert tuple(self.tokens[:at]) == tuple(row.output_tokens())
         return Proposal([Tree.chain([row.tokens[-1], *((t + self.wrong) % 80 for t in self.tokens[at : at + k])])])
 
 
@@ -126,7 +128,7 @@ class TestCounts:
             def nodes(self, k: int) -> int:
                 return 5
 
-            def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+            def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
                 root = rows[0].tokens[-1]
                 if ks[0] < 2:
                     return Proposal([Tree.chain([root])])
@@ -235,7 +237,7 @@ class TestObserve:
         certain, states, given = list[int](), list[Tensor](), list[Tensor]()
 
         class Told(Script):
-            def observe(self, row: Row, index: int, tokens: Sequence[int], states_: Tensor, cache: KVCache) -> None:
+            def observe(self, row: Seq, index: int, tokens: Sequence[int], states_: Tensor, cache: KVCache) -> None:
                 assert index == 0 and len(tokens) == len(states_)
                 assert cache.lengths[0] == len(row.tokens) - 1 and row.tokens[-len(tokens) :] == list(tokens)
                 assert torch.equal(row.state, states_[-1:])
@@ -247,8 +249,8 @@ class TestObserve:
         half_right = [token % 80 for token in half_right]
 
         class Mistaken(Told):
-            def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
-                at = len(rows[0].new_tokens)
+            def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+                at = len(rows[0].output_tokens())
                 return Proposal([Tree.chain([rows[0].tokens[-1], *half_right[at : at + ks[0]]])])
 
         got = run(whole(model), Request(PROMPT, 16), Mistaken(model, len(PROMPT), plain), k)
@@ -266,14 +268,14 @@ class TestObserve:
             def nodes(self, k: int) -> int:
                 return 2 * k + 1
 
-            def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
-                tree, node, at = Tree.chain(rows[0].tokens[-1:]), 0, len(rows[0].new_tokens)
+            def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+                tree, node, at = Tree.chain(rows[0].tokens[-1:]), 0, len(rows[0].output_tokens())
                 for token in plain[at : at + ks[0]]:
                     tree.add(node, (token + 1) % 80)
                     node = tree.add(node, token)
                 return Proposal([tree])
 
-            def observe(self, row: Row, index: int, tokens: Sequence[int], new: Tensor, cache: KVCache) -> None:
+            def observe(self, row: Seq, index: int, tokens: Sequence[int], new: Tensor, cache: KVCache) -> None:
                 states.append(new)
 
         made = Speculation(whole(model), Siblings(model), OPEN, Controller(3), LongestPrefix())
@@ -308,7 +310,7 @@ class TestSharing:
     ) -> None:
         draft, doubts = (
             EarlyExit(model, EXIT, RawExit(model)),
-            GATE.new(gate_name, **({"threshold": 0.3} if gate_name == "maxp" else {})).make(),
+            GATE.new(gate_name, **({"threshold": 0.3} if gate_name != "none" else {})).make(),
         )
         got = run(whole(model), Request(PROMPT, 24), draft, k, doubts)
         assert passes.pop(0) == (0, len(PROMPT), 0, LAYERS)

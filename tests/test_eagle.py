@@ -12,10 +12,10 @@ from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation import fit
 from selfspec.speculation.draft import eagle
-from selfspec.speculation.draft.base import Row
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head, HeadForm, features
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -47,9 +47,11 @@ def traces(model: Llama) -> list[Trace]:
     return texts
 
 
-def row(token: int, seed: int = 0) -> Row:
+def row(token: int, seed: int = 0) -> Seq:
     state = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed))
-    return Row(Request((4, 5), 20), [4, 5, token], state, 0.0)
+    made = Seq(Request((4, 5), 20))
+    made.tokens, made.state = [4, 5, token], state
+    return made
 
 
 def random_head(vocab: int | None = None) -> Head:
@@ -58,7 +60,7 @@ def random_head(vocab: int | None = None) -> Head:
     return Head(tensors | ({"ids": torch.arange(vocab)} if vocab else {}), {})
 
 
-def propose(draft: eagle.Eagle, rows: list[Row], ks: list[int], doubt: Gate | None = None) -> list[Tree]:
+def propose(draft: eagle.Eagle, rows: list[Seq], ks: list[int], doubt: Gate | None = None) -> list[Tree]:
     return draft.propose(rows, ks, doubt or Gate(), draft.model.new_cache(0)).trees
 
 

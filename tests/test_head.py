@@ -111,10 +111,8 @@ class TestRefusals:
     def test_of_something_else(self, path: Path) -> None:
         found = heads.check(path, {"model": "sha256:abc", "exit_layer": 12, "previous": False})
         assert found.items() >= FACTS.items()
-        refused(path, "fitted for model=sha256:abc, but model=sha256:def is asked for", {"model": "sha256:def"})
-        refused(path, "fitted for exit_layer=12, but exit_layer=24 is", {"exit_layer": 24})
-        refused(path, "fitted for previous=False, but previous=True", {"previous": True})
-        refused(path, "fitted for rank=None, but rank=3", {"rank": 3})
+        for key, value in (("model", "sha256:def"), ("exit_layer", 24), ("previous", True), ("rank", 3)):
+            refused(path, f"fitted for {key}={found.get(key)}, but {key}={value} is asked for", {key: value})
 
     def test_missing(self, tmp_path: Path) -> None:
         refused(tmp_path / "none", "no head can be read there")

@@ -21,9 +21,10 @@ from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -91,7 +92,7 @@ class Oracle(Draft):
     def nodes(self, k: int) -> int:
         return 3 * k + 1
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         trees = []
         for row, k in zip(rows, ks, strict=True):
             (answer,) = (a for a in self.answers if a[: len(row.tokens)] == tuple(row.tokens))

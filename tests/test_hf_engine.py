@@ -112,7 +112,7 @@ def test_a_stop_token_stops(plain: plan.Plan, tiny_folder: Path, name: str) -> N
     engine = HFEngine(replace(plain, draft=draft(name, tiny_folder)))
     (whole,) = engine.generate(REQUESTS[1:2])
     stop = whole.tokens[7]
-    engine.model.shape = replace(engine.model.shape, eos=frozenset({stop}))
+    engine.weights.model.shape = replace(engine.weights.model.shape, eos=frozenset({stop}))
     (stopped,) = engine.generate([replace(REQUESTS[1], ignore_eos=False)])
     assert stopped.tokens == whole.tokens[: whole.tokens.index(stop) + 1] and stopped.finish == "stop"
     assert engine.generate(REQUESTS[1:2])[0].tokens == whole.tokens
@@ -150,8 +150,8 @@ def test_references_share_weights_and_nothing_else(plain: plan.Plan, tiny_folder
     for reference in references.values():
         assert isinstance(reference, HFEngine)
         assert [completion.tokens for completion in reference.generate(REQUESTS)] == wanted
-    assert len({id(reference.model) for reference in references.values()}) == 1  # type: ignore[attr-defined]
-    assert reference.model is not ours.model, "nothing that is set on one is seen by the other"
+    assert len({id(reference.weights.model) for reference in references.values()}) == 1  # type: ignore[attr-defined]
+    assert reference.weights.model is not ours.model, "nothing that is set on one is seen by the other"
 
 
 def test_the_rest_of_the_protocol(plain: plan.Plan) -> None:
@@ -160,9 +160,9 @@ def test_the_rest_of_the_protocol(plain: plan.Plan) -> None:
     assert "transformers" in engine.describe() and engine.state() == {}
     engine.restore({})
     (answer,) = engine.generate(REQUESTS[:1])
-    tie = engine.compare(REQUESTS[0].tokens, answer.tokens[0], (answer.tokens[0] + 1) % 80)
+    tie = engine.ties.compare(REQUESTS[0].tokens, answer.tokens[0], (answer.tokens[0] + 1) % 80)
     assert tie.gap > 0 and tie.rounding == 0.0
-    assert engine.encode("a model drafts", False) == [5, 6, 7]
+    assert engine.tokenizer.encode("a model drafts", False) == [5, 6, 7]
 
 
 class TestRefusals:

@@ -18,11 +18,12 @@ from selfspec.model.tree import Tree
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft import hybrid
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.draft.hybrid import Hybrid, merged
 from selfspec.speculation.fit import split, trace
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -85,7 +86,7 @@ def test_tokens_are_those_of_plain_decoding(
 ) -> None:
     draft = HYBRIDS[name].make(model, None)
     got = decoded(
-        draft, requests, k, rows, GATE.new(gate_name, **({"threshold": 0.5} if gate_name == "maxp" else {})).make()
+        draft, requests, k, rows, GATE.new(gate_name, **({"threshold": 0.5} if gate_name != "none" else {})).make()
     )
     assert [c.tokens for c in got] == [c.tokens for c in plain]
     cycles: list[Cycle] = [cycle for completion in got for cycle in completion.cycles]
@@ -103,17 +104,17 @@ class Told(Draft):
         super().__init__(model)
         self.trees, self.asked = list(trees), list[list[int]]()
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         self.asked.append(list(ks))
         bare = [Tree.chain(row.tokens[-1:]) for row in rows]
         return Proposal([tree if k else root for tree, root, k in zip(self.trees, bare, ks, strict=True)])
 
-    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+    def observe(self, row: Seq, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         row.memory = [*(row.memory or []), self, *tokens]
 
 
-def rows(count: int) -> list[Row]:
-    made = [Row(Request((1, 2, 5), 9), [1, 2, 5], torch.empty(0), 0.0) for _ in range(count)]
+def rows(count: int) -> list[Seq]:
+    made = [Seq(Request((1, 2, 5), 9)) for _ in range(count)]
     for row in made:
         row.memory = hybrid.Memories()
     return made

@@ -64,8 +64,8 @@ def test_it_is_another_model_and_says_so(engine: Callable[..., TorchEngine]) -> 
     full, small = engine("draft=lsq"), engine("draft=lsq", "engine.weights=int8")
     assert full.plan.id != small.plan.id and full.plan.answers_id != small.plan.answers_id
     assert "int8" in small.plan.label and "int8" not in full.plan.label
-    tie = small.compare(REQUESTS[0].tokens, 5, 6)
-    assert tie.gap != full.compare(REQUESTS[0].tokens, 5, 6).gap
+    tie = small.ties.compare(REQUESTS[0].tokens, 5, 6)
+    assert tie.gap != full.ties.compare(REQUESTS[0].tokens, 5, 6).gap
 
 
 def test_only_our_own_layers_have_them(engine: Callable[..., Any]) -> None:

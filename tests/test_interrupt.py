@@ -29,20 +29,15 @@ def test_a_signal_becomes_an_exception(signum: int, code: int) -> None:
     assert caught.value.exit_code == code
 
 
-def test_handlers_are_put_back() -> None:
+def test_handlers_are_put_back_and_a_trap_works_again_after_one_that_was_sprung() -> None:
     before = [signal.getsignal(signum) for signum in SIGNALS]
     with trap():
         assert [signal.getsignal(signum) for signum in SIGNALS] != before
-    assert [signal.getsignal(signum) for signum in SIGNALS] == before
-    with pytest.raises(Interrupted), trap():
-        send()
-    assert [signal.getsignal(signum) for signum in SIGNALS] == before
-
-
-def test_a_trap_works_again_after_one_that_was_sprung() -> None:
     for _ in range(2):
+        assert [signal.getsignal(signum) for signum in SIGNALS] == before
         with pytest.raises(Interrupted), trap():
             send()
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
 
 
 def test_later_signals_leave_the_cleanup_alone() -> None:

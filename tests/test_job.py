@@ -29,6 +29,7 @@ from selfspec.plan import Plan
 from selfspec.report import results
 from selfspec.report.results import Result
 from selfspec.run import CONF
+from selfspec.stages.base import Stage, Unit, Units
 from selfspec.tracking import MLflowTracker
 from selfspec.types import Completion, Request
 
@@ -394,26 +395,36 @@ def test_a_plan_without_a_bench(make: Make, tmp_path: Path) -> None:
 
 
 def test_what_a_stage_may_say_for_itself(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    soak = ModuleType("soak")
     logged = list[tuple[dict[str, float], int]]()
 
-    def work(engine: object, plan: Plan, journal: Journal) -> dict[str, float]:
-        if journal.get("soak", "0") is None:
-            journal.append("soak", "0", {"errors": 2}, "here")
-        return {"errors": 2.0}
+    class Rain(Stage):
+        name = "soak"
 
-    hooks: dict[str, Any] = {
-        "run": work,
-        "check": lambda plan: None,
-        "fetch": lambda plan: None,
-        "per_unit": lambda data: {"soak/unit/errors": float(data["errors"])},
-        "write": lambda folder, plan, journal: (folder / "soak.csv").write_text("errors\n2\n"),
-        "facts": lambda plan, journal: {"lossless": "no", "provenance": {"fingerprint": "soak"}},
-        "notes": lambda plan, journal: ["it rained"],
-        "failures": lambda plan, journal: ["2 errors", "it leaks"],
-    }
-    for name, hook in hooks.items():
-        setattr(soak, name, hook)
+        def units(self, engine: object, journal: Journal) -> Units:
+            if self.missing(["0"], journal):
+                yield Unit("0", {"errors": 2}, "here")
+                assert journal.get("soak", "0") and logged[-1] == ({"soak/unit/errors": 2.0}, 0), "before it goes on"
+
+        def measurements(self, journal: Journal) -> dict[str, float]:
+            return {"errors": 2.0}
+
+        def per_unit(self, data: dict[str, Any]) -> dict[str, float]:
+            return {"soak/unit/errors": float(data["errors"])}
+
+        def write(self, folder: Path, journal: Journal) -> None:
+            (folder / "soak.csv").write_text("errors\n2\n")
+
+        def facts(self, journal: Journal) -> dict[str, Any]:
+            return {"lossless": "no", "provenance": {"fingerprint": "soak"}}
+
+        def notes(self, journal: Journal) -> list[str]:
+            return ["it rained"]
+
+        def failures(self, journal: Journal) -> list[str]:
+            return ["2 errors", "it leaks"]
+
+    soak = ModuleType("soak")
+    vars(soak)["Rain"] = Rain
     monkeypatch.setitem(sys.modules, "selfspec.stages.soak", soak)
     monkeypatch.setattr(MLflowTracker, "start", lambda *args: "run")
     for name in ("set_tags", "artifacts", "finish"):

@@ -53,7 +53,7 @@ def test_killed_and_carried_on_with(make: Make, undisturbed: Sweep) -> None:
     assert "Traceback" not in sweep.said()
 
 
-def test_two_launchers_at_once(make: Make, undisturbed: Sweep) -> None:
+def test_two_launchers_at_once_run_each_unit_once(make: Make, undisturbed: Sweep) -> None:
     sweep = make()
     sweep.hold.touch()
     with sweep.launch() as one, sweep.launch() as other:
@@ -62,9 +62,11 @@ def test_two_launchers_at_once(make: Make, undisturbed: Sweep) -> None:
         assert [one.wait(), other.wait()] == [0, 0], sweep.said()
     assert violations(sweep, undisturbed) == []
     assert len(sweep.calls()) == len(undisturbed.calls()) == 36, "each unit once"
+    one_table, other_table = (path.read_text() for path in sweep.folder.rglob("sweeps/*/summary.csv"))
+    assert one_table == other_table
 
 
-def test_what_is_wrong_is_found(undisturbed: Sweep, tmp_path: Path) -> None:
+def test_each_planted_violation_is_found(undisturbed: Sweep, tmp_path: Path) -> None:
     def found(change: Callable[[Sweep], None]) -> str:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         copy = Sweep(tmp_path / "copy" / "of it", [], virtual=True)

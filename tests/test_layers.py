@@ -15,9 +15,10 @@ REPO = Path(__file__).parents[1]
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "lazy", "types"),
     ("options",),
-    ("axes", "data.assets", "heads", "interrupt", "metrics", "progress", "quality.config"),
+    ("axes", "heads", "interrupt", "metrics", "progress", "quality.config"),
     ("config",),
-    ("data", "files", "provenance", "refusal", "sweep.compose"),
+    ("files", "provenance", "refusal", "sweep.compose"),
+    ("data",),
     ("checkpoint", "rules", "sweep_context", "tracking"),
     ("plan",),
     ("model", "report"),
@@ -40,7 +41,7 @@ TORCH_MAY = tuple(
         *("engine.torch.", "engine.hf.", "engine.vllm.", "engine.openai."),
     )
 )
-TORCHLESS = ("bandit", "controller")
+TORCHLESS = ("bandit", "controller", "sequence")
 """Of ``speculation``: what the fake engine runs, too."""
 STAGES_MAY = ("selfspec.engine.base", "selfspec.engine.factory")
 """Of the engine: a stage knows its protocol, and who makes one."""

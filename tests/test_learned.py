@@ -123,9 +123,12 @@ def test_a_comb_by_its_definition(bench: Bench, width: int, budget: int | None) 
     model, ks = bench.model, [4, 2, 0]
     draft = bench.make(replace(DRAFTS["raw"], width=width, budget=budget))
     speculation = Speculation(Target(model, 6, model.norm), draft, Gate(), Controller(K), LongestPrefix())
-    cache = model.new_cache(60, 3)
-    rows = [speculation.begin(request, cache, 0.0) for request in bench.requests[:3]]
-    for row, k, tree in zip(rows, ks, draft.propose(rows, ks, Gate(), cache).trees, strict=True):
+    session = Scheduler(speculation, model.new_cache(60, 3))
+    for request in bench.requests[:3]:
+        session.submit(request)
+    session.step()
+    rows = session.running
+    for row, k, tree in zip(rows, ks, draft.propose(rows, ks, Gate(), session.cache).trees, strict=True):
         said, chain, leaves = list(row.tokens), [], []
         for step in range(min(k, budget or k)):
             alone = model.new_cache(len(said))

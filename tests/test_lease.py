@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 
@@ -54,7 +55,7 @@ def said(bucket: Bucket) -> dict[str, dict[str, object]]:
     return {name: json.loads(bucket.read(f"plan/lease/{name}") or b"") for name in bucket.names("plan/lease")}
 
 
-def test_taken_and_given_back(bucket: Bucket) -> None:
+def test_a_lease_is_taken_and_released(bucket: Bucket) -> None:
     watch = Time()
     with lease(bucket, watch) as first:
         assert first.epoch == 1
@@ -119,7 +120,7 @@ def test_a_dead_holders_own_term_counts(bucket: Bucket) -> None:
     assert watch.passed == 3 * TERM_S
 
 
-def test_a_zombie_is_told(bucket: Bucket) -> None:
+def test_a_zombies_renewal_is_refused(bucket: Bucket) -> None:
     zombie, watch = lease(bucket, Time()), Time()
     zombie.hold()
     zombie.check()
@@ -140,11 +141,11 @@ def test_a_zombie_is_told(bucket: Bucket) -> None:
     assert (successor.epoch, third.epoch) == (2, 3)
 
 
-def test_eight_at_once(gcs: Proxy) -> None:
+def test_eight_processes_hold_it_in_turn(gcs: Proxy) -> None:
     """Each has it for itself, in turn."""
     inside, most, turns = 0, 0, list[int]()
 
-    def work() -> None:
+    def work(_: int) -> None:
         nonlocal inside, most
         with Lease(Bucket("gs://bucket/leases"), "plan/lease", 1e6, Clock(sleep=lambda s: time.sleep(0.01))) as held:
             inside += 1
@@ -153,11 +154,8 @@ def test_eight_at_once(gcs: Proxy) -> None:
             time.sleep(0.01)
             inside -= 1
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert most == 1 and turns == list(range(1, 9))
 
 
@@ -217,7 +215,7 @@ def test_a_signal_while_it_is_taken_gives_it_back(bucket: Bucket, monkeypatch: p
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b'{"until": "soon", "term_s": 1, "holder": ""}'])
-def test_what_is_no_lease(bucket: Bucket, data: bytes) -> None:
+def test_a_damaged_lease_is_refused(bucket: Bucket, data: bytes) -> None:
     bucket.write("plan/lease/00000007", data)
     with pytest.raises(JournalError, match=r"plan/lease/00000007: is no lease; delete it if nothing runs"):
         lease(bucket, Time()).hold()

@@ -1,31 +1,29 @@
 """``hydra/launcher=local``: jobs as processes that share fit and tracker, die without hiding others, and are ended."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from launched import Sweep, until
+from launched import Sweep, tracked, until
+from plans import planned
 
+from hydra_plugins.selfspec_launcher import local
 from hydra_plugins.selfspec_launcher._jobs import Job
 from hydra_plugins.selfspec_launcher.local import LocalLauncher
-from selfspec import plan
 from selfspec.checkpoint import FILE
 from selfspec.errors import StorageError
 from selfspec.provenance import hardware
 from selfspec.report import results
 from selfspec.run import CONF
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's, see test_tracking.py
-]
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -33,8 +31,6 @@ Run = Callable[..., tuple[int, str, str]]
 def test_jobs_share_one_fit_and_one_tracker(
     run: Run, overrides: list[str], uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow import MlflowClient
-
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     tracking = ("tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=local")
     ours = [each for each in overrides if each != "tracking=none"]
@@ -46,6 +42,7 @@ def test_jobs_share_one_fit_and_one_tracker(
     found = results.find(tmp_path / "outputs" / "main" / "sweeps")
     assert [result["lossless"] for result in found] == ["yes", "yes"]
     assert len({result["measurements"]["fit/solve_s"] for result in found}) == 1, "both report the one fit"
+    assert len({result["plan_id"] for result in found}) == 2
     (answers,) = (tmp_path / "outputs" / "checkpoint" / "fit").glob(f"*/{FILE}")
     units = [json.loads(line).get("unit") for line in answers.read_text().splitlines()[1:]]
     assert units == ["batch-0000"]
@@ -54,13 +51,8 @@ def test_jobs_share_one_fit_and_one_tracker(
     assert isinstance(cores, int)
     assert [result["provenance"]["extra"]["threads"] for result in found] == [max(1, cores // 2)] * 2
 
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("local")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
-    (parent,) = [each.info.run_id for each in runs if "selfspec.sweep_id" in each.data.tags]
-    assert [each.data.tags.get("mlflow.parentRunId") for each in runs].count(parent) == 2 and len(runs) == 3
-    assert {each.info.status for each in runs} == {"FINISHED"}
+    parent, children = tracked(uri, "local")
+    assert [each.info.status for each in (parent, *children)] == ["FINISHED"] * 3
     assert "lock" not in "".join(log.read_text() for log in tmp_path.rglob("log.txt"))
 
 
@@ -107,6 +99,17 @@ def test_jobs_of_a_launcher_that_is_killed_end_too(fake: list[str], tmp_path: Pa
         assert log.read_text().endswith("SIGTERM: finished work is kept; the same command carries on\n")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells no child of its parent's death")
+def test_a_job_whose_launcher_was_killed_before_it_began_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", "print('begun')"]
+    ours = local._die_with_parent()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)  # so the parent that it looks for is not the one it has
+        anothers = local._die_with_parent()
+    done = [subprocess.run(command, preexec_fn=die, capture_output=True, text=True) for die in (ours, anothers)]
+    assert [(each.returncode, each.stdout) for each in done] == [(0, "begun\n"), (143, "")]
+
+
 def test_jobs_have_the_configs_that_were_given(run: Run, fake: list[str], tmp_path: Path) -> None:
     conf = tmp_path / "my conf"
     shutil.copytree(CONF, conf)
@@ -118,13 +121,10 @@ def test_jobs_have_the_configs_that_were_given(run: Run, fake: list[str], tmp_pa
     assert code == 0 and all(f"| layerskip3 maxp={threshold} K=4 " in out for threshold in (0.25, 0.125)), err
 
 
-def test_a_job_whose_log_cannot_be_written(fake: list[str]) -> None:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        made = plan.make(compose("config", fake))
+def test_a_log_that_cannot_be_written_is_refused(fake: list[str]) -> None:
     launcher = LocalLauncher(n_jobs=1, gpus=[], poll_s=0.1)
     with pytest.raises(StorageError, match=r"^/dev/null/0/log\.txt: cannot be written: not a directory"):
-        launcher.start([Job(0, "job 0", made, [], Path("/dev/null/0"))])
+        launcher.start([Job(0, "job 0", planned(*fake), [], Path("/dev/null/0"))])
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,6 @@ def test_a_launcher_that_would_be_dropped_is_refused(
     (far / "here.yaml").write_text("# @package _global_\n")
     (far / "there.yaml").write_text("# @package _global_\ndefaults:\n  - override /hydra/launcher: local\n")
     (far / "more.yaml").write_text("# @package _global_\nhydra:\n  launcher:\n    n_jobs: 3\n")
-    options = [each for each in argv if each.startswith("-")]
-    code, _, err = run(*options, f"--config-dir={tmp_path / 'conf'}", *fake, *(a for a in argv if a not in options))
+    code, _, err = run(f"--config-dir={tmp_path / 'conf'}", *fake, *argv)
     assert code == 2 and err.startswith(f"error: {says}") and err.count("\n") == 1, err
     assert not (tmp_path / "outputs").exists()

@@ -18,13 +18,14 @@ from selfspec.model.tree import Tree
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft import suffix
-from selfspec.speculation.draft.base import Draft, Row
+from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.draft.ngram import Latest, copied
 from selfspec.speculation.draft.suffix import Counts, Suffix
 from selfspec.speculation.fit import split, trace
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
 from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -41,9 +42,10 @@ def texts(count: int, alphabet: int = 4, max_match: int = 40) -> list[list[int]]
     return [rng.choices(range(alphabet), k=rng.randint(2, max_match)) for _ in range(count)]
 
 
-def row_of(draft: Draft, prompt: Sequence[int], *steps: Sequence[int]) -> Row:
+def row_of(draft: Draft, prompt: Sequence[int], *steps: Sequence[int]) -> Seq:
     """A row as the loop makes it: a prompt and its first token observed together, then what each cycle gave."""
-    row = Row(Request(tuple(prompt[:-1]), 99), list(prompt), torch.empty(0), 0.0)
+    row = Seq(Request(tuple(prompt[:-1]), 99))
+    row.tokens.append(prompt[-1])
     draft.observe(row, 0, row.tokens[1:], UNUSED, UNUSED)
     for new in steps:
         row.tokens += new
@@ -51,7 +53,7 @@ def row_of(draft: Draft, prompt: Sequence[int], *steps: Sequence[int]) -> Row:
     return row
 
 
-def tree_of(draft: Draft, row: Row, k: int) -> Tree:
+def tree_of(draft: Draft, row: Seq, k: int) -> Tree:
     (tree,), hidden, depth = draft.propose([row], [k], UNUSED, UNUSED)
     assert hidden is None and depth == 0
     return tree

@@ -20,25 +20,29 @@ from statistics import quantiles
 import caches
 import pytest
 import torch
+from devices import CAPTURES, DEVICE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfspec.axes import DRAFT, GATE
 from selfspec.config import Order
 from selfspec.engine.torch.session import Scheduler
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.attention import AttentionMetadata
+from selfspec.model.cache import KVCache
+from selfspec.model.graphs import Graphs
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation import fit
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.draft.layerskip import EarlyExit
 from selfspec.speculation.draft.medusa import HeadInit
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head, HeadForm, RawExit
 from selfspec.speculation.policy.base import Choice, Policy, Verdict
 from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -102,7 +106,8 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model = Llama.load(folder, torch.device("cpu"), torch.float32)
+        self.model = Llama.load(folder, DEVICE, torch.float32)
+        self.model.fused = CAPTURES
         self.shape = self.model.shape = replace(self.model.shape, eos=frozenset())
         chance = torch.Generator().manual_seed(6)
         lengths = (3, 12, 1, POSITIONS - NEW)
@@ -127,12 +132,15 @@ class Bench:
         policy: Policy | None = None,
         kv: type[KVCache] = KVCache,
         order: Order = Order.fcfs,
+        static: bool = False,
     ) -> list[Completion]:
         """All of them, by continuous batching; after each step every layer must hold every verified position."""
         s = self.shape
         capacity = max(len(r.tokens) + r.max_new_tokens for r in requests) + draft.nodes(k)
         size = (s.layers + draft.layers, rows, s.kv_heads, capacity if kv is KVCache else ROOMY, s.head_dim)
-        cache = kv(*size, torch.float32, torch.device("cpu"), s.max_positions)
+        cache = kv(*size, torch.float32, self.model.device, s.max_positions, 1 if static else 0)
+        if static:  # on a GPU they are captured as graphs, elsewhere run one operator after the other
+            self.model._graphs[cache] = Graphs(self.model._static_run(), s.hidden, torch.float32, CAPTURES)
         target = Target(self.model, s.layers, self.model.norm)
         scheduler = Scheduler(
             Speculation(target, draft, gate, Controller(k), policy or LongestPrefix()), cache, order, CHUNK
@@ -142,7 +150,7 @@ class Bench:
         while scheduler.busy:
             done |= {told.number: told.completion for told in scheduler.step() if told.completion}
             caches.check(cache, s.layers)
-            assert kv is not KVCache or cache.lengths == [len(member.row.tokens) - 1 for member in scheduler.members]
+            assert kv is not KVCache or cache.lengths == [len(seq.tokens) - 1 for seq in scheduler.running]
         return [done[number] for number in numbers]
 
     def plain(self, request: Request) -> Completion:
@@ -237,6 +245,15 @@ def test_tokens_are_those_of_plain_decoding(
         assert all(c.depth == c.k_asked for c in cycles), "nothing else stops a chain"
 
 
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("name", DRAFTS)
+def test_passes_of_a_fixed_shape_change_no_tokens(bench: Bench, name: str, rows: int) -> None:
+    """What a graph replays: padded rows and nodes, and a mask made from bits."""
+    runs = bench.decode(bench.requests, bench.draft(name), k=5, rows=rows, static=True)
+    for request, got in zip(bench.requests, runs, strict=True):
+        assert (got.tokens, got.finish) == (bench.plain(request).tokens, bench.plain(request).finish)
+
+
 @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.nightly), 3])
 @pytest.mark.parametrize("order", [order for order in Order if order is not Order.fcfs])
 @pytest.mark.parametrize("name", DRAFTS)
@@ -273,7 +290,7 @@ class Thicket(Draft):
     def nodes(self, k: int) -> int:
         return 1 + 4 * k
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         trees = [self.grown(row, k) for row, k in zip(rows, ks, strict=True)]
         if not self.depth:
             return Proposal(trees)
@@ -291,10 +308,10 @@ class Thicket(Draft):
         tokens = [token for tree in trees for token in tree.tokens[first:]]
         return self.model.run(self.model.embed(tokens, at), cache, at, 0, self.depth)
 
-    def grown(self, row: Row, k: int) -> Tree:
+    def grown(self, row: Seq, k: int) -> Tree:
         rng = random.Random(str((row.request.tokens, len(row.tokens))))
         said = self.bench.plain(replace(row.request, ignore_eos=True, max_new_tokens=NEW)).tokens
-        at = len(row.new_tokens)
+        at = len(row.output_tokens())
         tree, depths = Tree.chain(row.tokens[-1:]), [0]
         for _ in range(4 * k if rng.random() < 0.9 else 0):
             parent = rng.choice([i for i, depth in enumerate(depths) if depth < k] + [len(depths) - 1] * 2)
@@ -330,7 +347,7 @@ class Wrap(Draft):
         super().__init__(draft.model)
         self.draft, self.change = draft, change
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         return self.change(self.draft.propose(rows, ks, gate, cache))
 
 
@@ -359,7 +376,8 @@ class BySlot(KVCache):
 
     def place(self, trees: Sequence[Tree], first: int = 0, row: int | None = None) -> AttentionMetadata:
         at = super().place(trees, first, row)
-        return replace(at, positions=slice(at.start, at.stop) if at.slot is None else at.slot)
+        at.positions = slice(at.start, at.stop) if at.slot is None else at.slot
+        return at
 
 
 class Judged(LongestPrefix):

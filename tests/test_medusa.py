@@ -13,11 +13,11 @@ from selfspec.axes import DRAFT, GATE
 from selfspec.model.llama import Llama
 from selfspec.speculation import fit
 from selfspec.speculation.draft import medusa
-from selfspec.speculation.draft.base import Row
 from selfspec.speculation.draft.medusa import HeadInit
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -51,9 +51,11 @@ def traces(model: Llama) -> list[Trace]:
     return texts
 
 
-def row(model: Llama, token: int, seed: int = 0) -> Row:
+def row(model: Llama, token: int, seed: int = 0) -> Seq:
     state = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed))
-    return Row(Request((4, 5), 20), [4, 5, token], state, 0.0)
+    made = Seq(Request((4, 5), 20))
+    made.tokens, made.state = [4, 5, token], state
+    return made
 
 
 def planted(model: Llama, tokens: list[int]) -> Head:
@@ -100,8 +102,9 @@ class TestPropose:
         for width, wanted in ((1, [7, 11]), (2, [7, 11])):
             draft = replace(MEDUSA, width=width).make(model, head)
             doubt = GATE.new("maxp", threshold=0.99).make()
-            state = replace(row(model, 7), state=torch.zeros(1, 32))
-            (tree,) = draft.propose([state], [3], doubt, model.new_cache(0)).trees
+            seq = row(model, 7)
+            seq.state = torch.zeros(1, 32)
+            (tree,) = draft.propose([seq], [3], doubt, model.new_cache(0)).trees
             assert tree.tokens[:2] == wanted and max(tree.depths()) == 1 and len(tree) == 1 + width
             assert len(tree.signals) == 2 and tree.signals[0] > 0.99 > tree.signals[1]
 

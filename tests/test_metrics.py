@@ -65,12 +65,9 @@ def test_acceptance_by_position() -> None:
     assert metrics.acceptance_by_position([unit(completion(1, 1, 1))]) == []
 
 
-def test_tokens_per_cycle_leaves_out_the_first_and_what_a_stop_cut_off() -> None:
-    assert summarise(EXAMPLE, 0)["acceptance_length"] == (3 + 2 + 1 + 1 + 2) / 5
-
-
-def test_means_over_cycles() -> None:
+def test_means_over_cycles_leave_out_the_first_token_and_what_a_stop_cut_off() -> None:
     found = summarise(EXAMPLE, 0)
+    assert found["acceptance_length"] == (3 + 2 + 1 + 1 + 2) / 5
     assert found["draft_ms"] == (5 + 4 + 1 + 2 + 3) / 5 and found["verify_ms"] == 10
 
 

@@ -16,11 +16,11 @@ from selfspec.errors import ConfigError, StageError
 from selfspec.plan import Plan
 from selfspec.report.results import Result
 from selfspec.run import CONF
-from selfspec.serve.backend import Chunk, NoCache
+from selfspec.serve.backend import Chunk
+from selfspec.serve.build import Fixed
 from selfspec.serve.errors import Failed
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.metrics import Metrics
-from selfspec.serve.wiring import Fixed
 from selfspec.types import Request
 
 pytestmark = pytest.mark.slow
@@ -85,7 +85,7 @@ def test_an_answer_that_breaks_off_fails_the_stage() -> None:
     script = says("w1 ", "w2 ")
     for end in (Failed("the engine broke"), ValueError("unforeseen")):
         backend = Scripted([script[0], Chunk("", 1), end])
-        gateway = Gateway(Serve("test"), Fixed(["tiny"], backend), NoCache(), Metrics())
+        gateway = Gateway(Serve("test"), Fixed(["tiny"], backend), None, Metrics())
         with listening(gateway) as url:
             server = served.Server("engine.url", url, None, lambda text, stopped: list(text.encode()))
             with pytest.raises(StageError, match=f"engine.url={url}: "):

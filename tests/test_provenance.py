@@ -24,17 +24,12 @@ REPO = Path(selfspec.__file__).parents[1]
 
 
 @pytest.fixture
-def git(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is one, and nobody has configured it."""
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one commit, that selfspec believes it runs from; of a git that nobody has configured."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
     monkeypatch.setenv("HOME", os.devnull)
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-
-
-@pytest.fixture
-def checkout(git: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with one commit, that selfspec believes it runs from."""
     who = ["-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false"]
     (tmp_path / "file").write_text("one")
     (tmp_path / ".gitignore").write_text("ignored\n")
@@ -81,9 +76,7 @@ def test_a_failed_write_leaves_the_old_file(
         files.write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    monkeypatch.undo()
     with pytest.raises(StorageError, match="none/file: cannot be written: no such file or directory"):
         files.write_atomic(tmp_path / "none" / "file", "")
 
@@ -114,7 +107,7 @@ def test_folders_that_cannot_be_synced_are_let_pass(tmp_path: Path, monkeypatch:
         files.sync_folder(tmp_path)
 
 
-def test_hardware() -> None:
+def test_hardware_is_told() -> None:
     found = provenance.hardware()
     assert found == provenance.hardware()
     assert found["cpu"]
@@ -167,14 +160,10 @@ def test_fingerprint_tells_what_timings_depend_on() -> None:
     assert provenance.fingerprint(dict(reversed(some.items()))) == provenance.fingerprint(some)
 
 
-def test_versions() -> None:
+def test_versions_leave_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = provenance.versions()
-    assert found["python"] == platform.python_version()
-    assert found["selfspec"] == selfspec.__version__
+    assert (found["python"], found["selfspec"]) == (platform.python_version(), selfspec.__version__)
     assert found["hydra-core"].startswith("1.")
-
-
-def test_versions_leaves_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package-of-ours",))
     assert set(provenance.versions()) == {"python", "selfspec"}
 
@@ -191,7 +180,7 @@ def test_nothing_heavy_is_imported() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", program], env=env, check=True)
 
 
-def test_git(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_tells_commit_and_changes(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True)
     sha = head.stdout.strip()
     (checkout / "ignored").write_text("")
@@ -210,13 +199,9 @@ def test_git_where_there_is_none(checkout: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(provenance, "_CHECKOUT", inside)
         assert provenance.git() == {}
+        subprocess.run(["git", "init", "-q"], cwd=inside, check=True)
+        assert provenance.git() == {}, "there is no commit yet"
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert provenance.git() == {}
-
-
-def test_git_before_the_first_commit(git: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    monkeypatch.setattr(provenance, "_CHECKOUT", tmp_path)
     assert provenance.git() == {}
 
 

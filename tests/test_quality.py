@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+import test_report
+from plans import planned, run_job
 
-from selfspec import job, plan
+from selfspec import job
+from selfspec.axes import ENGINE
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume
 from selfspec.engine.fake.engine import FakeEngine
@@ -26,8 +27,8 @@ from selfspec.quality.perplexity import Conversation, Nats
 from selfspec.report import quality as tables
 from selfspec.report import tables as report
 from selfspec.report.results import Result
-from selfspec.run import CONF
 from selfspec.stages import quality
+from selfspec.stages.quality import Quality
 from selfspec.types import Score, Signals
 
 pytestmark = pytest.mark.slow
@@ -40,17 +41,7 @@ ASKED = ("stages=[quality]", "quality.tasks=[]", "quality.chunk=2", "quality.pro
 def make(fake: list[str]) -> Make:
     """A plan of a quality stage without lm-eval on the fake engine, and more overrides."""
 
-    def made(*overrides: str) -> Plan:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plan.make(compose("config", [*fake, *ASKED, *overrides]))
-
-    return made
-
-
-def run(made: Plan, folder: Path) -> Result:
-    folder.mkdir(parents=True, exist_ok=True)
-    return job.run(made, folder)
+    return partial(planned, *fake, *ASKED)
 
 
 def units(made: Plan) -> dict[str, dict[str, Any]]:
@@ -163,17 +154,11 @@ def test_auc_is_the_chance_that_what_stands_looks_better() -> None:
 def test_exits_are_kept_apart_and_one_that_never_varies_has_no_area() -> None:
     told = [signals(3, [0.9, 0.1], [1, 0]), signals(3, [0.3, 0.2], [1, 1], head="lsq"), signals(5, [0.5, 0.4], [0, 0])]
     made = gates.curves(told)
-    assert {(curve.exit, curve.auc) for curve in made if curve.gate == "maxp"} == {
-        ((3, "raw"), 1.0),
-        ((3, "lsq"), None),
-        ((5, "raw"), None),
-    }
+    areas = {curve.exit: curve.auc for curve in made if curve.gate == "maxp"}
+    assert areas == {(3, "raw"): 1.0, (3, "lsq"): None, (5, "raw"): None}
     found = gates.summarise(told, made)
-    assert (found["gates/3/raw/acceptance"], found["gates/3/lsq/acceptance"], found["gates/5/raw/tokens"]) == (
-        0.5,
-        1.0,
-        2,
-    )
+    wanted = {"gates/3/raw/acceptance": 0.5, "gates/3/lsq/acceptance": 1.0, "gates/5/raw/tokens": 2}
+    assert found.items() >= wanted.items()
     assert "gates/3/raw/maxp_auc" in found and "gates/3/lsq/maxp_auc" not in found
     rows = list(csv.DictReader(gates.table(made).splitlines()))
     assert {row["exit_layer"] for row in rows} == {"3"} and {row["gate"] for row in rows} == set(gates.GATES)
@@ -192,7 +177,7 @@ def test_thresholds_are_the_gates_own() -> None:
 
 def test_what_the_stage_leaves_behind(make: Make, tmp_path: Path) -> None:
     made = make()
-    result = run(made, tmp_path)
+    result = run_job(made, tmp_path)
     done = units(made)
     assert [*done] == [
         *("texts/00000-00002", "texts/00002-00004", "texts/00004-00005"),
@@ -214,17 +199,17 @@ def test_what_the_stage_leaves_behind(make: Make, tmp_path: Path) -> None:
 
 
 def test_what_is_lossy_changes_perplexity_and_fails_nothing(make: Make, tmp_path: Path) -> None:
-    result = run(make("policy.verify=false"), tmp_path)
+    result = run_job(make("policy.verify=false"), tmp_path)
     assert result["measurements"]["quality/reference_delta_ppl"] != 0 and result["status"] == "finished"
 
 
 @pytest.mark.parametrize("fail_at", [1, 3, 4, 5])
 def test_only_what_is_missing_is_run(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int) -> None:
-    made, work = make(), quality._texts
+    made, work = make(), Quality._texts
     calls = list[str]()
 
     def watched(name: str, broken: bool) -> Callable[..., Any]:
-        original = getattr(quality, name)
+        original = getattr(Quality, name)
 
         def step(*args: Any) -> Any:
             calls.append(name)
@@ -236,24 +221,24 @@ def test_only_what_is_missing_is_run(make: Make, tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         for name in ("_texts", "_gates"):
-            patch.setattr(quality, name, watched(name, broken=True))
-        run(made, tmp_path)
-    assert quality._texts is work and len(units(made)) == fail_at - 1
+            patch.setattr(Quality, name, watched(name, broken=True))
+        run_job(made, tmp_path)
+    assert Quality._texts is work and len(units(made)) == fail_at - 1
     kept = units(made)
     calls.clear()
     for name in ("_texts", "_gates"):
-        monkeypatch.setattr(quality, name, watched(name, broken=False))
-    resumed = run(made, tmp_path)
+        monkeypatch.setattr(Quality, name, watched(name, broken=False))
+    resumed = run_job(made, tmp_path)
     assert calls == (["_texts"] * 3 + ["_gates"] * 2)[fail_at - 1 :]
     assert {unit: units(made)[unit] for unit in kept} == kept
-    whole = run(replace(made, checkpoint=replace(made.checkpoint, dir=str(tmp_path / "b"))), tmp_path / "c")
+    whole = run_job(replace(made, checkpoint=replace(made.checkpoint, dir=str(tmp_path / "b"))), tmp_path / "c")
     assert resumed["measurements"] == whole["measurements"]
 
 
 def test_a_finished_stage_needs_no_engine(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(make(), tmp_path)
+    first = run_job(make(), tmp_path)
     monkeypatch.setattr(FakeEngine, "__init__", lambda self, plan: pytest.fail("an engine is made"))
-    assert run(make(), tmp_path)["measurements"] == first["measurements"]
+    assert run_job(make(), tmp_path)["measurements"] == first["measurements"]
 
 
 def test_plain_decoding_is_scored_once(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +250,7 @@ def test_plain_decoding_is_scored_once(make: Make, tmp_path: Path, monkeypatch: 
         return score(self, *args, plain=plain)
 
     monkeypatch.setattr(FakeEngine, "score", spy)
-    result = run(make("draft=none", "quality.gate_prompts=0"), tmp_path)
+    result = run_job(make("draft=none", "quality.gate_prompts=0"), tmp_path)
     assert all(plainly) and result["measurements"]["quality/text_delta_ppl"] == 0
     assert not any("gates" in key for key in result["measurements"])
 
@@ -281,24 +266,24 @@ def test_an_exact_policy_that_changes_the_distribution_fails(
 
     monkeypatch.setattr(FakeEngine, "score", off)
     monkeypatch.setattr(FakeEngine, "describe", lambda self: {"dtype": "float32"})
-    result = run(make(), tmp_path)
+    result = run_job(make(), tmp_path)
     assert result["status"] == "failed" and "not exact: delta-PPL of the reference answers is +" in (
         result["error"] or ""
     )
-    relaxed = run(make("policy.verify=false"), tmp_path)
+    relaxed = run_job(make("policy.verify=false"), tmp_path)
     assert relaxed["status"] == "finished"
     monkeypatch.setattr(FakeEngine, "describe", lambda self: {"dtype": "bfloat16"})
-    assert run(make("seed=1"), tmp_path)["status"] == "finished", "rounding may be as large"
+    assert run_job(make("seed=1"), tmp_path)["status"] == "finished", "rounding may be as large"
 
 
 def test_a_relaxed_policy_is_explained(make: Make, tmp_path: Path) -> None:
-    (note,) = run(make("policy=typical"), tmp_path)["notes"]
+    (note,) = run_job(make("policy=typical"), tmp_path)["notes"]
     assert "its own text's does" in note
 
 
 def test_what_a_tracker_is_shown(make: Make, tmp_path: Path) -> None:
-    run(make(), tmp_path)
-    shown = {unit: quality.per_unit(data) for unit, data in units(make()).items()}
+    run_job(make(), tmp_path)
+    shown = {unit: Quality(make()).per_unit(data) for unit, data in units(make()).items()}
     assert shown["gates/00000-00002"] == {}
     assert shown["texts/00000-00002"]["quality/unit/reference_delta_ppl"] == 0
 
@@ -309,8 +294,8 @@ def test_answers_too_short_to_draft_are_passed_over() -> None:
             raise AssertionError("nothing was drafted")
 
     unit = {"prompts": [[1, 2]], "conversations": [{"plain_tokens": [3]}]}
-    asked = type("Plan", (), {"quality": type("Quality", (), {"exits": None})})
-    assert quality._gates(object.__new__(Silent), asked, [unit], slice(0, 1)) == {"exits": []}  # type: ignore[arg-type]
+    asked: Any = type("Plan", (), {"quality": type("Quality", (), {"exits": None})})
+    assert Quality(asked)._gates(object.__new__(Silent), [unit], slice(0, 1)) == {"exits": []}
 
 
 # ---------------------------------------------------------------------------- refusals, identity, tables
@@ -349,9 +334,9 @@ def test_what_is_not_there_is_refused_before_anything_is_written(
 
 def test_an_engine_that_scores_nothing_is_refused(make: Make) -> None:
     made = make()
-    made = replace(made, engine=replace(made.engine, name=type("Name", (), {"name": "openai"})()))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"engine=openai: stages=\[quality\] needs one of torch, hf, fake"):
-        quality.check(made)
+    made = replace(made, engine=ENGINE.new("openai"))
+    with pytest.raises(ConfigError, match=r"engine=openai: stages=\[quality\] needs one of fake, hf, torch"):
+        Quality(made).check()
 
 
 def test_identity(make: Make) -> None:
@@ -366,12 +351,9 @@ def test_identity(make: Make) -> None:
 
 
 def measured(**numbers: float) -> Result:
-    keys = {key.replace("__", "/"): number for key, number in numbers.items()}
-    return {
-        "version": 1, "plan_id": "p", "label": "lsq12", "name": "main", "settings": {}, "measurements": keys,
-        "lossless": "yes", "notes": [], "provenance": {}, "acceptance_by_position": [], "status": "finished",
-        "error": None,
-    }  # fmt: skip
+    return test_report.result(
+        label="lsq12", measurements={key.replace("__", "/"): number for key, number in numbers.items()}
+    )
 
 
 def met(row: Result) -> dict[str, str]:
@@ -380,25 +362,15 @@ def met(row: Result) -> dict[str, str]:
 
 
 def test_targets_are_met_by_the_whole_interval() -> None:
-    delta = "quality__reference_delta_ppl"
-    assert met(measured(**{delta: 0.1, delta + "_low": 0.0, delta + "_high": 0.17})) == {
-        "delta-PPL, reference answers": "yes"
-    }
-    assert (
-        met(measured(**{delta: 0.1, delta + "_low": 0.0, delta + "_high": 0.19}))["delta-PPL, reference answers"]
-        == "unclear"
-    )
+    delta, name = "quality__reference_delta_ppl", "delta-PPL, reference answers"
+    for high, verdict in ((0.17, "yes"), (0.19, "unclear")):
+        assert met(measured(**{delta: 0.1, f"{delta}_low": 0.0, f"{delta}_high": high})) == {name: verdict}
     row = measured(
         quality__text_delta_ppl=0.5, bench__acceptance=0.46, bench__ttft_ms=54, bench__plain_ttft_ms=100,
         bench__speedup=1.9, bench__speedup_low=1.8, bench__speedup_high=1.95,
     )  # fmt: skip
-    said = {
-        "delta-PPL, own text": "no",
-        "acceptance rate": "yes",
-        "TTFT over plain's": "yes",
-        "tok/s over plain's": "no",
-    }
-    assert met(row) == said
+    said = {"delta-PPL, own text": "no", "acceptance rate": "yes"}
+    assert met(row) == said | {"TTFT over plain's": "yes", "tok/s over plain's": "no"}
     row["measurements"] |= {"bench/ttft_ms": 55, "bench/speedup_low": 2.0, "bench/speedup_high": 2.4}
     assert met(row) == said | {"TTFT over plain's": "no", "tok/s over plain's": "yes"}
 
@@ -452,7 +424,7 @@ def test_tasks_run_plainly_and_as_configured(
     job.fetch(made)
     with monkeypatch.context() as patch:
         patch.setattr(FakeEngine, "score", prefers_b)
-        result = run(made, tmp_path / "run")
+        result = run_job(made, tmp_path / "run")
     assert seen == [True] * 4 + [False] * 4, "each context is read once for all its choices"
     found = {key: value for key, value in result["measurements"].items() if key.startswith("quality/tasks/arc_easy")}
     assert (found["quality/tasks/arc_easy/plain/acc"], found["quality/tasks/arc_easy/configured/acc"]) == (1, 0)

@@ -52,7 +52,9 @@ def pairs(engine: Maker) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The smallest fit data: 20 prompts and the model's own answers, 32 tokens each."""
     made = engine("draft=none", "scale=smoke")
     scale = made.plan.scale
-    chosen = workload.select(made.plan.workload, "fit", scale.fit_prompts, 0, lambda text: made.encode(text, True))
+    chosen = workload.select(
+        made.plan.workload, "fit", scale.fit_prompts, 0, lambda text: made.tokenizer.encode(text, True)
+    )
     requests = [Request(prompt.tokens, scale.fit_new_tokens) for prompt in chosen]
     answers = made.generate(requests, plain=True, max_batch=len(requests))
     return [(request.tokens, answer.tokens) for request, answer in zip(requests, answers, strict=True)]
@@ -77,9 +79,9 @@ def test_golden_tokens(engine: Maker) -> None:
     from transformers import AutoModelForCausalLM
 
     made = engine("draft=none")
-    theirs = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(made.weights.folder, dtype=torch.float32)
     for text, golden in GOLDEN.items():
-        prompt = made.encode(text, chat=True)
+        prompt = made.tokenizer.encode(text, chat=True)
         (got,) = made.generate([Request(tuple(prompt), NEW)], plain=True)
         ids = torch.tensor([prompt])
         answer = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
@@ -98,7 +100,7 @@ def test_speculation_is_lossless(engine: Maker, fitted: Callable[[str], Path], d
     made = engine(*draft.split(), f"hardware.dtype={dtype}", "engine.max_batch=2")
     if made.plan.draft.fitted:
         made.use_head(fitted(draft))
-    prompts = workload.select(made.plan.workload, "bench", 2, 0, lambda text: made.encode(text, True))
+    prompts = workload.select(made.plan.workload, "bench", 2, 0, lambda text: made.tokenizer.encode(text, True))
     requests = [Request(prompt.tokens, NEW) for prompt in prompts]
     drafted = accepted = 0
     together = made.generate(requests)
@@ -109,7 +111,7 @@ def test_speculation_is_lossless(engine: Maker, fitted: Callable[[str], Path], d
             if at is not None:
                 assert dtype == "bf16" and at < min(len(plain.tokens), len(got.tokens))
                 context = (*request.tokens, *plain.tokens[:at])
-                assert made.compare(context, plain.tokens[at], got.tokens[at]).explains
+                assert made.ties.compare(context, plain.tokens[at], got.tokens[at]).explains
             drafted += sum(cycle.proposed for cycle in got.cycles)
             accepted += sum(cycle.accepted for cycle in got.cycles)
     assert accepted < drafted and (accepted > 0 or not made.plan.draft.fitted), (

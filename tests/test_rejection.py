@@ -21,13 +21,14 @@ from selfspec.model.tree import Tree
 from selfspec.speculation import sampling as chance
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.policy import rejection
 from selfspec.speculation.policy.base import Choice, Policy, Verdict
 from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.policy.rejection import Rejection
 from selfspec.speculation.sampling import Purpose, distribution, draw, uniform
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -72,10 +73,10 @@ class Bigram(Draft):
         super().__init__(model)
         self.table = 0.7 * torch.stack([next_logits(model, (token,)) for token in range(VOCAB)])
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         return Proposal([self.tree(row, k) for row, k in zip(rows, ks, strict=True)])
 
-    def tree(self, row: Row, k: int) -> Tree:
+    def tree(self, row: Seq, k: int) -> Tree:
         """The row's tree."""
         raise NotImplementedError
 
@@ -83,7 +84,7 @@ class Bigram(Draft):
 class Chain(Bigram):
     """The likeliest token, and the likeliest after that."""
 
-    def tree(self, row: Row, k: int) -> Tree:
+    def tree(self, row: Seq, k: int) -> Tree:
         tokens = row.tokens[-1:]
         for _ in range(k):
             tokens.append(int(self.table[tokens[-1]].argmax()))
@@ -96,7 +97,7 @@ class Branches(Bigram):
     def nodes(self, k: int) -> int:
         return 2 ** (k + 1) - 1
 
-    def tree(self, row: Row, k: int) -> Tree:
+    def tree(self, row: Seq, k: int) -> Tree:
         tree = Tree.chain(row.tokens[-1:])
         for node in range(2**k - 1):
             for token in self.table[tree.tokens[node]].topk(2).indices.tolist():
@@ -107,7 +108,7 @@ class Branches(Bigram):
 class Sampled(Bigram):
     """A chain drawn from the bigrams' distribution q."""
 
-    def tree(self, row: Row, k: int) -> Tree:
+    def tree(self, row: Seq, k: int) -> Tree:
         tree, sampling, drawn_from = Tree.chain(row.tokens[-1:]), row.request.sampling, list[Tensor]()
         for ahead in range(k):
             q = distribution(self.table[tree.tokens[-1]], sampling)

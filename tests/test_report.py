@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from selfspec.errors import UserError
 from selfspec.report import plots
 from selfspec.report import tables as report
 from selfspec.report.__main__ import main as command_line
@@ -89,12 +88,7 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "selfspec.report", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_a_row_says_it_all() -> None:
+def test_a_row_has_rates_baseline_intervals_and_verdict() -> None:
     header, _, *rows = cells(report.text(MANY))
     assert header[0] == "configuration"
     assert rows == [
@@ -156,11 +150,6 @@ def test_a_plan_has_one_row_its_latest_finished_result() -> None:
     assert distinct([old, failed]) == [old]
 
 
-def test_labels_that_are_the_same_are_told_apart() -> None:
-    text = report.text([result("a", "x", seed=1), result("b", "x", seed=2), result("c", "y", seed=3)])
-    assert [row[0] for row in cells(text)[2:]] == ["x (seed=1)", "x (seed=2)", "y"]
-
-
 def test_a_missing_or_odd_measurement_is_a_dash() -> None:
     odd = result(measurements={"bench/tok_s": math.nan, "bench/speedup": math.inf, "fit/agreement": 0.27})
     assert cells(report.text([odd]))[-1][1:7] == ["-"] * 6
@@ -171,7 +160,7 @@ def test_labels_and_errors_are_not_markup() -> None:
 
 
 @pytest.mark.slow
-def test_the_files(tmp_path: Path) -> None:
+def test_writing_a_report_again_changes_no_file(tmp_path: Path) -> None:
     save(tmp_path, *MANY)
     written = report.write(tmp_path, MANY)
     assert [path.name for path in written] == ["summary.csv", "accept.tsv", "report.txt", "tok_s.png", "acceptance.png"]
@@ -186,7 +175,9 @@ def test_the_files(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in written} == first
 
 
-def test_the_summary_holds_what_varies_and_all_measurements(tmp_path: Path) -> None:
+def test_the_summary_holds_what_varies_and_another_file_acceptance_by_position(
+    tmp_path: Path,
+) -> None:
     report.write(tmp_path, MANY)
     with (tmp_path / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -197,10 +188,6 @@ def test_the_summary_holds_what_varies_and_all_measurements(tmp_path: Path) -> N
     assert rows[3]["error"] == "StageError: out of memory [cuda]"
     assert not {"seed", "model.name", "stages"} & set(rows[0])
     assert set(BENCH) <= set(rows[0])
-
-
-def test_acceptance_by_position(tmp_path: Path) -> None:
-    report.write(tmp_path, MANY)
     assert (tmp_path / "accept.tsv").read_text().splitlines() == [
         "label\tposition\tacceptance",
         "lsq12 varH=4 K=4\t1\t0.5",
@@ -249,12 +236,14 @@ def test_rows_that_share_a_label_are_told_apart_by_what_differs_among_them() -> 
         *(f"other (workload.new_tokens={new})" for new in (8, 16)),
         "none",
     ]
+    assert [row[0] for row in cells(report.text(rows))[2:]] == labels(rows), "in the table, too"
 
 
 @pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     save(tmp_path, *MANY)
-    done = cli(tmp_path)
+    command = [sys.executable, "-W", "error", "-m", "selfspec.report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == report.text(MANY)
     assert {"summary.csv", "tok_s.png"} <= {path.name for path in tmp_path.iterdir()}
@@ -284,10 +273,6 @@ def test_what_is_no_result_is_refused_in_one_line(
     assert says in err
 
 
-@pytest.mark.slow
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    done = cli(tmp_path / "nowhere")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path}/nowhere: no such folder\n"
-    with pytest.raises(UserError, match="no such folder"):
-        find(tmp_path / "nowhere")
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line([str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr() == ("", f"error: {tmp_path}/nowhere: no such folder\n")

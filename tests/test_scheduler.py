@@ -16,11 +16,12 @@ from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.draft.layerskip import EarlyExit
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import RawExit
 from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -56,8 +57,8 @@ class Checked(Scheduler):
     def step(self) -> list[RequestOutput]:
         told = super().step()
         caches.check(self.cache, LAYERS)
-        assert self.cache.lengths == [len(member.row.tokens) - 1 for member in self.members]
-        self.seen.append([member.number for member in self.members])
+        assert self.cache.lengths == [len(seq.tokens) - 1 for seq in self.running]
+        self.seen.append([seq.number for seq in self.running])
         return told
 
 
@@ -212,12 +213,12 @@ class TestBatch:
 
         class Remembering(Draft):
             def observe(
-                self, row: Row, index: int, tokens: Sequence[int], states: torch.Tensor, cache: KVCache
+                self, row: Seq, index: int, tokens: Sequence[int], states: torch.Tensor, cache: KVCache
             ) -> None:
                 row.memory = (row.memory or [row.request.tokens[0]]) + list(tokens)
                 assert cache.lengths[index] == len(row.tokens) - 1
 
-            def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+            def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
                 assert [row.memory for row in rows] == [row.tokens for row in rows]
                 return super().propose(rows, ks, gate, cache)
 

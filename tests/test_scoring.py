@@ -179,8 +179,8 @@ def test_the_last_exit_before_the_end_agrees_most(engine: Maker) -> None:
 
 
 def test_limits(engine: Maker) -> None:
-    limits = engine("draft=none").limits()
-    assert (limits.positions, limits.prefix, limits.prefixed) == (512, 1, False)
+    made = engine("draft=none")
+    assert made.limits() == (512, 80) and made.tokenizer.prefix() == (1, False)
 
 
 # ---------------------------------------------------------------------------- lm-eval
@@ -250,8 +250,8 @@ def test_log_likelihoods_of_the_real_model_are_lm_evals() -> None:
     task.build_all_requests(limit=40, rank=0, world_size=1)
     asked = sorted(task.instances, key=lambda one: len(one.args[0]))[:50]
     hf = HFLM(
-        AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(made.folder),
+        AutoModelForCausalLM.from_pretrained(made.weights.folder, dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(made.weights.folder),
         batch_size=1,
     )
     theirs = hf.loglikelihood(asked, disable_tqdm=True)

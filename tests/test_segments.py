@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -26,7 +27,7 @@ _names = count()
 
 
 def begin(place: str = URL, resume: Resume = Resume.auto, plan: str = PLAN, launch: str | None = None) -> Journal:
-    """Its lease is one that nothing renews while a test runs: ``bury`` is to be the last word on it."""
+    """Its lease is one that nothing renews while a test runs: ``expire`` is to be the last word on it."""
     return Journal.open(place, plan, {"K": 4}, resume, launch=launch, lease_s=1e6)
 
 
@@ -42,7 +43,7 @@ def units(place: str = URL) -> list[str]:
         return [record.unit for record in journal.records("bench")]
 
 
-def mark_orphans_failed(epoch: int = 1) -> None:
+def expire(epoch: int = 1) -> None:
     """Makes a holder look as if it had died long ago."""
     Bucket(URL).write(f"lease/{epoch:08d}", b'{"until": 1, "term_s": 60, "holder": "x"}')
 
@@ -64,7 +65,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 # --- what it keeps, wherever it is
 
 
-def test_units_come_back(place: str) -> None:
+def test_units_and_notes_are_read_back(place: str) -> None:
     with begin(place) as journal:
         first = journal.append("fit", "block/0", {"loss": float("inf"), "shape": (1, 2), "by_k": {3: None}}, "cpu")
         second = journal.append("bench", "block/0", {"text": "ü\n"}, "gpu")
@@ -74,15 +75,24 @@ def test_units_come_back(place: str) -> None:
             journal.append("bench", "block/0", {}, "cpu")
         with pytest.raises(TypeError):
             journal.append("bench", "x", {"x": object()}, "cpu")
-    with pytest.raises(ValueError, match="is closed"):
-        journal.append("bench", "x", {}, "cpu")
+        with pytest.raises(TypeError):
+            journal.note("x", object())
+    journal.close()
+    for act in (lambda: journal.append("bench", "x", {}, "cpu"), lambda: journal.note("key", 1)):
+        with pytest.raises(ValueError, match="is closed"):
+            act()
+    assert first.data == {"loss": float("inf"), "shape": [1, 2], "by_k": {"3": None}}, "as it will be read"
+    assert journal.records("bench") == [second], "what it holds can still be read"
     for _ in range(2):
         with begin(place, Resume.require) as again:
             assert again.created == journal.created and again.notes == {"run_id": "two"}
-            assert (again.records("fit"), again.records("bench")) == ([first], [second])
+            assert [again.records(stage) for stage in ("fit", "bench", "quality")] == [[first], [second], []]
+            assert again.get("bench", "block/0") == second and again.get("bench", "block/1") is None
+            with pytest.raises(ValueError, match="unit 'block/0' of stage 'bench' is in the journal already"):
+                again.append("bench", "block/0", {}, "cpu")
 
 
-def test_resume(place: str) -> None:
+def test_resume_auto_require_and_never(place: str) -> None:
     assert not inspect(place, PLAN)
     for ask in (inspect, lambda *args: begin(place, Resume.require)):
         with pytest.raises(JournalError, match=r"checkpoint\.resume=require: there is no journal .*; auto begins one"):
@@ -90,8 +100,9 @@ def test_resume(place: str) -> None:
     assert not inspect(place, PLAN)
     written(2, place)
     assert inspect(place, PLAN, Resume.require) and inspect(place, PLAN)
-    with pytest.raises(JournalError, match=f"is the journal of plan {PLAN}, not of other"):
-        begin(place, plan="other")
+    for ask in (inspect, lambda place, plan: begin(place, plan=plan)):
+        with pytest.raises(JournalError, match=f"is the journal of plan {PLAN}, not of other"):
+            ask(place, "other")
     with begin(place, Resume.never) as journal:
         assert journal.records("bench") == []
         journal.append("bench", "unit 1", {}, "cpu")
@@ -116,7 +127,7 @@ def test_a_launch_carries_on_with_what_it_began(place: str) -> None:
             journal.append("bench", f"unit {len(kept)}", {"of": launch}, "cpu")
 
 
-def test_what_a_job_leaves(place: str) -> None:
+def test_a_result_is_left_beside_the_journal(place: str) -> None:
     folder, _, plan = place.rpartition("/")
     with begin(f"{folder}/plans/{plan}") as journal:
         assert finished(folder, plan) is None
@@ -134,7 +145,7 @@ def test_what_a_job_leaves(place: str) -> None:
 # --- what lies in the bucket
 
 
-def test_the_objects(gcs: Proxy) -> None:
+def test_each_line_and_each_opening_is_an_object(gcs: Proxy) -> None:
     written(1)
     written(0)
     found = objects()
@@ -147,7 +158,7 @@ def test_the_objects(gcs: Proxy) -> None:
     assert all(line.startswith("GET") for line in gcs.seen[len(seen) :])  # changes and creates nothing
 
 
-def test_never_leaves_what_was_there(gcs: Proxy) -> None:
+def test_resume_never_keeps_the_old_objects(gcs: Proxy) -> None:
     written(2)
     Bucket(URL).write("journal/00000002.jsonl", b"damaged")
     before = objects()
@@ -159,7 +170,7 @@ def test_never_leaves_what_was_there(gcs: Proxy) -> None:
 
 
 @pytest.mark.parametrize("bad", [b"", b"\n", b"{}\n", b"[]\n", b'{"segment": 1}', b'{"segment": 2}\n', b"\xff\n"])
-def test_an_empty_or_foreign_object(gcs: Proxy, bad: bytes) -> None:
+def test_an_empty_or_foreign_object_is_refused(gcs: Proxy, bad: bytes) -> None:
     written(2)
     Bucket(URL).write("journal/00000002.jsonl", bad)
     for ask in (begin, lambda: inspect(URL, PLAN)):
@@ -168,7 +179,7 @@ def test_an_empty_or_foreign_object(gcs: Proxy, bad: bytes) -> None:
     begin(resume=Resume.never).close()
 
 
-def test_a_segment_with_a_line_that_is_none(gcs: Proxy) -> None:
+def test_a_segment_with_a_foreign_line_is_refused(gcs: Proxy) -> None:
     written(2)
     Bucket(URL).write("journal/00000003.jsonl", b'{"segment": 1}\n{"stage": "bench"}\n')
     with pytest.raises(JournalError, match=r"^gs://.*/journal/00000003.jsonl: is no line of a journal: "):
@@ -176,7 +187,7 @@ def test_a_segment_with_a_line_that_is_none(gcs: Proxy) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_missing_object(gcs: Proxy, number: int) -> None:
+def test_a_missing_object_is_refused(gcs: Proxy, number: int) -> None:
     """Such as a lifecycle rule deletes; what comes before a new beginning may be missing."""
     written(2)
     Bucket(URL).write("journal/readme.txt", b"")  # not ours, and in nobody's way
@@ -196,7 +207,7 @@ def test_a_missing_object(gcs: Proxy, number: int) -> None:
 def test_a_zombie_is_fenced(gcs: Proxy) -> None:
     zombie = begin()
     zombie.append("bench", "unit 0", {}, "zombie")
-    mark_orphans_failed()
+    expire()
     with begin() as successor:
         for act in (
             lambda: zombie.append("bench", "unit 1", {}, "zombie"),
@@ -214,7 +225,7 @@ def test_a_zombie_is_fenced(gcs: Proxy) -> None:
     assert finished(DIR, PLAN) is None
 
 
-def test_a_zombies_write_that_is_under_way(gcs: Proxy) -> None:
+def test_a_zombies_write_that_arrives_late_is_refused(gcs: Proxy) -> None:
     """Sent before its successor began, and there only after: it is refused, and its unit is run again."""
     zombie, ended = begin(), list[Exception]()
     late = gcs.plant("POST.*journal/00000002", "late")
@@ -228,7 +239,7 @@ def test_a_zombies_write_that_is_under_way(gcs: Proxy) -> None:
     thread = threading.Thread(target=append)
     thread.start()
     late.met.wait()
-    mark_orphans_failed()
+    expire()
     with begin() as successor:
         assert successor.records("bench") == []
         late.released.set()
@@ -239,10 +250,10 @@ def test_a_zombies_write_that_is_under_way(gcs: Proxy) -> None:
     assert units() == ["unit 0"]
 
 
-def test_a_zombies_write_that_comes_just_before_the_fence(gcs: Proxy) -> None:
+def test_a_zombies_write_just_before_the_fence_is_read(gcs: Proxy) -> None:
     """It stands, and its successor, which had not read it, reads again."""
     zombie, opened = begin(), list[Journal]()
-    mark_orphans_failed()
+    expire()
     late = gcs.plant('POST.*journal/00000002.*"epoch": 2', "late")
     thread = threading.Thread(target=lambda: opened.append(begin()))
     thread.start()
@@ -260,18 +271,15 @@ def test_eight_at_once_do_each_unit_once(gcs: Proxy, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(lease_module, "POLL_S", 0.01)
     done = list[str]()
 
-    def work() -> None:
+    def work(_: int) -> None:
         with Journal.open(URL, PLAN, {}, Resume.auto) as journal:
             for n in range(3):
                 if journal.get("bench", str(n)) is None:
                     journal.append("bench", str(n), {}, "cpu")
                     done.append(str(n))
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert sorted(done) == sorted(units()) == ["0", "1", "2"]
 
 
@@ -288,7 +296,7 @@ def test_an_append_that_is_retried_stands_once(gcs: Proxy, what: int | str, afte
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_an_append_that_fails(gcs: Proxy, after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_append_closes_the_journal(gcs: Proxy, after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The unit counts as not finished; or as finished, if it arrived all the same."""
     monkeypatch.setattr(bucket_module, "TRIES", 1)
     with begin() as journal:
@@ -321,14 +329,13 @@ def interrupting(how: Callable[[], object]) -> Callable[..., object]:
 def test_a_signal_waits_for_the_unit(gcs: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Record] = []
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught, trap(), begin() as journal:
-        journal.on_append.append(seen.append)
         patch.setattr(Bucket, "create", interrupting(lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        journal.append("bench", "a", {}, "cpu")
+        seen.append(journal.append("bench", "a", {}, "cpu"))
     assert caught.value.signum == signal.SIGTERM and not seen
     assert units() == ["a"]
 
 
-def test_a_signal_ends_the_patience(gcs: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_the_retries(gcs: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that is told to end while its bucket is away does not wait for it to come back."""
     slept: list[float] = []
     with pytest.raises(Interrupted), trap(), begin() as journal:

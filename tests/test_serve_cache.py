@@ -2,25 +2,21 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from http_servers import gateway
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import planned
+from serving import Clock, serving
 
-from selfspec import plan as plans
 from selfspec.config import CacheConfig, CacheMode
-from selfspec.run import CONF
 from selfspec.serve.backend import Call, Chunk, TokenLogprob, Usage
 from selfspec.serve.cache import AnswerCache
 from selfspec.serve.words import words
 
-ANSWER = (Chunk("It is ", 2), Chunk("so.", 1, None, "stop", Usage(3, 3), {"cycles": 2}))
+ANSWER = (Chunk("It is ", 2, [TokenLogprob("It", -0.5)]), Chunk("so.", 1, None, "stop", Usage(3, 3), {"cycles": 2}))
 
 
 def asking(text: str, **fields: Any) -> Call:
@@ -29,14 +25,6 @@ def asking(text: str, **fields: Any) -> Call:
 
 
 CALL = asking("How tall is the tower?")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def cache(mode: CacheMode = CacheMode.same_words, clock: Clock | None = None, **settings: Any) -> AnswerCache:
@@ -58,6 +46,7 @@ def test_the_same_call_gets_the_same_answer() -> None:
     hit = asyncio.run(kept(cache(), CALL).find(replace(CALL, id="c2", stats=True)))
     assert hit is not None and hit.result == "exact"
     assert [chunk.text for chunk in hit.chunks] == ["It is ", "so."]
+    assert hit.chunks[0].logprobs == [TokenLogprob("It", -0.5)]
     assert hit.chunks[-1].usage == Usage(3, 3) and hit.chunks[-1].stats is None  # another call's statistics
 
 
@@ -136,7 +125,7 @@ OTHER = [
 ]
 
 
-def test_in_the_same_words() -> None:
+def test_another_wording_with_the_same_words_is_answered() -> None:
     made = kept(cache(), CALL)
     assert [found(made, asking(text)) for text in SAME] == ["same_words"] * len(SAME)
     assert [found(made, asking(text)) for text in OTHER] == [None] * len(OTHER)
@@ -254,55 +243,33 @@ def test_case_spacing_and_punctuation_do_not_count(text: str) -> None:
         ("Please", "Thanks", False),
     ],
 )
-def test_words(one: str, two: str, agree: bool) -> None:
+def test_which_texts_have_the_same_words(one: str, two: str, agree: bool) -> None:
     assert (words(one) == words(two)) is agree
 
 
-@pytest.fixture
-def served(overrides: list[str]) -> Callable[..., Any]:
-    def make(*more: str) -> Any:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plans.make(compose("config", [*overrides, "draft=none", *more]))
+def test_over_http_on_a_tiny_model(overrides: list[str]) -> None:
+    """The header opts out; hits are counted, and say so; nobody is given what another was told."""
+    from openai import OpenAI
 
-    return make
+    limits = ("serve.max_model_len=128", "serve.max_prompt_tokens=64", "serve.max_tokens=32")
+    plan = planned(*overrides, "draft=none", "serve.cache.mode=same_words", *limits)
+    asked: Any = {"model": "tiny", "max_tokens": 6, "temperature": 0}
+    asked["extra_body"] = {"selfspec": {"stats": True}, "ignore_eos": True}
+    with serving(plan) as server, OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=None) as client:
 
+        def ask(text: str, **more: Any) -> tuple[str, str, str]:
+            messages: Any = [{"role": "user", "content": text}]
+            told: Any = client.chat.completions.create(messages=messages, **asked, **more)
+            return told.choices[0].message.content, told.selfspec["cache"], told.selfspec["backend"]
 
-def test_through_the_gateway(served: Callable[..., Any]) -> None:
-    """On a real (tiny) model, over HTTP with two API keys: the header opts out, hits are counted and say so."""
-    from openai import AsyncOpenAI
-
-    async def run() -> None:
-        limits = ("serve.max_model_len=128", "serve.max_prompt_tokens=64", "serve.max_tokens=32")
-        plan = served("serve.cache.mode=same_words", *limits)
-        async with gateway(plan) as (url, ours):
-
-            async def ask(text: str, **more: Any) -> tuple[str, str]:
-                wishes = {"selfspec": {"stats": True}, "ignore_eos": True}
-                told = await client.chat.completions.create(
-                    model="tiny", messages=[{"role": "user", "content": text}], max_tokens=6, temperature=0,
-                    extra_body=wishes, **more,
-                )  # fmt: skip
-                return told.choices[0].message.content, told.selfspec["cache"]
-
-            async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=None) as client:
-                text, cached = await ask("a model drafts tokens")
-                assert cached == "miss"
-                assert await ask("a model drafts tokens") == (text, "hit")
-                assert await ask("model drafts tokens") == (text, "hit")
-                assert (await ask("another model drafts tokens"))[1] == "miss"
-                off = {"X-Selfspec-Cache": "off"}
-                assert await ask("a model drafts tokens", extra_headers=off) == (text, "off")
-            told = ours.metrics.exposition().decode()
-            for result, count in (("exact", 1), ("same_words", 1), ("miss", 2), ("off", 1)):
-                assert f'selfspec_cache_lookups_total{{result="{result}"}} {count}.0' in told
-
-    asyncio.run(run())
-
-
-def test_logprobs_are_kept() -> None:
-    chunks = (Chunk("a", 1, [TokenLogprob("a", -0.5)]), Chunk("", 0, [], "stop", Usage(1, 1)))
-    made, call = cache(), replace(CALL, logprobs=0)
-    asyncio.run(made.keep(call, chunks))
-    hit = asyncio.run(made.find(call))
-    assert hit is not None and hit.chunks[0].logprobs == [TokenLogprob("a", -0.5)]
+        text, *first = ask("a model drafts tokens")
+        assert first == ["miss", "local"]
+        assert ask("a model drafts tokens") == (text, "hit", "cache")
+        assert ask("model drafts tokens") == (text, "hit", "cache")
+        assert ask("another model drafts tokens")[1:] == ("miss", "local")
+        assert ask("a model drafts tokens", extra_headers={"X-Selfspec-Cache": "off"}) == (text, "off", "local")
+        client.api_key = "another caller's"
+        assert ask("a model drafts tokens") == (text, "miss", "local")
+        told = server.metrics.exposition().decode()
+    for result, count in (("exact", 1), ("same_words", 1), ("miss", 3), ("off", 1)):
+        assert f'selfspec_cache_lookups_total{{result="{result}"}} {count}.0' in told

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+import tiny
 
-from selfspec.soak.server import guarded
+from selfspec.soak.guard import guarded
 
 pytestmark = pytest.mark.slow
 
@@ -41,30 +42,17 @@ class Gateway(NamedTuple):
 @contextmanager
 def serving(folder: Path, prompts_file: Path, client_timeout_s: float) -> Iterator[Gateway]:
     """A gateway over a fake engine; what it sends is read by its client, or stays with it."""
-    overrides = [
-        *("engine=fake", "draft=layerskip", "exit_layer=3", "model.name=tiny", "model.layers=6", "model.sha256=null"),
-        *(f"model.source=file:{prompts_file}", f"workload.source=file:{prompts_file}", "workload.sha256=null"),
-        *(
-            f"serve.max_batch={BATCH}",
-            f"serve.max_concurrent_requests={STREAMS}",
-            f"serve.max_body_bytes={BODY}",
-            "serve.port=0",
-        ),
-        *(
-            f"serve.client_timeout_s={client_timeout_s}",
-            "serve.cache.mode=exact",
-            f"output_dir={folder}",
-            "tracking=none",
-        ),
-        *("serve.max_tokens=4000", "serve.max_model_len=5000"),
-    ]
+    limits = {"max_batch": BATCH, "max_concurrent_requests": STREAMS, "max_body_bytes": BODY}
+    limits |= {"client_timeout_s": client_timeout_s, "max_tokens": 4000, "max_model_len": 5000}
+    overrides = [*tiny.fake_job(prompts_file), *(f"serve.{key}={value}" for key, value in limits.items())]
+    overrides += ["serve.port=0", "serve.cache.mode=exact", f"output_dir={folder}"]
     log, hold = folder / "log", folder / "hold"
     command = [sys.executable, str(Path(__file__).with_name("planted.py")), "hold,narrow", *overrides]
     with guarded(command, log, {**os.environ, "PLANTED": str(hold)}) as guard:
         while not (ready := re.search(r"on http://(127.0.0.1):(\d+)\n", log.read_text())):
-            assert guard.poll() is None, log.read_text()
+            assert guard.alive, log.read_text()
             time.sleep(0.05)
-        (process,) = psutil.Process(guard.pid).children()
+        (process,) = psutil.Process(guard.process.pid).children()
         yield Gateway(ready[1], int(ready[2]), process, hold)
 
 
@@ -212,7 +200,7 @@ def refused(answered: tuple[int, Any]) -> int:
     return status
 
 
-def test_hundreds_of_malformed_bodies(gateway: Gateway) -> None:
+def test_hundreds_of_malformed_bodies_are_refused(gateway: Gateway) -> None:
     bodies = [*cut(GOOD), *cut(CHAT), *wrong(), *ODD]
     assert len(bodies) > 500
     statuses = []
@@ -223,13 +211,13 @@ def test_hundreds_of_malformed_bodies(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW"])
-def test_methods_and_paths_there_are_not(gateway: Gateway, method: str) -> None:
+def test_unknown_methods_and_paths_are_refused(gateway: Gateway, method: str) -> None:
     for path in ("/v1/completions", "/", "/v1/nothing", "/v1/models/%ff", "/v1//completions", "/" + "x" * 5_000):
         status, _ = ask(gateway, b"{}", path, method)
         assert 400 <= status < 500
 
 
-def test_what_is_no_http(gateway: Gateway) -> None:
+def test_garbage_is_answered_with_a_4xx_or_closed(gateway: Gateway) -> None:
     for sent in GARBAGE:
         said = raw(gateway, sent)
         assert not said or re.match(rb"HTTP/1.1 (100|4\d\d) ", said), (sent[:80], said[:200])
@@ -345,21 +333,6 @@ def flooded(gateway: Gateway, calls: int) -> tuple[int, int]:
         statuses = [refused(each.result()) for each in asked]
     assert {refused(each) for each in first} == {429}
     return statuses.count(429), statuses.count(200)
-
-
-def test_answers_are_kept_apart_by_key(gateway: Gateway) -> None:
-    body = {**GOOD, "prompt": "a secret", "selfspec": {"stats": True}}
-
-    def looked(**headers: str) -> str:
-        status, answer = ask(gateway, body, **headers)
-        assert status == 200
-        return str(answer["selfspec"]["cache"])
-
-    alice, bob = {"Authorization": "Bearer alice"}, {"Authorization": "Bearer bob"}
-    assert [looked(**alice), looked(**alice), looked(**bob), looked(), looked(**bob)] == [
-        *("miss", "hit", "miss", "miss", "hit")
-    ]
-    assert looked(**alice, X_Selfspec_Cache="off") == "off"
 
 
 def test_schemathesis_finds_nothing(gateway: Gateway) -> None:

@@ -11,21 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 from serving import Gated
 
-from selfspec import plan
 from selfspec.plan import Plan
-from selfspec.run import CONF
 from selfspec.serve import __main__ as door
-from selfspec.serve import server, wiring
+from selfspec.serve import build, server
 from selfspec.serve.local import Local
 
 pytestmark = pytest.mark.slow
@@ -54,7 +50,7 @@ def asked(**more: object) -> str:
 
 def test_a_process_says_where_it_is_and_stops_when_told_to(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "selfspec.serve", *FAKE, "serve.port=0"]
-    environment = {key: value for key, value in os.environ.items() if key != wiring.KEY}
+    environment = {key: value for key, value in os.environ.items() if key != build.KEY}
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -71,12 +67,6 @@ def test_a_process_says_where_it_is_and_stops_when_told_to(tmp_path: Path) -> No
 
 
 class TestDraining:
-    @pytest.fixture
-    def made(self) -> Plan:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plan.make(compose("config", [*FAKE, "serve.drain_s=1e6"]))
-
     def run(self, monkeypatch: pytest.MonkeyPatch, made: Plan, client: Callable[[int, Gated], None]) -> None:
         """The server in the main thread, which alone gets signals, and what is done to it in another."""
         engine, failures = Gated(made), list[BaseException]()
@@ -102,11 +92,11 @@ class TestDraining:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         monkeypatch.setattr(server, "_listening", listening)
-        monkeypatch.setattr(wiring, "engine", lambda plan: engine)
+        monkeypatch.setattr(build, "engine", lambda plan: engine)
         server.run(made)
         assert not failures, failures
 
-    def test_answers_that_have_begun_are_ended_and_no_others(self, monkeypatch: pytest.MonkeyPatch, made: Plan) -> None:
+    def test_answers_that_have_begun_are_ended_and_no_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def client(port: int, engine: Gated) -> None:
             engine.go_on(2)
             with answering(port, "POST", "/v1/completions", asked()) as response:
@@ -122,10 +112,10 @@ class TestDraining:
                 rest = (begun + response.read()).decode()
             assert rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
 
-        self.run(monkeypatch, made, client)
+        self.run(monkeypatch, planned(*FAKE, "serve.drain_s=1e6"), client)
 
-    def test_but_not_for_ever(self, monkeypatch: pytest.MonkeyPatch, made: Plan) -> None:
-        opened, locals_made = wiring.local, list[Local]()
+    def test_draining_ends_after_drain_s(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened, locals_made = build.local, list[Local]()
 
         def noted(*args: Any) -> Local:
             locals_made.append(opened(*args))
@@ -143,28 +133,20 @@ class TestDraining:
                 *_, last = response.read().decode().strip().split("\n\n")
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
 
-        monkeypatch.setattr(wiring, "local", noted)
-        self.run(monkeypatch, replace(made, serve=replace(made.serve, drain_s=0.05)), client)
+        monkeypatch.setattr(build, "local", noted)
+        self.run(monkeypatch, planned(*FAKE, "serve.drain_s=0.05"), client)
 
 
 class TestRefusals:
     @pytest.fixture
-    def refused(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-    ) -> Callable[..., str]:
+    def refused(self, command_line: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
         """The one line that ``python -m selfspec.serve ...`` leaves with."""
+        monkeypatch.chdir(tmp_path)
 
         def call(*argv: str) -> str:
-            GlobalHydra.instance().clear()
-            monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-            monkeypatch.chdir(tmp_path)
-            monkeypatch.setattr(sys, "argv", ["selfspec.serve", *argv])
-            with pytest.raises(SystemExit) as left:
-                door.main()
-            out, error = capsys.readouterr()
-            assert left.value.code == 2 and out == "" and error.count("\n") == 1
-            assert list(tmp_path.iterdir()) == []
-            return error
+            code, out, error = command_line(door.main, *argv)
+            assert (code, out, error.count("\n")) == (2, "", 1) and list(tmp_path.iterdir()) == []
+            return str(error)
 
         return call
 
@@ -180,10 +162,10 @@ class TestRefusals:
             (("serve.host=256.0.0.1", *FAKE), "serve.host=256.0.0.1"),
         ],
     )
-    def test_in_one_line(self, refused: Callable[..., str], argv: tuple[str, ...], says: str) -> None:
+    def test_bad_input_costs_one_line(self, refused: Callable[..., str], argv: tuple[str, ...], says: str) -> None:
         assert says in refused(*argv)
 
-    def test_a_port_that_is_taken(self, refused: Callable[..., str]) -> None:
+    def test_a_port_that_is_taken_is_refused(self, refused: Callable[..., str]) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
@@ -202,10 +184,8 @@ def test_the_config_is_shown_without_loading_anything(tmp_path: Path) -> None:
 
 
 def test_the_key_is_in_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        made = plan.make(compose("config", [*FAKE, "serve.api_key=hush-hush"]))
-    monkeypatch.delenv(wiring.KEY, raising=False)
-    assert wiring.api_key(made) == "hush-hush" and "hush" not in json.dumps(made.settings())
-    monkeypatch.setenv(wiring.KEY, "other")
-    assert wiring.api_key(made) == "other"
+    made = planned(*FAKE, "serve.api_key=hush-hush")
+    monkeypatch.delenv(build.KEY, raising=False)
+    assert build.api_key(made) == "hush-hush" and "hush" not in json.dumps(made.settings())
+    monkeypatch.setenv(build.KEY, "other")
+    assert build.api_key(made) == "other"

@@ -1,20 +1,16 @@
 """The gateway on SmolLM2-135M-Instruct: what is served is what the engine generates."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 from serving import serving
 
-from selfspec import plan
 from selfspec.config import Order
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.plan import Plan
-from selfspec.run import CONF
 from selfspec.types import Request
 
 pytestmark = pytest.mark.real
@@ -29,18 +25,9 @@ NEW = 24
 
 
 @pytest.fixture(scope="module")
-def made() -> Iterator[Plan]:
-    GlobalHydra.instance().clear()
-    chosen = (
-        "draft=suffix",
-        "draft.corpus=false",
-        "K=4",
-        "hardware=cpu_fp32",
-        "serve.max_batch=3",
-        "serve.max_model_len=256",
-    )
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield plan.make(compose("config", list(chosen)))
+def made() -> Plan:
+    limits = ("serve.max_batch=3", "serve.max_model_len=256")
+    return planned("draft=suffix", "draft.corpus=false", "K=4", "hardware=cpu_fp32", *limits)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +40,8 @@ def test_what_is_served_is_what_the_engine_generates(made: Plan, engine: TorchEn
     """Four streams at once on three rows; in float32, token for token plain greedy decoding's."""
     import openai
 
-    requests = [Request(tuple(engine.encode(question, chat=True)), NEW) for question in QUESTIONS]
-    wanted = [engine.decode(done.tokens) for done in engine.generate(requests, plain=True)]
+    requests = [Request(tuple(engine.tokenizer.encode(question, chat=True)), NEW) for question in QUESTIONS]
+    wanted = [engine.tokenizer.decode(done.tokens) for done in engine.generate(requests, plain=True)]
     with serving(replace(made, serve=replace(made.serve, scheduler=order, chunk=16)), lambda: engine) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=None)
 

@@ -8,54 +8,46 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from http_servers import Rogue, gateway
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from http_servers import Rogue
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import planned
+from serving import Clock, Scripted, says, serving
 
-from selfspec import plan as plans
 from selfspec.config import RouteName, RouterConfig
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
-from selfspec.run import CONF
-from selfspec.serve import remote, wiring
+from selfspec.serve import build, remote
 from selfspec.serve import router as module
-from selfspec.serve.backend import Call, Chunk, Price, Usage
+from selfspec.serve.backend import Call, Chunk, Price, Route
 from selfspec.serve.errors import Unavailable
-from selfspec.serve.estimates import Latency, Timed, dollars
+from selfspec.serve.estimates import Timed, dollars
 from selfspec.serve.router import AUTO, Option, PolicyRouter
 
 CALL = Call("c1", AUTO, prompt=(5, 6, 7), max_tokens=100, temperature=0.0)
 
 
-class Stub:
+class Stub(Scripted):
     """A back end that says three tokens, a second apart, by a clock of its own."""
 
     def __init__(self, name: str, price: Price | None = None, well: bool = True) -> None:
-        self.name, self.price, self.well = name, price or Price(), well
-        self.now, self.asked = 0.0, 0
-
-    def clock(self) -> float:
-        return self.now
+        super().__init__(says("a", "b", "c"), name, price or Price())
+        self.well, self.clock, self.asked = well, Clock(), 0
 
     async def stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
-        for text in "abc":
-            self.now += 1.0
-            yield Chunk(text, 1)
-        yield Chunk("", 0, None, "stop", Usage(3, 3))
+        async for chunk in super().stream(call):
+            self.clock.now += chunk.tokens
+            yield chunk
 
     async def healthy(self) -> bool:
         self.asked += 1
         return self.well
 
-    async def close(self) -> None: ...
-
 
 def option(stub: Stub, first_s: float = 0.0, token_s: float = 0.0, **limits: Any) -> Option:
     timed = Timed(stub, stub.clock)
     if first_s or token_s:
-        timed.latency = Latency(first_s, token_s, 0.0)
+        timed.first_s, timed.token_s, timed.seen = first_s, token_s, 0.0
     return Option(timed, (stub.name, f"model-of-{stub.name}"), **limits)
 
 
@@ -68,13 +60,14 @@ def router(options: Sequence[Option], **settings: Any) -> PolicyRouter:
 
 
 def chosen(options: Sequence[Option], call: Call = CALL, **settings: Any) -> list[tuple[str, str]]:
-    routes = asyncio.run(_routes(router(options, **settings), call))
+    made = router(options, **settings)
+
+    async def ask() -> Sequence[Route]:
+        return await made.routes(call)
+
+    routes = asyncio.run(ask())
     assert all(route.policy == settings.get("policy", RouteName.fixed).name for route in routes)
     return [(route.backend.name, route.reason) for route in routes]
-
-
-async def _routes(made: PolicyRouter, call: Call) -> Any:
-    return await made.routes(call)
 
 
 def test_fixed_keeps_the_order() -> None:
@@ -98,7 +91,7 @@ def test_two_that_serve_a_model_stand_in_for_each_other() -> None:
     assert chosen(shared, replace(CALL, model="m")) == [("b", "fallback"), ("a", "named")]
 
 
-def test_length() -> None:
+def test_length_takes_the_first_back_end_that_fits() -> None:
     options = [
         option(Stub("a"), max_total_tokens=104),
         option(Stub("b"), max_total_tokens=200),
@@ -128,12 +121,12 @@ def test_cost_keeps_the_budgets() -> None:
     assert chosen([quick, middle], policy=RouteName.cost, budget_usd=1e-6)[0] == ("other", "too_dear")
 
 
-def test_what_nobody_knows_is_tried() -> None:
+def test_a_back_end_of_unknown_latency_is_tried() -> None:
     """An unknown latency counts as none, so that a new back end is asked once; so is one unheard of for a minute."""
     stub = Stub("old")
     options = [option(stub, 9.0, 9.0), option(Stub("new"))]
     assert chosen(options, policy=RouteName.cost, budget_s=1.0)[0] == ("new", "cheapest")
-    stub.now = 61.0
+    stub.clock.now = 61.0
     assert options[0].backend.expected(10) == 0
 
 
@@ -166,49 +159,38 @@ def test_cost_is_the_best_there_is(
             assert facts[int(name)] == min(within)
 
 
-def test_latency_is_learned_from_answers() -> None:
-    async def run() -> Timed:
-        timed = Timed(stub, stub.clock)
-        async for _ in timed.stream(CALL):
-            pass
-        return timed
-
+async def test_latency_is_learned_from_answers() -> None:
     stub = Stub("a")
-    timed = asyncio.run(run())
-    assert (timed.latency.first_s, timed.latency.token_s) == (1.0, 1.0) and timed.expected(10) == 10.0
-    timed.latency.observe(stub.now, 2.0, None)
-    assert timed.latency.first_s == pytest.approx(1.2) and timed.latency.token_s == 1.0
+    timed = Timed(stub, stub.clock)
+    async for _ in timed.stream(CALL):
+        pass
+    assert (timed.first_s, timed.token_s) == (1.0, 1.0) and timed.expected(10) == 10.0
+    timed.observe(2.0, None)
+    assert timed.first_s == pytest.approx(1.2) and timed.token_s == 1.0
 
 
-def test_an_answer_that_is_left_teaches_nothing() -> None:
-    async def run() -> Timed:
-        timed = Timed(stub, stub.clock)
-        chunks = timed.stream(CALL)
-        await anext(chunks)
-        await chunks.aclose()
-        return timed
-
+async def test_an_answer_that_is_left_teaches_nothing() -> None:
     stub = Stub("a")
-    assert not asyncio.run(run()).latency.known(stub.now)
+    timed = Timed(stub, stub.clock)
+    chunks = timed.stream(CALL)
+    await anext(chunks)
+    await chunks.aclose()
+    assert not timed.known
 
 
-def test_health_is_asked_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_is_asked_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once before the first call, then not again for some seconds; who is not well comes last."""
     monkeypatch.setattr(module, "_HEALTH_S", 1e6)
-
-    async def run() -> None:
-        made = router([option(sick), option(well)])
-        for _ in range(3):
-            assert [route.backend.name for route in await made.routes(CALL)] == ["well", "sick"]
-        assert sick.asked == well.asked == 1
-        made._asked, sick.well = -1e9, True
-        await made.routes(CALL)
-        await asyncio.gather(made._asking or asyncio.sleep(0))
-        assert sick.asked == 2
-        assert [route.backend.name for route in await made.routes(CALL)] == ["sick", "well"]
-
     sick, well = Stub("sick", well=False), Stub("well")
-    asyncio.run(run())
+    made = router([option(sick), option(well)])
+    for _ in range(3):
+        assert [route.backend.name for route in await made.routes(CALL)] == ["well", "sick"]
+    assert sick.asked == well.asked == 1
+    made._asked, sick.well = -1e9, True
+    await made.routes(CALL)
+    await asyncio.gather(made._asking or asyncio.sleep(0))
+    assert sick.asked == 2
+    assert [route.backend.name for route in await made.routes(CALL)] == ["sick", "well"]
 
 
 def test_decisions_are_logged_without_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
@@ -221,32 +203,26 @@ def test_decisions_are_logged_without_the_prompt(caplog: pytest.LogCaptureFixtur
 
 @pytest.fixture
 def served(fake: list[str]) -> Any:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda *more: plans.make(compose("config", [*fake, *more]))
+    return lambda *more: planned(*fake, *more)
 
 
-def test_through_the_gateway_a_dead_back_end_is_stood_in_for(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_dead_back_end_is_stood_in_for_over_http(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The API is named first by the policy and refuses: our engine answers, and both choices are counted."""
     monkeypatch.setattr(remote, "_HEALTH_S", 1e6)
-
-    async def run() -> None:
-        async with rogue.serving() as url:
-            back_ends = f"serve.backends=[{{name: api, url: '{url}', retries: 0, connect_s: 1e6, first_s: 1e6}}]"
-            plan: Plan = served(back_ends, "serve.router.policy=length", "serve.router.max_total_tokens=1")
-            async with gateway(plan) as (_, ours):
-                call = replace(CALL, prompt="hello", max_tokens=5, stats=True)
-                chunks = [chunk async for chunk in ours.answer(call)]
-                assert chunks[-1].stats is not None and chunks[-1].stats["backend"] == "local"
-                text = ours.metrics.exposition().decode()
-                assert 'selfspec_routes_total{backend="api",policy="length",reason="length"} 1.0' in text
-                assert 'selfspec_routes_total{backend="local",policy="length",reason="fallback"} 1.0' in text
-                rogue.behaviours = ["ok"]
-                chunks = [chunk async for chunk in ours.answer(call)]
-                assert "".join(chunk.text for chunk in chunks) == "ab"
-
     rogue = Rogue(500)
-    asyncio.run(run())
+    async with rogue.serving() as url:
+        back_ends = f"serve.backends=[{{name: api, url: '{url}', retries: 0, connect_s: 1e6, first_s: 1e6}}]"
+        plan: Plan = served(back_ends, "serve.router.policy=length", "serve.router.max_total_tokens=1")
+        with serving(plan) as server:
+            call = replace(CALL, prompt="hello", max_tokens=5, stats=True)
+            chunks = [chunk async for chunk in server.gateway.answer(call)]
+            assert chunks[-1].stats is not None and chunks[-1].stats["backend"] == "local"
+            text = server.metrics.exposition().decode()
+            assert 'selfspec_routes_total{backend="api",policy="length",reason="length"} 1.0' in text
+            assert 'selfspec_routes_total{backend="local",policy="length",reason="fallback"} 1.0' in text
+            rogue.behaviours = ["ok"]
+            chunks = [chunk async for chunk in server.gateway.answer(call)]
+            assert "".join(chunk.text for chunk in chunks) == "ab"
 
 
 @pytest.mark.parametrize(
@@ -294,38 +270,33 @@ def test_wrong_keys_are_refused_in_one_line(run: Any, fake: list[str], override:
 def test_what_cannot_be_served_is_refused_before_it_is_loaded(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(ConfigError, match="a: key_env=NO_KEY: the environment has none"):
-        wiring.check(served("serve.backends=[{name: a, url: 'http://h/v1', key_env: NO_KEY}]"))
+        build.check(served("serve.backends=[{name: a, url: 'http://h/v1', key_env: NO_KEY}]"))
 
 
 @pytest.mark.real
-def test_local_full_local_quantised_and_the_cache_on_the_real_model() -> None:
+async def test_local_full_local_quantised_and_the_cache_on_the_real_model() -> None:
     """``serve=routed``: both engines answer by name, and nobody is asked twice."""
-    GlobalHydra.instance().clear()
     limits = ("serve.max_model_len=256", "serve.max_prompt_tokens=128", "serve.max_tokens=64", "serve.max_batch=2")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        plan = plans.make(compose("config", ["draft=ngram", "serve=routed", *limits]))
+    plan = planned("draft=ngram", "serve=routed", *limits)
 
     def asking(model: str, text: str) -> Call:
         said = ({"role": "user", "content": text},)
         return Call("c1", model, messages=said, max_tokens=24, temperature=0.0, stats=True)
 
-    async def answer(ours: Any, call: Call) -> tuple[str, Any]:
-        chunks = [chunk async for chunk in ours.answer(call)]
+    async def answer(call: Call) -> tuple[str, Any]:
+        chunks = [chunk async for chunk in server.gateway.answer(call)]
         return "".join(chunk.text for chunk in chunks), chunks[-1].stats
 
-    async def run() -> None:
-        async with gateway(plan) as (_, ours):
-            int8 = ours.router.backends[1]
-            while not await int8.healthy():
-                await asyncio.sleep(0.1)
-            for model in ("local", "int8"):
-                text, stats = await answer(ours, asking(model, "What is the capital of France?"))
-                assert text and stats["backend"] == model
-            text, stats = await answer(ours, asking(AUTO, "Name the capital of Italy."))
-            assert stats["backend"] in ("local", "int8") and stats["cache"] == "miss"
-            again, stats = await answer(ours, asking(AUTO, "Please name the capital of Italy!"))
-            assert (again, stats["backend"], stats["cache"]) == (text, "cache", "hit")
-            _, stats = await answer(ours, asking(AUTO, "Name the capital of Spain."))
-            assert stats["cache"] == "miss"
-
-    asyncio.run(run())
+    with serving(plan) as server:
+        int8 = server.gateway.router.backends[1]
+        while not await int8.healthy():
+            await asyncio.sleep(0.1)
+        for model in ("local", "int8"):
+            text, stats = await answer(asking(model, "What is the capital of France?"))
+            assert text and stats["backend"] == model
+        text, stats = await answer(asking(AUTO, "Name the capital of Italy."))
+        assert stats["backend"] in ("local", "int8") and stats["cache"] == "miss"
+        again, stats = await answer(asking(AUTO, "Please name the capital of Italy!"))
+        assert (again, stats["backend"], stats["cache"]) == (text, "cache", "hit")
+        _, stats = await answer(asking(AUTO, "Name the capital of Spain."))
+        assert stats["cache"] == "miss"

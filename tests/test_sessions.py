@@ -15,7 +15,7 @@ from torch import Tensor
 from selfspec import plan
 from selfspec.config import Order
 from selfspec.engine import admission
-from selfspec.engine.admission import STALL, Waiting
+from selfspec.engine.admission import STALL
 from selfspec.engine.base import Load, RequestOutput
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.torch.engine import TorchEngine
@@ -27,12 +27,13 @@ from selfspec.model.tree import Tree
 from selfspec.run import CONF
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft.base import Draft, Row
+from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.draft.layerskip import EarlyExit
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import RawExit
 from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.policy.rejection import Mixed, Rejection
+from selfspec.speculation.sequence import Seq, Status
 from selfspec.types import Completion, Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -64,11 +65,11 @@ class Watched(Speculation):
 
     noted: list[int]
 
-    def prefill(self, row: Row, first: int, count: int, cache: KVCache, index: int) -> Tensor:
+    def prefill(self, row: Seq, first: int, count: int, cache: KVCache, index: int) -> Tensor:
         self.noted.append(count)
         return super().prefill(row, first, count, cache, index)
 
-    def step(self, rows: Sequence[Row], cache: KVCache) -> None:
+    def step(self, rows: Sequence[Seq], cache: KVCache) -> None:
         self.noted.append(0)
         super().step(rows, cache)
 
@@ -97,7 +98,7 @@ def checked(session: Scheduler) -> list[RequestOutput]:
     """A step, after which the cache must hold what is being decoded and nothing else."""
     told = session.step()
     caches.check(session.cache, LAYERS)
-    assert session.cache.lengths == [len(member.row.tokens) - 1 for member in session.members]
+    assert session.cache.lengths == [len(seq.tokens) - 1 for seq in session.running]
     return told
 
 
@@ -137,14 +138,14 @@ class TestOrders:
         seen = list[list[int]]()
         while [0, 1] not in seen:
             checked(session)
-            seen.append([member.number for member in session.members])
-            assert session.load.waiting == 2 - len(session.members)
+            seen.append([seq.number for seq in session.running])
+            assert session.load.waiting == 2 - len(session.running)
         assert seen[:-1] == [[0]] * (len(seen) - 1) and seen[-1] == [0, 1] and len(seen) > 8
 
 
 class TestCost:
-    def waiting(self, *asked: tuple[int, int, float]) -> list[Waiting]:
-        return [Waiting(i, Request((1,) * n, new), arrival) for i, (n, new, arrival) in enumerate(asked)]
+    def waiting(self, *asked: tuple[int, int, float]) -> list[Seq]:
+        return [Seq(Request((1,) * n, new), i, arrival) for i, (n, new, arrival) in enumerate(asked)]
 
     def test_short_work_first(self) -> None:
         cost = admission.make(Order.hrrn, 1)
@@ -225,9 +226,9 @@ class TestCancel:
         session = opened(made, 3, order)
         for request in asked[:3]:
             session.submit(request)
-        while len(session.members) < 3:
+        while len(session.running) < 3:
             checked(session)
-        before = next(member.row.new_tokens for member in session.members if member.number == 1)
+        before = next(seq.output_tokens() for seq in session.running if seq.number == 1)
         gone = session.cancel(1)
         assert gone is not None and list(gone.tokens) == before == list(alone[1][: len(before)])
         assert len(session.cache.lengths) == 2 and session.load.rows == 2
@@ -254,7 +255,7 @@ class TestCancel:
         session = opened(made, 2, Order.chunked_prefill, chunk=4)
         first = session.submit(Request(prompt(30), 5))
         checked(session)
-        assert session.prefilling is not None and session.cancel(first) is None
+        assert [seq.status for seq in session.queue] == [Status.prefilling] and session.cancel(first) is None
         assert not session.busy
         assert opened(made, 2, Order.chunked_prefill).run([request])[0].tokens == alone
         session.submit(request)  # over what the other left behind
@@ -326,10 +327,14 @@ class TestEngines:
 
     def test_torch_text(self, overrides: list[str]) -> None:
         engine = TorchEngine(plan.make(compose("config", [*overrides, "draft=layerskip"])))
-        chat = engine.encode_chat([{"role": "user", "content": "a model"}, {"role": "user", "content": "drafts"}])
-        assert engine.decode(chat) == "<user> a model <user> drafts <model>"
-        assert engine.encode("a model", chat=True) == engine.encode_chat([{"role": "user", "content": "a model"}])
-        assert engine.vocab == 80
+        chat = engine.tokenizer.encode_chat(
+            [{"role": "user", "content": "a model"}, {"role": "user", "content": "drafts"}]
+        )
+        assert engine.tokenizer.decode(chat) == "<user> a model <user> drafts <model>"
+        assert engine.tokenizer.encode("a model", chat=True) == engine.tokenizer.encode_chat(
+            [{"role": "user", "content": "a model"}]
+        )
+        assert engine.limits().vocab == 80
 
     @pytest.mark.parametrize("order", Order)
     def test_fake_sessions_say_what_generate_says(self, fake: list[str], order: Order) -> None:
@@ -337,4 +342,4 @@ class TestEngines:
         asked = [Request(prompt(n, n), 12 + n, logprobs=1) for n in (5, 14, 2, 30)]
         got = FakeEngine(made).open(2, 80, order).run(asked)
         assert [one.tokens for one in got] == [one.tokens for one in FakeEngine(made).generate(asked)]
-        assert FakeEngine(made).decode([104, 105, 255]) == "hi\N{REPLACEMENT CHARACTER}"
+        assert FakeEngine(made).tokenizer.decode([104, 105, 255]) == "hi\N{REPLACEMENT CHARACTER}"

@@ -10,12 +10,12 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from launched import journalled
 
 from hydra_plugins.skypilot_launcher import _bridge
 from selfspec import checkpoint
@@ -58,22 +58,9 @@ def sweep(run: Run, fake: list[str], sky: Path, tmp_path: Path) -> Run:
     settings += ["hydra.launcher.setup=null", "hydra.launcher.poll_s=0.1"]
 
     def call(*argv: str) -> tuple[int, str, str]:
-        options = [each for each in argv if each.startswith("-")]
-        asked = ("hydra/launcher=skypilot", *fake, f"checkpoint.dir={tmp_path / 'store'}", *settings)
-        rest = (each for each in argv if each not in options)
-        return run("-m", *options, *asked, *rest)
+        return run("-m", "hydra/launcher=skypilot", *fake, f"checkpoint.dir={tmp_path / 'store'}", *settings, *argv)
 
     return call
-
-
-def journalled(tmp_path: Path) -> Counter[str]:
-    """How often each unit of each plan is in the store."""
-    return Counter(
-        f"{path.parent.name} {entry['unit']}"
-        for path in (tmp_path / "store").rglob("journal.jsonl")
-        for entry in map(json.loads, path.read_text().splitlines())
-        if "unit" in entry
-    )
 
 
 def launched(tmp_path: Path) -> list[dict[str, object]]:
@@ -93,7 +80,7 @@ def test_a_job_that_loses_its_machine_carries_on_and_the_sweep_comes_back_whole(
     over = threading.Event()
 
     def lose() -> None:
-        while len({unit.split()[0] for unit in journalled(tmp_path)}) < 2:
+        while len({unit.split()[0] for unit in journalled(tmp_path / "store")}) < 2:
             if over.wait(0.05):
                 return
         os.killpg(int((tmp_path / "sky" / "1" / "pid").read_text()), signal.SIGKILL)
@@ -108,7 +95,7 @@ def test_a_job_that_loses_its_machine_carries_on_and_the_sweep_comes_back_whole(
     assert " | SkyPilot 1 | SUCCEEDED | slurm/local | recovered 1x\n" in err  # they are launched at once, in any order
     assert " | SkyPilot 2 | SUCCEEDED | slurm/local\n" in err
     assert all(f"| layerskip3 K={k} |" in out for k in (2, 3))
-    assert set(journalled(tmp_path).values()) == {1} and len(journalled(tmp_path)) == 2 * 3
+    assert set(journalled(tmp_path / "store").values()) == {1} and len(journalled(tmp_path / "store")) == 2 * 3
     store = str(tmp_path / "store")
     for job in launched(tmp_path):
         assert job["secrets"] == ["A_SECRET"]
@@ -291,7 +278,7 @@ def test_who_interrupts_is_told_what_goes_on(
         os.killpg(int((tmp_path / "sky" / str(number) / "pid").read_text()), signal.SIGKILL)
 
 
-def test_without_skypilot(sweep: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_sky_it_says_how_to_get_it(sweep: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = sweep("K=2", "hydra.launcher.python=null")
     assert (code, err.count("\n")) == (2, 1) and "uv tool install" in err
@@ -305,7 +292,7 @@ def test_without_skypilot(sweep: Run, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.parametrize("version", ["0.10.3", None])
-def test_a_skypilot_that_will_not_do(version: str | None, sky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_or_missing_skypilot_is_refused(version: str | None, sky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if version is None:
         monkeypatch.setenv("PYTHONPATH", "")
         with pytest.raises(ConfigError, match=r"SkyPilot cannot be imported by .*; make one: uv tool install"):

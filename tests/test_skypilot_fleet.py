@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 from rich.console import Console
 
 from hydra_plugins.skypilot_launcher import _fleet, _table, _task
 from hydra_plugins.skypilot_launcher._fleet import Fleet, Job
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
-from selfspec import plan
 from selfspec.config import Resume
 from selfspec.errors import ConfigError, LaunchError
 from selfspec.plan import Plan
 from selfspec.report import results
-from selfspec.run import CONF
 from selfspec.sweep_context import SweepContext
 
 SETTINGS = SkyPilotConf(poll_s=0.0, infra="gcp")
@@ -68,21 +65,21 @@ def record(id: int, name: str, state: str) -> dict[str, Any]:
     return {"id": id, "name": name, "state": state, "over": over, "recoveries": 0, "where": "gcp", "reason": reason}
 
 
-def finish(made: Plan) -> None:
+def finish(made: Plan, **changes: Any) -> None:
     """Leaves a result in the store, as a job does."""
+    leave(made, json.dumps({**results.empty_result(made, {}), "measurements": {"bench/speedup": 2.0}, **changes}))
+
+
+def leave(made: Plan, text: str) -> None:
     folder = Path(made.checkpoint.dir) / "plans" / made.id
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(
-        json.dumps({**results.empty_result(made, {}), "measurements": {"bench/speedup": 2.0}})
-    )
+    (folder / "result.json").write_text(text)
 
 
 @pytest.fixture
 def jobs(fake: list[str], tmp_path: Path) -> list[Job]:
     """Twenty."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        made = plan.make(compose("config", [*fake, f"checkpoint.dir={tmp_path / 'store'}"]))
+    made = planned(*fake, f"checkpoint.dir={tmp_path / 'store'}")
     plans = [replace(made, seed=seed) for seed in range(20)]
     return [Job(p, {"name": _task.name(p)}, [at], [tmp_path / "sweep" / str(at)]) for at, p in enumerate(plans)]
 
@@ -158,23 +155,15 @@ def test_failures_hide_nothing(jobs: list[Job]) -> None:
 
 
 def test_a_result_that_says_failed_stands(jobs: list[Job]) -> None:
-    folder = Path(jobs[0].plan.checkpoint.dir) / "plans" / jobs[0].plan.id
-    folder.mkdir(parents=True)
-    verdict = {**results.empty_result(jobs[0].plan, {}), "status": "failed", "error": "not lossless"}
-    (folder / "result.json").write_text(json.dumps(verdict))
+    finish(jobs[0].plan, status="failed", error="not lossless")
     run(sky := Script(jobs[:1]), jobs[:1])
     assert jobs[0].failed and sky.launched == [] and jobs[0].note == "not lossless"
 
 
 def test_one_whose_result_cannot_be_read_hides_no_other(jobs: list[Job]) -> None:
-    def corrupt(job: Job) -> None:
-        folder = Path(job.plan.checkpoint.dir) / "plans" / job.plan.id
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").write_text("[]")
-
     sky = Script(jobs[:2], ["RUNNING"], without=[0])
     look = sky.look
-    sky.look = lambda id: (corrupt(jobs[0]), look(id))[1] if id == 100 else look(id)  # type: ignore[method-assign]
+    sky.look = lambda id: (leave(jobs[0].plan, "[]"), look(id))[1] if id == 100 else look(id)  # type: ignore[method-assign]
     run(sky, jobs[:2])
     assert [job.failed for job in jobs[:2]] == [True, False] and "is no result" in jobs[0].note
 
@@ -241,10 +230,8 @@ def test_where_jobs_elsewhere_are_tracked(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    GlobalHydra.instance().clear()
     asked = ["tracking=mlflow" if part == "tracking=none" else part for part in fake]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        made = plan.make(compose("config", [*asked, *overrides.split(), "checkpoint.dir=gs://b/x"]))
+    made = planned(*asked, *overrides.split(), "checkpoint.dir=gs://b/x")
     why, secrets, override = expected
     said = _task.untracked(made)
     assert (said is None) == (why is None) and (why or "") in (said or "")

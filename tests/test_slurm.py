@@ -1,6 +1,5 @@
 """``hydra/launcher=slurm`` on a real Slurm (``tests/slurm/up.sh``): preempted, queued again, cancelled."""
 
-import csv
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launched import HELD_UNITS, Sweep, until
+from launched import HELD_UNITS, Sweep, rows, tracked, until
 
 from hydra_plugins.selfspec_launcher import slurm as slurm_launcher
 from hydra_plugins.selfspec_launcher.slurm import SlurmLauncher
@@ -22,10 +21,7 @@ needs_slurm = pytest.mark.skipif(
     "SLURM_TEST" not in os.environ,
     reason="SLURM_TEST is not set: no Slurm was brought up for tests (tests/slurm/up.sh)",
 )
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's, see test_tracking.py
-]
+pytestmark = pytest.mark.slow
 LAUNCHER = ("hydra/launcher=slurm", "hydra.launcher.poll_s=0.5", "hydra.launcher.cpus_per_task=1")
 CLOCK = "bench/cpu_utilisation"
 """The one column of the fake engine's that is measured by a real clock."""
@@ -48,8 +44,6 @@ def slurm(*command: str) -> str:
 
 @needs_slurm
 def test_a_sweep_that_is_preempted_ends_like_one_that_is_not(run: Run, fake: list[str], tmp_path: Path) -> None:
-    from mlflow import MlflowClient
-
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     common = ["K=1,2,3", "scale.prompts=30", "tracking=mlflow", f"tracking.uri={uri}"]
     ours = [each for each in fake if each != "tracking=none"]
@@ -64,17 +58,13 @@ def test_a_sweep_that_is_preempted_ends_like_one_that_is_not(run: Run, fake: lis
         assert process.wait() == 0, sweep.log.read_text()
     assert len(sweep.units()) == 3 and sweep.once(30)
 
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("selfspec")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    assert len(runs) == 4 and {each.info.status for each in runs} == {"FINISHED"}
+    parent, children = tracked(uri, "selfspec")
+    assert [each.info.status for each in (parent, *children)] == ["FINISHED"] * 4
 
     alone = [f"output_dir={tmp_path / 'undisturbed'}" if each.startswith("output_dir=") else each for each in fake]
     assert run("-m", *alone, "K=1,2,3", "scale.prompts=30")[0] == 0
     (table,) = (tmp_path / "undisturbed").rglob("sweeps/*/summary.csv")
-    undisturbed = list(csv.DictReader(table.read_text().splitlines()))
-    assert [{**row, CLOCK: ""} for row in sweep.rows()] == [{**row, CLOCK: ""} for row in undisturbed]
+    assert [{**row, CLOCK: ""} for row in sweep.rows()] == [{**row, CLOCK: ""} for row in rows(table.parent)]
 
 
 @needs_slurm
@@ -143,7 +133,7 @@ def test_what_sbatch_is_told_and_does_not_say(
     assert {"#SBATCH --mail-type=END", "#SBATCH --x", "#SBATCH --requeue", "module load cuda"} <= set(lines)
 
 
-def test_without_slurm(run: Run, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sbatch_is_refused(run: Run, fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     code, _, err = run("-m", "hydra/launcher=slurm", *fake, "K=1,2")
     assert (code, err) == (2, "error: hydra/launcher=slurm: there is no sbatch here; needs a machine of a Slurm\n")

@@ -5,24 +5,24 @@ import json
 import os
 import re
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned, run_job
 from test_soak_judge import interval
 
-from selfspec import job, plan
+from selfspec import job
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume
 from selfspec.errors import ConfigError, Interrupted, StageError
 from selfspec.plan import Plan
-from selfspec.run import CONF
 from selfspec.soak import load, server
 from selfspec.stages import soak
 
@@ -41,12 +41,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unhurried")]
 
 @pytest.fixture
 def make(fake: list[str]) -> Make:
-    def made(*more: str) -> Plan:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plan.make(compose("config", [*fake, "stages=[soak]", *SHORT, *more]))
-
-    return made
+    return partial(planned, *fake, "stages=[soak]", *SHORT)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, then: Path, *faults: str) -> None:
@@ -91,10 +86,11 @@ def test_a_soak_that_is_interrupted_and_killed_carries_on_and_holds(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # whoever uses it gets nowhere
     monkeypatch.setenv("LOCUST_RUN_TIME", "1")
-    (tmp_path / ".locust.conf").write_text("run-time = 1\n")
+    for name in (".locust.conf", "locust.conf"):  # of the user's home, and of the folder they are in
+        (tmp_path / name).write_text("run-time = 1\n")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     made, folder = make(), tmp_path / "job"
-    folder.mkdir()
     job.check(made)
     take, takes = load.Load.take, list[float]()
 
@@ -106,15 +102,15 @@ def test_a_soak_that_is_interrupted_and_killed_carries_on_and_holds(
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(load.Load, "take", interrupted)
-        job.run(made, folder)
+        run_job(made, folder)
     assert kept(made) == ["begin", "interval-0000"] and nothing_runs()
 
     with monkeypatch.context() as patch, pytest.raises(StageError, match="died under load: exit code 7: planted death"):
         plant(patch, tmp_path / "then", "death")
-        job.run(made, folder)
+        run_job(made, folder)
     assert kept(made) == ["begin", "interval-0000", "interval-0001"] and nothing_runs()
 
-    result = job.run(made, folder)
+    result = run_job(made, folder)
     assert (result["status"], result["error"]) == ("finished", None), result["error"]
     assert kept(made)[3:] == ["interval-0002", "locust-3", "end"] and nothing_runs()
     measured = {key.removeprefix("soak/"): value for key, value in result["measurements"].items()}
@@ -139,10 +135,10 @@ def test_a_soak_that_is_interrupted_and_killed_carries_on_and_holds(
 
     with monkeypatch.context() as patch:
         patch.setattr(server, "guarded", None)
-        assert job.run(made, folder)["measurements"] == result["measurements"], "all is in the journal"
+        assert run_job(made, folder)["measurements"] == result["measurements"], "all is in the journal"
         held_to = make("soak.max_total_p99_ms=0.001")
         assert held_to.id == made.id, "another bound judges the same soak"
-        strict = job.run(held_to, folder)
+        strict = run_job(held_to, folder)
         assert strict["status"] == "failed" and "p99 total" in str(strict["error"])
 
 
@@ -153,8 +149,7 @@ def test_planted_faults_fail_it_and_mlflow_shows_it(
 
     plant(monkeypatch, tmp_path / "then", "leak", "drift", "sentinel", "errors")
     made, folder = make("tracking=mlflow", f"tracking.uri={uri}", "soak.max_memory_slope=300"), tmp_path / "job"
-    folder.mkdir()
-    result = job.run(made, folder)
+    result = run_job(made, folder)
     errors, leak, drift, sentinel = str(result["error"]).split("; ")
     assert result["status"] == "failed" and nothing_runs()
     assert "requests failed" in errors and "allowed 0.00%" in errors and "HTTP 400" in errors
@@ -191,15 +186,24 @@ def test_timings_of_different_hardware_are_not_pooled(make: Make, tmp_path: Path
             data = interval(number, slow=slow, life=1 + number) | {"provenance": {"fingerprint": on}}
             journal.append("soak", f"interval-{number:04d}", data, on)
         journal.append("soak", "end", {"answers": [], "verdicts": []}, "here")
-    folder = tmp_path / "job"
-    folder.mkdir()
-    result = job.run(made, folder)
+    result = run_job(made, tmp_path / "job")
     assert result["measurements"]["soak/requests"] == 60 and result["measurements"]["soak/total_p99_ms"] < 300
     assert result["provenance"]["fingerprint"] == "here"
     assert result["notes"][1:] == [
         "soak: the server was started 3 times; Locust's own tables are of the last",
         "soak: 1 of 3 intervals ran on other hardware; their timings are left out",
     ]
+
+
+def test_the_port_kept_for_vllm_is_nobody_elses_and_can_be_listened_at() -> None:
+    with server._reserved() as port, socket.socket() as another, socket.socket() as vllms:
+        with pytest.raises(OSError, match="in use"):
+            another.bind(("127.0.0.1", port))
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            vllms.setsockopt(socket.SOL_SOCKET, option, 1)
+        vllms.bind(("127.0.0.1", port))
+        vllms.listen()
+        socket.create_connection(("127.0.0.1", port)).close()
 
 
 @pytest.mark.parametrize(
@@ -218,9 +222,7 @@ def test_timings_of_different_hardware_are_not_pooled(make: Make, tmp_path: Path
 )
 def test_the_gateway_is_given_the_plan_of_the_job(make: Make, more: list[str]) -> None:
     made = make(*more)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        given = plan.make(compose("config", [*server.overrides(made), "stages=[soak]"]))
+    given = planned(*server.overrides(made), "stages=[soak]")
     for group in server.GROUPS:
         assert getattr(given, group) == replace(made, serve=replace(made.serve, api_key=None)).__dict__[group], group
     assert (given.label, given.head_id, given.answers_id) == (made.label, made.head_id, made.answers_id)
@@ -249,14 +251,9 @@ def test_what_cannot_be_soaked_is_refused_in_a_line(
 
 @pytest.mark.real
 def test_the_real_model_holds(tmp_path: Path) -> None:
-    GlobalHydra.instance().clear()
     light = ("draft=ngram", "stages=[soak]", "scale=smoke", "soak.users=3", "soak.new_tokens=16", "soak.prompts=8")
     short = ("soak.seconds=6", "soak.interval=2", "soak.warmup=4", "soak.max_memory_slope=100000", "serve.max_batch=4")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [*light, *short, "tracking=none", f"output_dir={tmp_path}"])
-    folder = tmp_path / "job"
-    folder.mkdir()
-    result = job.run(plan.make(cfg), folder)
+    result = run_job(planned(*light, *short, "tracking=none", f"output_dir={tmp_path}"), tmp_path / "job")
     measured = result["measurements"]
     assert result["status"] == "finished" and nothing_runs(), result["error"]
     assert measured["soak/errors"] == 0 < measured["soak/requests"] and measured["soak/sentinels_differing"] == 0

@@ -155,11 +155,11 @@ def test_the_guard_ends_what_it_runs_with_its_starter(killed: bool, tmp_path: Pa
     code = f"""
 import subprocess, sys, time
 from pathlib import Path
-from selfspec.soak.server import guarded
-with guarded([sys.executable, "-c", {CHILD!r}, "kind"], Path({str(tmp_path / "log")!r}), None) as process:
+from selfspec.soak.guard import guarded
+with guarded([sys.executable, "-c", {CHILD!r}, "kind"], Path({str(tmp_path / "log")!r}), None) as running:
     while not Path({str(tmp_path / "log")!r}).read_text().endswith("\\n"):
         time.sleep(0.01)
-    print(process.pid, flush=True)
+    print(running.process.pid, flush=True)
     {"time.sleep(600)" if killed else "pass"}
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as starter:
@@ -173,8 +173,8 @@ with guarded([sys.executable, "-c", {CHILD!r}, "kind"], Path({str(tmp_path / "lo
 
 @pytest.mark.slow
 def test_the_guard_ends_the_deaf_too() -> None:
-    code = "import sys; from selfspec.soak import guard; guard.GRACE_S = 0.1; sys.exit(guard.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, sys.executable, "-c", CHILD, "deaf"]
+    code = "import sys; from selfspec.soak import guard; guard.GRACE_S = 0.1; sys.exit(guard.main(*sys.argv[1:]))"
+    command = [sys.executable, "-c", code, ".", sys.executable, "-c", CHILD, "deaf"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guard:
         assert guard.stdout is not None and guard.stdin is not None
         pids = [guard.pid, *map(int, guard.stdout.readline().split())]

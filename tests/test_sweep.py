@@ -1,6 +1,5 @@
 """A sweep: checked whole, tracked as a parent and its children, each plan run once, one table at the end."""
 
-import csv
 import json
 import os
 import signal
@@ -8,48 +7,25 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import launched
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
+from launched import Sweep, journalled, rows, tracked
 
-from selfspec import fitting, job, plan, sweep_context
+from selfspec import sweep_context
 from selfspec.checkpoint import FILE
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.report import results
-from selfspec.report.results import Result
-from selfspec.run import CONF
 from selfspec.sweep import callback as sweep
 from selfspec.tracking import MLflowTracker
 from selfspec.tracking import mlflow as mlflow_tracker
 from selfspec.types import Completion, Request
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's, see test_tracking.py
-]
-
-COUNTED = """
-import os, sys, time
-from selfspec.engine.fake.engine import FakeEngine
-from selfspec.run import main
-generate = FakeEngine.generate
-said = sys.argv.pop(1)
-def counted(*args, **options):
-    os.write(1, b"generated" + bytes([10]))
-    while not os.stat(said).st_size:
-        time.sleep(0.01)
-    return generate(*args, **options)
-FakeEngine.generate = counted
-main()
-"""
-"""The command line with an engine that says when it works, and does so once there is something in a file."""
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., tuple[int, str, str]]
 write_result = results.write_result
@@ -64,12 +40,7 @@ def fake(fake: list[str]) -> list[str]:
 @pytest.fixture
 def run(run: Run, fake: list[str]) -> Run:
     """The command line with those overrides before its own."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        options = [arg for arg in argv if arg.startswith("-")]
-        return run(*options, *fake, *(arg for arg in argv if arg not in options))
-
-    return call
+    return partial(run, *fake)
 
 
 @pytest.fixture
@@ -86,37 +57,9 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def tracked(uri: str, experiment: str) -> tuple[Any, list[Any]]:
-    """The one parent of an experiment, and its children in the order they began."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=uri)
-    known = client.get_experiment_by_name(experiment)
-    assert known is not None
-    runs = client.search_runs([known.experiment_id])
-    (parent,) = [found for found in runs if "selfspec.sweep_id" in found.data.tags]
-    children = [found for found in runs if found.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(runs) == 1 + len(children), "nothing stands beside the sweep"
-    return parent, sorted(children, key=lambda found: found.info.start_time)
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
-
-
 def folders(tmp_path: Path) -> list[Path]:
     """Of the sweeps, in the order they began."""
     return sorted(file.parent for file in tmp_path.rglob(sweep_context.FILE))
-
-
-def journalled(tmp_path: Path) -> Counter[str]:
-    """How often each unit of each plan is in a journal; its header makes one more."""
-    return Counter(
-        f"{path.parent.name} {entry.get('unit')}"
-        for path in tmp_path.rglob(FILE)
-        for entry in map(json.loads, path.read_text().splitlines())
-        if "unit" in entry
-    )
 
 
 def test_one_parent_three_children_and_the_same_ones_again(
@@ -154,15 +97,7 @@ def test_one_parent_three_children_and_the_same_ones_again(
     assert len(rows(folders(tmp_path)[1])) == 3
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        "checkpoint.resume=auto",
-        pytest.param(
-            "checkpoint.resume=never",
-        ),
-    ],
-)
+@pytest.mark.parametrize("more", ["checkpoint.resume=auto", "checkpoint.resume=never"])
 def test_jobs_that_come_to_one_plan_run_once(run: Run, tmp_path: Path, generated: list[int], more: str) -> None:
     code, _, err = run("-m", "gate=none", "tau=.3,.4,.5", more)
     assert (code, err) == (0, "warning: tau has no effect in this combination\n")
@@ -255,20 +190,19 @@ def test_a_report_that_fails_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyP
     assert code == 1 and "no pixels" in err
 
 
-def test_an_experiment_sweeps_without_being_asked_to(run: Run, tmp_path: Path) -> None:
+def test_an_experiment_sweeps_without_being_asked_to_unless_something_else_is_asked_for(
+    run: Run, tmp_path: Path
+) -> None:
     code, _, err = run("experiment=k_sweep", "draft=layerskip", "gate=none")
     assert (code, err) == (0, "")
-    (folder,) = folders(tmp_path)
-    assert folder.parts[-3:-1] == ("k_sweep", "sweeps")
-    assert [row["controller.K"] for row in rows(folder)] == ["1", "2", "3", "4", "6", "8"]
-
-
-def test_what_is_asked_for_stands_above_the_experiments_sweep(run: Run, tmp_path: Path) -> None:
     assert run("experiment=k_sweep", "draft=layerskip", "K=5,7")[0] == 0
-    assert [row["controller.K"] for row in rows(folders(tmp_path)[0])] == ["5", "7"]
+    first, second = folders(tmp_path)
+    assert first.parts[-3:-1] == ("k_sweep", "sweeps")
+    assert [row["controller.K"] for row in rows(first)] == ["1", "2", "3", "4", "6", "8"]
+    assert [row["controller.K"] for row in rows(second)] == ["5", "7"]
 
 
-def test_a_sweep_whose_tracker_is_down(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_down_fails_no_sweep(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object) -> None:
         raise ConnectionError("the server is down")
 
@@ -298,7 +232,7 @@ def test_what_an_override_refers_to_is_the_jobs_to_look_up(
     assert not [path for path in files if path.is_file() and b"hush-hush" in path.read_bytes()]
 
 
-def test_interrupted_at_its_report(run: Run, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_at_its_report_it_is_killed_in_mlflow(run: Run, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ("-m", "tracking=mlflow", f"tracking.uri={uri}", "tracking.experiment=interrupted", "K=1,2")
     with monkeypatch.context() as patch:
         patch.setattr(MLflowTracker, "mark_orphans_failed", lambda *args: os.kill(os.getpid(), signal.SIGINT))
@@ -351,58 +285,7 @@ def test_a_folder_that_an_earlier_sweep_has_used(run: Run, tmp_path: Path, gener
 
 def test_a_job_that_dies_is_not_hidden_by_what_was_in_its_folder(fake: list[str], tmp_path: Path) -> None:
     argv = ["hydra/launcher=local", *fake, f"hydra.sweep.dir={tmp_path / 'mine'}", "K=1,2"]
-    assert launched.Sweep(tmp_path, *argv).run()[0] == 0
-    code, said = launched.Sweep(tmp_path, *argv, "tau=0.1", "scale.prompts=5", dies="K=2").run()
+    assert Sweep(tmp_path, *argv).run()[0] == 0
+    code, said = Sweep(tmp_path, *argv, "tau=0.1", "scale.prompts=5", dies="K=2").run()
     assert code == 1 and "job 1 K=2: killed by SIGKILL" in said
     assert [row["status"] for row in rows(tmp_path / "mine")] == ["finished", "failed"]
-
-
-def test_two_processes_with_one_plan_share_its_work(fake: list[str], tmp_path: Path) -> None:
-    said = tmp_path / "said"  # one works when the other has said that it waits
-    argv = [sys.executable, "-c", COUNTED, str(said), *fake, "scale.prompts=20", "scale.warmup=0"]
-    with said.open("a") as file:
-        pair = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=file, text=True) for _ in range(2)]
-    outs = [process.communicate()[0] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], said.read_text()
-    assert said.read_text().count("\n") == 1 and "waiting for another process that runs the same" in said.read_text()
-    assert sum(out.count("generated") for out in outs) == 2 * 20
-    assert set(journalled(tmp_path).values()) == {1} and len(journalled(tmp_path)) == 20
-    one, other = results.find(tmp_path / "outputs" / "main")
-    assert one["measurements"] == other["measurements"]
-
-
-def test_two_jobs_at_once_fit_their_common_head_once(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from selfspec.engine.torch.engine import TorchEngine
-
-    monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        plans = [
-            plan.make(compose("config", [*overrides, "gate=varH", f"tau_v={t}", "hardware.threads=1"])) for t in (1, 2)
-        ]
-    calls = list[str]()
-    monkeypatch.setattr(TorchEngine, "fit", _noting(calls, "fit", TorchEngine.fit))
-    monkeypatch.setattr(fitting, "_prompts", _noting(calls, "answers", fitting._prompts))
-
-    def one(number: int) -> Result:
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        return job.run(plans[number], folder)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(one, range(2)))
-    assert sorted(calls) == ["answers", "fit"]
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
-    assert plans[0].id != plans[1].id and plans[0].head_id == plans[1].head_id
-    agreement = {result["measurements"]["fit/agreement"] for result in results}
-    assert len(agreement) == 1 and [result["lossless"] for result in results] == ["yes", "yes"]
-
-
-def _noting(calls: list[str], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    def noted(*args: Any) -> Any:
-        calls.append(name)
-        return method(*args)
-
-    return noted

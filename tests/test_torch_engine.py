@@ -15,7 +15,7 @@ from tiny import VOCABULARY
 
 from selfspec import heads, plan
 from selfspec.engine.base import Tie
-from selfspec.engine.torch import engine as torch_engine
+from selfspec.engine.torch import ties, weights
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import ConfigError, HeadError
 from selfspec.model.base import Model
@@ -207,7 +207,7 @@ class TestEncode:
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
     def said(self, engine: TorchEngine, chat: bool) -> str:
-        tokens = engine.encode("a model drafts nonsense", chat)
+        tokens = engine.tokenizer.encode("a model drafts nonsense", chat)
         assert type(tokens) is list and {type(token) for token in tokens} == {int}
         return " ".join(VOCABULARY[token] for token in tokens)
 
@@ -225,7 +225,7 @@ class TestEncode:
     def test_a_tokenizer_without_a_chat_template_is_refused(self, engine: Maker, folder: Path) -> None:
         self.edit(folder / "tokenizer_config.json", chat_template=None)
         with pytest.raises(ConfigError, match="chat"):
-            engine(f"model.source=file:{folder}").encode("a model", chat=True)
+            engine(f"model.source=file:{folder}").tokenizer.encode("a model", chat=True)
 
 
 class TestHead:
@@ -274,17 +274,17 @@ class TestCompare:
         with torch.inference_mode():
             logits = model.logits(model.norm(stream(model, context, 6)[-1:]))[0]
         best, second = logits.topk(2).indices.tolist()
-        tie = made.compare(context, best, second)
+        tie = made.ties.compare(context, best, second)
         assert tie.gap == pytest.approx(float(logits[best] - logits[second]), abs=1e-4)
-        assert tie == made.compare(context, second, best)
+        assert tie == made.ties.compare(context, second, best)
         assert tie.rounding == 0 and not tie.explains  # in float32, equal means equal
-        assert made.compare(context, best, best).explains
+        assert made.ties.compare(context, best, best).explains
 
     def test_half_width_rounds_coarsely_and_is_compared_in_float32(self, engine: Maker) -> None:
         full, half = engine("draft=none"), engine("draft=none", "hardware.dtype=bf16")
         context = random_prompts(9)[0]
         token = single(full, Request(context, 1), plain=True).tokens[0]
-        other = half.compare(context, token, 7)
+        other = half.ties.compare(context, token, 7)
         assert half.model.dtype == torch.bfloat16
         exact = half.model.to(torch.float32)
         with torch.inference_mode():
@@ -297,12 +297,12 @@ class TestCompare:
 
     def test_rounding_is_the_largest_of_all_ways_to_read(self, engine: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
         half, contexts = engine("draft=none", "hardware.dtype=bf16"), random_prompts(40, 33, 50, 61)
-        every = [half.compare(context, 5, 7) for context in contexts]
+        every = [half.ties.compare(context, 5, 7) for context in contexts]
         seen = []
-        for alone in torch_engine._ALONE:
+        for alone in ties._ALONE:
             with monkeypatch.context() as patch:
-                patch.setattr(torch_engine, "_ALONE", (alone,))
-                seen.append([half.compare(context, 5, 7) for context in contexts])
+                patch.setattr(ties, "_ALONE", (alone,))
+                seen.append([half.ties.compare(context, 5, 7) for context in contexts])
         assert [[tie.gap for tie in way] for way in seen] == [[tie.gap for tie in every]] * len(seen)
         assert [tie.rounding for tie in every] == [
             max(tie.rounding for tie in ways) for ways in zip(*seen, strict=True)
@@ -320,7 +320,7 @@ class TestPlace:
     )
     def test_the_dtype_asked_for(self, engine: Maker, dtype: str, wanted: torch.dtype) -> None:
         made = engine("draft=none", f"hardware.dtype={dtype}")
-        assert made.dtype == made.model.dtype == made.model.new_cache(1).kv.dtype == wanted
+        assert made.weights.dtype == made.model.dtype == made.model.new_cache(1).kv.dtype == wanted
         about = made.describe()
         assert (about["engine"], about["device"], about["threads"]) == ("torch", "cpu", 1)
         assert about["dtype"] == str(wanted).removeprefix("torch.")
@@ -329,9 +329,9 @@ class TestPlace:
     def test_auto_takes_half_width_where_it_is_computed_in(
         self, engine: Maker, computes: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(torch_engine, "_cpu_computes_bf16", lambda: computes)
+        monkeypatch.setattr(weights, "_cpu_computes_bf16", lambda: computes)
         wanted = torch.bfloat16 if computes else torch.float32
-        assert engine("hardware.device=cpu", "hardware.dtype=auto").dtype == wanted
+        assert engine("hardware.device=cpu", "hardware.dtype=auto").weights.dtype == wanted
 
     @pytest.mark.parametrize(
         ("there", "wanted"), [((), "cpu"), (("mps",), "mps"), (("cuda", "mps"), "cuda"), (("cuda",), "cuda")]
@@ -343,8 +343,8 @@ class TestPlace:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
         made = engine("hardware=auto")
-        assert made.device == torch.device(wanted)
-        assert made.dtype == {"cuda": torch.bfloat16, "mps": torch.float16}.get(wanted, made.dtype)
+        assert made.weights.device == torch.device(wanted)
+        assert made.weights.dtype == {"cuda": torch.bfloat16, "mps": torch.float16}.get(wanted, made.weights.dtype)
 
     def test_a_device_that_is_not_there_is_refused(self, engine: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -363,7 +363,7 @@ class TestPlace:
 
     def test_memory_and_utilisation(self, engine: Maker) -> None:
         made = engine()
-        assert 50 < made.peak_memory_mb() < 1e6 and made.device_utilisation() is None
+        assert 50 < made.usage().peak_memory_mb < 1e6 and made.usage().device_utilisation is None
 
     def test_nothing_is_loaded_before_it_is_asked_for(self, engine: Maker, tmp_path: Path) -> None:
         made = engine(f"model.source=file:{tmp_path / 'none'}")

@@ -24,10 +24,10 @@ from selfspec.axes import ENGINE
 from selfspec.config import Order
 from selfspec.data import workload
 from selfspec.engine import factory
-from selfspec.engine.base import Engine
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.engine.vllm import engine as vllm_engine
 from selfspec.engine.vllm import session as vllm_session
+from selfspec.engine.vllm.engine import VLLMEngine
 from selfspec.errors import ConfigError
 from selfspec.metrics import first_difference
 from selfspec.plan import Plan
@@ -66,8 +66,8 @@ def unswept() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return factory.make(made())
+def engine() -> VLLMEngine:
+    return VLLMEngine(made())
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +78,19 @@ def ours() -> TorchEngine:
 
 @pytest.fixture(scope="module")
 def requests(ours: TorchEngine) -> list[Request]:
-    encode = lambda text: ours.encode(text, True)  # noqa: E731
+    encode = lambda text: ours.tokenizer.encode(text, True)  # noqa: E731
     chosen = workload.select(ours.plan.workload, "bench", COUNT, 0, encode)
     return [Request(prompt.tokens, NEW) for prompt in chosen]
 
 
 @pytest.fixture(scope="module")
-def plain(engine: Engine, requests: list[Request]) -> list[Completion]:
+def plain(engine: VLLMEngine, requests: list[Request]) -> list[Completion]:
     """By the vLLM that does not draft, one after the other."""
     return engine.generate(requests, plain=True)
 
 
 @pytest.fixture(scope="module")
-def drafted(engine: Engine, requests: list[Request]) -> Drafted:
+def drafted(engine: VLLMEngine, requests: list[Request]) -> Drafted:
     """By the one that does, one after the other; and what its scheduler was seen to have verified."""
     seen: dict[str, list[tuple[int, int]]] = defaultdict(list)
     scheduler = engine._core.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
@@ -180,7 +180,7 @@ def counts(completion: Completion) -> list[tuple[int, ...]]:
 def explained(ours: TorchEngine, request: Request, one: Sequence[int], other: Sequence[int]) -> bool:
     """Whether answers are equal, or first differ where two logits are as good as equal."""
     at = first_difference(one, other)
-    return at is None or ours.compare((*request.tokens, *one[:at]), one[at], other[at]).gap < CLOSE
+    return at is None or ours.ties.compare((*request.tokens, *one[:at]), one[at], other[at]).gap < CLOSE
 
 
 def test_plain_tokens_are_our_engines(ours: TorchEngine, requests: list[Request], plain: list[Completion]) -> None:
@@ -193,7 +193,12 @@ def test_plain_tokens_are_our_engines(ours: TorchEngine, requests: list[Request]
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_drafting_changes_no_token(
-    engine: Engine, ours: TorchEngine, requests: list[Request], plain: list[Completion], drafted: Drafted, batch: int
+    engine: VLLMEngine,
+    ours: TorchEngine,
+    requests: list[Request],
+    plain: list[Completion],
+    drafted: Drafted,
+    batch: int,
 ) -> None:
     drafting = drafted[0] if batch == 1 else engine.generate(requests, max_batch=batch)
     for request, one, other in zip(requests, plain, drafting, strict=True):
@@ -229,7 +234,7 @@ def test_times_add_up(drafted: Drafted) -> None:
         assert cycles_s < one.total_s
 
 
-def test_scores_are_our_engines(engine: Engine, ours: TorchEngine, requests: list[Request]) -> None:
+def test_scores_are_our_engines(engine: VLLMEngine, ours: TorchEngine, requests: list[Request]) -> None:
     (answer,) = ours.generate(requests[:1], plain=True)
     continuations = [answer.tokens, requests[1].tokens[:9], requests[2].tokens[:1]]
     for plain in (True, False):
@@ -239,7 +244,7 @@ def test_scores_are_our_engines(engine: Engine, ours: TorchEngine, requests: lis
         assert [one.greedy for one in theirs] == [True, False, False]
 
 
-def test_what_a_broken_session_left_is_dropped(engine: Engine, requests: list[Request]) -> None:
+def test_what_a_broken_session_left_is_dropped(engine: VLLMEngine, requests: list[Request]) -> None:
     (wanted,) = engine.score(requests[1].tokens, [requests[2].tokens[:4]])
     session = engine.open(1, 256, Order.fcfs)
     session.submit(requests[0])
@@ -248,8 +253,8 @@ def test_what_a_broken_session_left_is_dropped(engine: Engine, requests: list[Re
     assert found.logprobs == pytest.approx(wanted.logprobs, abs=CLOSE)
 
 
-def test_a_stop_token_ends_an_answer(engine: Engine, ours: TorchEngine) -> None:
-    request = Request(tuple(ours.encode("Say only the word yes.", True)), 60)
+def test_a_stop_token_ends_an_answer(engine: VLLMEngine, ours: TorchEngine) -> None:
+    request = Request(tuple(ours.tokenizer.encode("Say only the word yes.", True)), 60)
     (own,), (theirs,) = ours.generate([request], plain=True), engine.generate([request])
     assert (theirs.tokens, theirs.finish) == (own.tokens, own.finish) and own.finish == "stop"
     assert theirs.tokens[-1] in ours.model.shape.eos
@@ -257,7 +262,7 @@ def test_a_stop_token_ends_an_answer(engine: Engine, ours: TorchEngine) -> None:
     assert len(more.tokens) == 60 and more.finish == "length"
 
 
-def test_sampled_tokens_are_of_the_requests_seed(engine: Engine, requests: list[Request]) -> None:
+def test_sampled_tokens_are_of_the_requests_seed(engine: VLLMEngine, requests: list[Request]) -> None:
     """Of plain decoding; where vLLM drafts, it draws of the same distribution, and others."""
     asked = [replace(requests[0], sampling=Sampling(0.9, None, 0.95, seed)) for seed in (-1, -1, 2)]
     one, same, other = (engine.generate([request], plain=True)[0].tokens for request in asked)
@@ -267,7 +272,7 @@ def test_sampled_tokens_are_of_the_requests_seed(engine: Engine, requests: list[
 
 
 def test_a_session_takes_requests_as_they_come(
-    engine: Engine, ours: TorchEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+    engine: VLLMEngine, ours: TorchEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = itertools.count()  # a look at the clock each: no pause between two requests makes the first one wait
     monkeypatch.setattr(vllm_session, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 1e3))
@@ -295,19 +300,19 @@ def test_a_session_takes_requests_as_they_come(
         assert [id for id, _ in one.top] == [id for id, _ in other.top]
 
 
-def test_too_long_a_request_is_refused_in_a_line(engine: Engine, requests: list[Request]) -> None:
+def test_too_long_a_request_is_refused_in_a_line(engine: VLLMEngine, requests: list[Request]) -> None:
     with pytest.raises(
         ConfigError, match=r"prompt and new tokens come to \d+ positions; engine.kv_gib=1.0 and the mod"
     ):
         engine.generate([replace(requests[0], max_new_tokens=1 << 20)])
 
 
-def test_there_are_rows_for_all_whom_the_gateway_lets_in(engine: Engine) -> None:
+def test_there_are_rows_for_all_whom_the_gateway_lets_in(engine: VLLMEngine) -> None:
     asked: Any = factory.make(made("serve.max_batch=100"))
     assert asked.arguments({}).max_num_seqs == 100 and engine.arguments({}).max_num_seqs == 64  # type: ignore[attr-defined]
 
 
-def test_a_bench_and_a_quality_stage(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bench_and_a_quality_stage(engine: VLLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality = ("quality.prompts=2", "quality.gate_prompts=0", "quality.tasks=[]", "quality.answer_tokens=24")
     small = ("scale.prompts=2", "scale.repeats=1", "scale.warmup=0", "stages=[bench,quality]")
     asked = made(*small, *quality, f"output_dir={tmp_path / 'out'}")
@@ -323,7 +328,7 @@ def test_a_bench_and_a_quality_stage(engine: Engine, tmp_path: Path, monkeypatch
     assert found["quality/identical_texts"] == 1
 
 
-def test_the_next_job_of_a_sweep(engine: Engine, requests: list[Request], plain: list[Completion]) -> None:
+def test_the_next_job_of_a_sweep(engine: VLLMEngine, requests: list[Request], plain: list[Completion]) -> None:
     """It has the same plain vLLM, and can start another that drafts although n-grams were drafted before."""
     other: Any = factory.make(made("K=2"))
     assert other._plain_core is engine._plain_core and other._core is not engine._core  # type: ignore[attr-defined]
@@ -331,8 +336,8 @@ def test_the_next_job_of_a_sweep(engine: Engine, requests: list[Request], plain:
     assert one.tokens == plain[0].tokens and max(cycle.k_asked for cycle in one.cycles) == 2
 
 
-def test_the_next_job_has_threads_of_its_own(engine: Engine) -> None:
-    assert engine.vocab  # vLLM has been started
+def test_the_next_job_has_threads_of_its_own(engine: VLLMEngine) -> None:
+    assert engine._plain_core  # vLLM has been started
     threads = torch.get_num_threads()
     try:
         assert factory.make(made(f"hardware.threads={threads + 1}")).describe()["threads"] == threads + 1

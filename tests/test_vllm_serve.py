@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned, run_job
 
-from selfspec import job, plan
+from selfspec import job
 from selfspec.data import workload
 from selfspec.engine import factory
 from selfspec.plan import Plan
-from selfspec.run import CONF
 from selfspec.soak.server import Server, serving
 from selfspec.stages import bench, soak
 
@@ -36,14 +34,7 @@ def made(*overrides: str) -> Plan:
         "hardware=cpu_fp32",
         "tracking=none",
     )
-    return plan.make(compose("config", ["K=4", *small, *LOAD, *LIMITS, *overrides]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra() -> Iterator[None]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+    return planned("K=4", *small, *LOAD, *LIMITS, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +54,8 @@ def test_half_a_minute_of_load(drafting: Server, tmp_path: Path, monkeypatch: py
         yield drafting
 
     monkeypatch.setattr(soak, "serving", the_one)
-    (tmp_path / "job").mkdir()
     job.check(asked)
-    result = job.run(asked, tmp_path / "job")
+    result = run_job(asked, tmp_path / "job")
     assert result["status"] == "finished", result["error"]
     found = result["measurements"]
     assert found["soak/requests"] > 3 and found["soak/error_rate"] == 0
@@ -77,7 +67,7 @@ def test_cycles_come_over_http(drafting: Server, tmp_path: Path) -> None:
     over = ("engine=openai", "draft=served", f"engine.url={drafting.url}", f"engine.plain_url={drafting.url}")
     asked = made(*over, "stages=[bench]", "scale.prompts=3", "scale.repeats=1", "scale.warmup=0")
     engine: Any = factory.make(asked)
-    prompts = workload.select(asked.workload, "bench", 3, 0, lambda text: engine.encode(text, True))
+    prompts = workload.select(asked.workload, "bench", 3, 0, lambda text: engine.tokenizer.encode(text, True))
     for one in engine.generate([bench.request(asked, prompt) for prompt in prompts]):
         cycles = one.cycles
         assert sum(c.new_tokens for c in cycles) == len(one.tokens) - 1

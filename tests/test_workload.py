@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -133,16 +134,16 @@ class TestTable:
             talk("b_0", "gpt:only"),
             {"id": "c_0", "conversations": [{"from": "human", "value": None}, {"from": "user", "value": "x\ny"}, 3]},
             {"conversations": [{"from": "human", "value": "no id"}]},
+            talk("d_0", "human:half a surrogate pair \ud83d"),
         ]
-        assert prompts(make(content)) == {"a_0": "hello", "c_0": "x\ny", "3": "no id"}
+        assert prompts(make(content)) == {
+            **{"a_0": "hello", "c_0": "x\ny", "3": "no id"},
+            "d_0": "half a surrogate pair ?",
+        }
 
     def test_duplicates_keep_the_first(self, make: Maker) -> None:
         content = [talk("a_0", "gpt:x"), talk("a_0", "human:x"), talk("b_0", "human: x"), talk("a_0", "human:y")]
         assert prompts(make(content)) == {"a_0": "x"}
-
-    def test_half_a_surrogate_pair(self, make: Maker) -> None:
-        text = json.dumps([talk("a_0", "human:hi \ud83d")])
-        assert prompts(make(text)) == {"a_0": "hi ?"}
 
     def test_made_once(self, make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
         content = make(many(10))
@@ -177,16 +178,10 @@ class TestSelect:
                 stems[split] |= {p.id.rsplit("_", 1)[0] for p in select(content, split, 120, seed, encode)}
         assert not stems["fit"] & stems["bench"] | stems["fit"] & stems["quality"] | stems["bench"] & stems["quality"]
 
-    def test_shares(self) -> None:
-        counts = {split: 0 for split in SPLITS}
-        for i in range(5000):
-            counts[workload._split_of(f"id{i}_0")] += 1
-        assert counts["fit"] / 5000 == pytest.approx(0.6, abs=0.02)
-        assert counts["bench"] / 5000 == pytest.approx(0.2, abs=0.02)
-
-    def test_stems(self) -> None:
-        for id in (f"abc_{i}" for i in range(50)):
-            assert workload._split_of(id) == workload._split_of("abc_0")
+    def test_shares_and_stems(self) -> None:
+        counts = Counter(workload._split_of(f"id{i}_0") for i in range(5000))
+        assert [counts[split] / 5000 for split in ("fit", "bench")] == pytest.approx([0.6, 0.2], abs=0.02)
+        assert len({workload._split_of(f"abc_{i}") for i in range(50)}) == 1
         assert len({workload._split_of(f"ab_c{i}") for i in range(50)}) == 3
 
     def test_seeded_and_prefix_stable(self, make: Maker) -> None:
@@ -202,14 +197,12 @@ class TestSelect:
         ids = [prompt.id for prompt in select(make(many()), "bench", 4, 0, encode)]
         assert ids == ["c31_7", "c59_14", "c82_14", "c123_0"]
 
-    def test_exact_length(self, make: Maker) -> None:
+    def test_exact_length_and_longest(self, make: Maker) -> None:
         content = make(many(), prompt_tokens=32)
         chosen = select(content, "fit", 40, 0, encode)
         whole = prompts(content)
         assert {len(prompt.tokens) for prompt in chosen} == {32}
         assert all(bytes(prompt.tokens).decode() == whole[prompt.id][:32] for prompt in chosen)
-
-    def test_longest(self, make: Maker) -> None:
         chosen = select(make(many(), max_prompt_tokens=20), "fit", 20, 0, encode)
         assert all(0 < len(prompt.tokens) <= 20 for prompt in chosen)
 

@@ -55,12 +55,8 @@ class Bucket:
         Raises:
             StorageError: there is no such bucket, no right to read it, or it does not answer.
         """
-        try:
-            data: bytes = self._ask("read", name, lambda: self._fs.cat_file(self._path(name), start=start, end=end))
-            return data
-        except FileNotFoundError:
-            self._check_there()
-            return None
+        data: bytes | None = self._find("read", name, lambda: self._fs.cat_file(self._path(name), start=start, end=end))
+        return data
 
     def read_all(self, names: Sequence[str]) -> list[bytes]:
         """Objects that are there, all at once."""
@@ -74,20 +70,13 @@ class Bucket:
 
     def size(self, name: str) -> int | None:
         """Of an object, in bytes; ``None`` if it is not there."""
-        try:
-            return int(self._ask("read", name, lambda: self._fs.info(self._path(name)))["size"])
-        except FileNotFoundError:
-            self._check_there()
-            return None
+        found = self._find("read", name, lambda: self._fs.info(self._path(name)))
+        return None if found is None else int(found["size"])
 
     def names(self, below: str) -> list[str]:
         """The objects directly in a folder, sorted, by their names there."""
         folder = self._path(below)
-        try:
-            found = self._ask("listed", below, lambda: self._fs.find(folder))
-        except FileNotFoundError:
-            self._check_there()
-            found = []
+        found = self._find("listed", below, lambda: self._fs.find(folder)) or []
         names = (path.removeprefix(folder).lstrip("/") for path in found)
         return sorted(name for name in names if name and "/" not in name)
 
@@ -110,10 +99,7 @@ class Bucket:
 
     def remove(self, name: str) -> None:
         """Delete an object, if it is there."""
-        try:
-            self._ask("written", name, lambda: self._fs.rm_file(self._path(name)))
-        except FileNotFoundError:
-            self._check_there()
+        self._find("written", name, lambda: self._fs.rm_file(self._path(name)))
 
     def check_exclusive(self, name: str, data: bytes) -> None:
         """Try to create an object that is there; ``data`` must do as its content.
@@ -161,6 +147,14 @@ class Bucket:
 
     def _nowhere(self) -> StorageError:
         return StorageError(f"{self.url}: there is no bucket {self._name}; make it, or name another")
+
+    def _find(self, verb: str, name: str, call: Callable[[], Any]) -> Any:
+        """As :meth:`_ask`; ``None`` where the object is not there, but its bucket is."""
+        try:
+            return self._ask(verb, name, call)
+        except FileNotFoundError:
+            self._check_there()
+            return None
 
     def _ask(self, verb: str, name: str, call: Callable[[], Any]) -> Any:
         """Has the store do something; what it says of a file (there, not there) is passed on."""

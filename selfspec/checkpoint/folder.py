@@ -3,16 +3,15 @@
 import json
 import logging
 import os
-import sys
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from selfspec.errors import JournalError
-from selfspec.files import reason, storing, sync_folder, write_atomic
+from selfspec.files import acquire, reason, storing, sync_folder, write_atomic
 from selfspec.interrupt import shield
 
 FILE = "journal.jsonl"
@@ -48,7 +47,7 @@ class FileLines:
 
     def peek(self) -> list[bytes]:
         """The lines there are; changes nothing."""
-        return whole_lines(read(self.path))
+        return whole_lines(read(self.path) or b"")
 
     def set_aside(self, *beside: str) -> None:
         """Move a journal that is there out of the way, and the files beside it that are named."""
@@ -62,7 +61,7 @@ class FileLines:
 
     def load(self) -> list[bytes]:
         """The lines there are. A torn last one is cut off, and the file made ready for more."""
-        data = read(self.path)
+        data = read(self.path) or b""
         lines = whole_lines(data)
         self._end = sum(len(line) + 1 for line in lines)
         with storing(self.path), shield():
@@ -106,15 +105,6 @@ class FileLines:
             self._lock.release()
 
 
-def acquire(lock: FileLock, what: str) -> None:
-    """Lock; if another process has, say what it does, and wait."""
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print(f"waiting for another process that {what}", file=sys.stderr, flush=True)
-        lock.acquire()
-
-
 def on_disk(place: Path | str) -> Path | None:
     """The folder of this disk that ``place`` names, be it as ``file://``; ``None`` for another URL."""
     if isinstance(place, str) and "://" in place:
@@ -126,16 +116,17 @@ def _aside(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
-def read(path: Path) -> bytes:
-    """What is in a file; nothing if there is none.
+def read(path: Path, count: int = -1) -> bytes | None:
+    """What is in a file, or its first ``count`` bytes; ``None`` if there is none.
 
     Raises:
         JournalError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(count)
     except FileNotFoundError:
-        return b""
+        return None
     except OSError as error:
         raise JournalError(f"{path}: cannot be read: {reason(error)}") from error
 

@@ -11,7 +11,7 @@ One line of JSON each, the first one a header::
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,7 +92,6 @@ class Journal:
 
     Attributes:
         created: when the journal was begun, as an ISO time in UTC.
-        on_append: called with each unit appended by this process, once it is safely stored.
     """
 
     def __init__(self, lines: Lines, contents: _Contents) -> None:
@@ -100,7 +99,6 @@ class Journal:
         self._records = contents.records
         self._notes = contents.notes
         self.created = contents.created
-        self.on_append: list[Callable[[Record], None]] = []
 
     @classmethod
     def open(
@@ -174,7 +172,7 @@ class Journal:
             ValueError: the unit is in the journal already, or the journal is closed.
             TypeError: ``data`` is not JSON.
             StorageError: it cannot be written; the journal is as it was before, and takes no more.
-            Interrupted: a trapped signal arrived; the unit is recorded, but ``on_append`` was not called.
+            Interrupted: a trapped signal arrived; the unit is recorded, but its record was not given back.
         """
         if (stage, unit) in self._records:
             raise ValueError(f"unit {unit!r} of stage {stage!r} is in the journal already")
@@ -183,9 +181,6 @@ class Journal:
         with shield():
             self._lines.append(line)
             self._records[stage, unit] = record
-        # Outside the shield: a tracker may be slow, and what it misses is logged again on resumption.
-        for observer in self.on_append:
-            observer(record)
         return record
 
     def note(self, key: str, value: Any) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from selfspec.checkpoint.bucket import Bucket
 from selfspec.checkpoint.lease import LEASE_S, Lease
-from selfspec.data import assets
+from selfspec.data import folders
 from selfspec.errors import JournalError, LeaseError
 from selfspec.interrupt import shield
 
@@ -133,7 +133,7 @@ class Segments:
 
 def scratch(url: str) -> Path:
     """A folder of this machine's for what belongs to a URL; may not exist yet."""
-    return assets.cache_dir() / "checkpoint" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    return folders.cache_dir() / "checkpoint" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def _parse(number: int, data: bytes) -> _Segment:

@@ -14,11 +14,11 @@ from typing import Any, Protocol, TypeVar
 from filelock import FileLock
 
 from selfspec.checkpoint.bucket import Bucket, trimmed
-from selfspec.checkpoint.folder import acquire, on_disk
+from selfspec.checkpoint.folder import on_disk, read
 from selfspec.checkpoint.lease import LEASE_S, Lease
 from selfspec.checkpoint.segments import scratch
 from selfspec.errors import JournalError
-from selfspec.files import reason, storing, write_atomic
+from selfspec.files import acquire, storing, write_atomic
 
 AT_ONCE = 16
 """Questions to a store under way together."""
@@ -123,13 +123,7 @@ class OnDisk:
 
     def read(self, name: str, count: int | None = None) -> bytes | None:
         """As :meth:`Store.read`."""
-        try:
-            with self.path(name).open("rb") as file:
-                return file.read(-1 if count is None else count)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise JournalError(f"{self.path(name)}: cannot be read: {reason(error)}") from error
+        return read(self.path(name), -1 if count is None else count)
 
     def size(self, name: str) -> int | None:
         """As :meth:`Store.size`."""

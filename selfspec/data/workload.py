@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from selfspec.config import Workload
-from selfspec.data import assets
+from selfspec.data import assets, folders
 from selfspec.errors import AssetError, ConfigError
 from selfspec.types import Prompt
 
@@ -98,7 +98,7 @@ def table(workload: Workload) -> Path:
         with source.open(encoding="utf-8-sig", errors="replace") as file:
             _write_table(conversations(file, workload.source), folder / _TABLE, workload.source)
 
-    return assets.derived("prompts", assets.fingerprint(source, _VERSION), build) / _TABLE
+    return folders.derived("prompts", folders.fingerprint(source, _VERSION), build) / _TABLE
 
 
 def conversations(file: TextIO, source: str) -> Iterator[dict[str, Any]]:

@@ -5,24 +5,15 @@ them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from selfspec.config import Order
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Request
 
 PACE = 0.2
 """How much the last measurement weighs in what a token is thought to take."""
 STALL = 4
 """``hrrn``: cycles that reading prompts may hold up those being decoded, at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A request in the queue; ``arrival`` in seconds of the session's clock."""
-
-    number: int
-    request: Request
-    arrival: float
 
 
 class Admission:
@@ -34,7 +25,7 @@ class Admission:
 
     chunk: int | None = None
 
-    def choose(self, waiting: Sequence[Waiting], read: int, now: float) -> int | None:
+    def choose(self, waiting: Sequence[Seq], read: int, now: float) -> int | None:
         """Whom to admit to a free row: an index into ``waiting``, which is in order of arrival.
 
         Args:
@@ -56,7 +47,7 @@ class Admission:
 class DecodeFirst(Admission):
     """``decode_first``: one prompt at most between two cycles: those being decoded wait for one, never for a burst."""
 
-    def choose(self, waiting: Sequence[Waiting], read: int, now: float) -> int | None:
+    def choose(self, waiting: Sequence[Seq], read: int, now: float) -> int | None:
         """The first, if none has been read yet."""
         return None if read else 0
 
@@ -78,7 +69,7 @@ class HighestResponseRatio(Admission):
     def __init__(self) -> None:
         self._read_s = self._decode_s = self._cycle_s = 0.0
 
-    def choose(self, waiting: Sequence[Waiting], read: int, now: float) -> int | None:
+    def choose(self, waiting: Sequence[Seq], read: int, now: float) -> int | None:
         """The highest ratio of time here, work included, to work; of equals the first."""
 
         def ratio(index: int) -> float:

@@ -1,8 +1,14 @@
-"""The Engine protocol: what a stage may ask of whatever runs the model."""
+"""What a stage may ask of whatever runs the model: an :class:`Engine`, and what some engines can do besides.
 
+An engine names what it can do among its bases (:class:`Opens`, :class:`Fits`, :class:`Scores`, :class:`Probes`); who
+needs one of these asks ``isinstance(engine, Scores)``; before an engine is made, its options say it too
+(``EngineOptions.can``).
+"""
+
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from selfspec.config import Order
 from selfspec.types import Completion, Logprob, Request, Score, Signals
@@ -93,20 +99,6 @@ def check_room(request: Request, positions: int) -> None:
         raise ValueError(f"{len(request.tokens)} tokens and {request.max_new_tokens} new ones of {positions}")
 
 
-class Limits(NamedTuple):
-    """Of a model.
-
-    Attributes:
-        positions: the most tokens of a text.
-        prefix: the token that stands before a text without a context: of a text's beginning, else of its end.
-        prefixed: whether its tokenizer puts that before every text.
-    """
-
-    positions: int
-    prefix: int
-    prefixed: bool
-
-
 class Load(NamedTuple):
     """Of a session: requests waiting, rows in use, and the share of all key-value slots that hold tokens."""
 
@@ -115,36 +107,44 @@ class Load(NamedTuple):
     kv_used: float
 
 
-class Engine(Protocol):
-    """Runs one plan's model."""
+class Limits(NamedTuple):
+    """Of a model: the most tokens of a text, and what token ids are below."""
 
-    def describe(self) -> Mapping[str, object]:
-        """Device, dtype, threads, model sizes: what a timing depends on beyond the plan."""
-        ...
+    positions: int
+    vocab: int
 
-    @property
-    def vocab(self) -> int:
-        """Token ids are below this."""
-        ...
+
+class Usage(NamedTuple):
+    """Of the machine.
+
+    Attributes:
+        peak_memory_mb: the most memory in use so far, in MiB: the device's where there is one, else the process's.
+        device_utilisation: the accelerator's now, in [0, 1]; ``None`` on a CPU.
+    """
+
+    peak_memory_mb: float = 0.0
+    device_utilisation: float | None = None
+
+
+class Prefix(NamedTuple):
+    """The token that stands before a text without a context: of a text's beginning, else of its end.
+
+    Attributes:
+        always: whether the model's tokenizer puts it before every text.
+    """
+
+    token: int
+    always: bool
+
+
+class Tokenizer(Protocol):
+    """Text <-> token ids, as the model has been taught them."""
 
     def encode(self, text: str, chat: bool) -> list[int]:
-        """Text -> token ids; with ``chat``, as a user's turn in the model's chat template."""
-        ...
+        """Text -> token ids; with ``chat``, as a user's turn in the model's chat template.
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
-    ) -> list[Completion]:
-        """Decodes requests as the plan says.
-
-        Args:
-            plain: with no draft, by the whole model.
-            k: with this K always, in the place of the plan's controller.
-            max_batch: as many at once; ``None``: the plan's number.
+        Raises:
+            ConfigError: the model has none.
         """
         ...
 
@@ -152,7 +152,7 @@ class Engine(Protocol):
         """Messages of ``role`` and ``content`` -> token ids, by the model's chat template, ready for an answer.
 
         Raises:
-            ValueError: the template refuses them.
+            ValueError: there is no template, or it refuses them.
         """
         ...
 
@@ -160,34 +160,100 @@ class Engine(Protocol):
         """Token ids -> text, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         ...
 
+    def prefix(self) -> Prefix:
+        """What stands before a text without a context."""
+        ...
+
+
+class TieJudge(Protocol):
+    """Tells a token that rounding explains from a wrong one."""
+
+    def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
+        """How close two candidates for the token after ``context`` are."""
+        ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runs one plan's model. Nothing is loaded before it is asked for something."""
+
+    tokenizer: Tokenizer
+    ties: TieJudge
+
+    @abstractmethod
+    def describe(self) -> Mapping[str, object]:
+        """Device, dtype, threads, versions: what a timing depends on beyond the plan."""
+
+    @abstractmethod
+    def generate(
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
+    ) -> list[Completion]:
+        """Decodes requests as the plan says.
+
+        Args:
+            plain: with no draft, by the whole model.
+            k: with this K always, in the place of the plan's controller.
+            max_batch: as many at once; ``None``: the plan's number.
+
+        Raises:
+            ConfigError: prompt and new tokens are more than there are positions.
+        """
+
+    def state(self) -> Mapping[str, Any]:
+        """What gate and controller have learned so far, as JSON values, for the checkpoint; here, nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up what an earlier process had learned."""
+        return None
+
+    def usage(self) -> Usage:
+        """Memory and device; where none is ours to see, nothing."""
+        return Usage()
+
+
+@runtime_checkable
+class Opens(Engine, Protocol):
+    """Decodes requests as they come, which is what a gateway needs."""
+
+    @abstractmethod
     def open(self, rows: int, positions: int, order: Order) -> Session:
         """A session that decodes up to ``rows`` requests at once, each of up to ``positions`` tokens in all.
 
         Raises:
             ConfigError: the model has fewer positions.
         """
-        ...
 
-    def state(self) -> Mapping[str, Any]:
-        """What gate and controller have learned so far, as JSON values; for the checkpoint."""
-        ...
+    @abstractmethod
+    def limits(self) -> Limits:
+        """How long a text may be, and which tokens there are."""
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up what an earlier process had learned."""
-        ...
 
+@runtime_checkable
+class Fits(Engine, Protocol):
+    """Drafts through heads that are fitted to the model."""
+
+    @abstractmethod
     def fit(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path, facts: Mapping[str, Any]) -> None:
-        """Fits the plan's head on (prompt, answer) token pairs and writes it to ``path`` atomically."""
-        ...
+        """Fits the plan's head on (prompt, answer) token pairs; every fifth of them is held out.
 
+        Writes a safetensors file, atomically, with ``facts`` and what was measured in its metadata.
+        """
+
+    @abstractmethod
     def use_head(self, path: Path) -> None:
-        """Drafts through this fitted head from now on."""
-        ...
+        """Drafts through this fitted head from now on.
 
-    def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
-        """How close two candidates for the token after ``context`` are."""
-        ...
+        Raises:
+            HeadError: it is corrupt or of another size than the model.
+        """
 
+
+@runtime_checkable
+class Scores(Engine, Protocol):
+    """Says how likely a given text is."""
+
+    @abstractmethod
     def score(
         self, context: Sequence[int], continuations: Sequence[Sequence[int]], *, plain: bool = False
     ) -> list[Score]:
@@ -202,8 +268,17 @@ class Engine(Protocol):
         Raises:
             ConfigError: the model has fewer positions.
         """
-        ...
 
+    @abstractmethod
+    def limits(self) -> Limits:
+        """How long a text may be, and which tokens there are."""
+
+
+@runtime_checkable
+class Probes(Engine, Protocol):
+    """Shows the states of its layers."""
+
+    @abstractmethod
     def probe(self, prompt: Sequence[int], answer: Sequence[int], exits: Sequence[int] | None = None) -> list[Signals]:
         """What each exit would draft after every token of an answer but its last, and what gates would say of it.
 
@@ -215,19 +290,6 @@ class Engine(Protocol):
         Raises:
             ConfigError: the model lacks such a layer, or positions.
         """
-        ...
-
-    def limits(self) -> Limits:
-        """How long a text may be, and what stands before one without a context."""
-        ...
-
-    def peak_memory_mb(self) -> float:
-        """The most memory in use so far, in MiB: the device's where there is one, else the process's."""
-        ...
-
-    def device_utilisation(self) -> float | None:
-        """The accelerator's utilisation now, in [0, 1]; ``None`` on a CPU."""
-        ...
 
 
 LazyEngine = Callable[[], Engine]

@@ -5,10 +5,25 @@ from pathlib import Path
 
 from selfspec import config as schema
 from selfspec.axes import CONTROLLER, ENGINE, GATE, POLICY
-from selfspec.engine.base import Engine
+from selfspec.engine.base import Engine, Tokenizer
 from selfspec.engine.openai.client import Server
+from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.rules import REFERENCES
+
+
+def require(plan: Plan, what: type, says: str) -> None:
+    """Refuses an engine that cannot do what is asked of it.
+
+    Args:
+        says: what the message has between the engine and those that can.
+
+    Raises:
+        ConfigError: with those that can.
+    """
+    if what not in plan.engine.can:
+        allowed = ", ".join(name for name, option in ENGINE.options.items() if what in option.can)
+        raise ConfigError(f"engine={plan.engine.name}: {says} {allowed}")
 
 
 def check(plan: Plan) -> None:
@@ -44,12 +59,9 @@ def reference(name: str, plan: Plan) -> Engine:
     )
 
 
-def served(url: str, secret: str | None, engine: Engine) -> Server:
-    """A server of ours with the engine's model, as a caller with this API key sees it.
-
-    The engine's tokenizer reads its text.
-    """
-    return Server("url", url, secret, lambda text, stopped: engine.encode(text, chat=False), direct=True)
+def served(url: str, secret: str | None, tokenizer: Tokenizer) -> Server:
+    """A server of ours, as a caller with this API key sees it; ``tokenizer`` reads its text."""
+    return Server("url", url, secret, lambda text, stopped: tokenizer.encode(text, chat=False), direct=True)
 
 
 def weights(plan: Plan) -> Path:

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 from selfspec.lazy import torch
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.attention import AttentionMetadata
+from selfspec.model.cache import KVCache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 Layers = Enum("Layers", "auto fast hf")
-"""Our own, Hugging Face's, or ours where they know the architecture (``auto``)."""
-Weights = Enum("Weights", "full int8")
-Kernels = Enum("Kernels", "auto native torch")
-"""Our own C++ kernels for the CPU, torch's operators, or ours where a compiler can build them (``auto``)."""
+"""Whose decoder layers run: our own, Hugging Face's, or ours where they know the architecture (``auto``)."""
+Width = Enum("Width", "full int8")
+"""Of weights: the model's own, or 8 bits."""
+Kernels = Enum("Kernels", "auto native triton torch")
+"""Our own, ``native`` on a CPU and ``triton`` within graphs on a GPU, or torch's operators."""
+Graphs = Enum("Graphs", "auto on off")
+"""Whether passes over our own layers are captured as graphs, on a GPU; ``auto``: where they can be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,10 @@ class Model(Protocol):
     device: torch.device
     native: bool
     """Whether it runs on our own CPU kernels."""
+    graphs: bool
+    """Whether passes over a cache that lasts are captured as CUDA graphs, and"""
+    fused: bool
+    """whether our own kernels for GPUs run there."""
     embedding: Tensor
     """``[vocab, D]``, the token embedding."""
     lm_head: Tensor
@@ -56,8 +64,12 @@ class Model(Protocol):
         """The same model in another dtype (a copy; used to look at a tie in float32)."""
         ...
 
-    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0) -> KVCache:
-        """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use."""
+    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0, lasts: bool = False) -> KVCache:
+        """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use.
+
+        Args:
+            lasts: it will be used for many requests, so that capturing passes over it as graphs pays.
+        """
         ...
 
     def embed(self, tokens: Sequence[int] | Tensor, at: AttentionMetadata) -> Tensor:

@@ -10,59 +10,14 @@ among the nodes of a draft tree, where siblings share a position, and only until
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selfspec.lazy import torch
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.tree import Tree
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionMetadata:
-    """Where N new tokens go, and what they may look at; made once and used by a range of layers.
-
-    Tokens of a row stand together, rows after each other.
-
-    Attributes:
-        rows: the rows of the cache, a contiguous range.
-        width: T, new tokens of the widest row.
-        start: the first token's slot where ``rows`` is one row; slots follow each other.
-        stop: slots that attention reads, counted from 0.
-        positions: int64 ``[N]``, or a slice where they are contiguous.
-        row: int64 ``[N]``, every token's row, and
-        slot: int64 ``[N]``, its slot; ``None`` where ``rows`` is one row.
-        pad: int64 ``[R * T]``, indices into the N tokens that lay them out as ``[R, T]``, and
-        unpad: int64 ``[N]``, the way back; ``None`` where every row has T tokens.
-        mask: bool ``[R, 1, T, stop]``, true where a token may look; ``None`` where it may look at everything,
-            or where ``causal`` says it all.
-        causal: whether plain causal masking over T = stop slots is right (a prefill).
-    """
-
-    rows: slice
-    width: int
-    start: int
-    stop: int
-    positions: Tensor | slice
-    row: Tensor | None
-    slot: Tensor | None
-    pad: Tensor | None
-    unpad: Tensor | None
-    mask: Tensor | None
-    causal: bool
-
-    @property
-    def count(self) -> int:
-        """R, the rows it covers."""
-        return self.rows.stop - self.rows.start  # type: ignore[no-any-return]
-
-    def each(self) -> tuple[Tensor, Tensor]:
-        """Every token's row and slot, int64 ``[N]`` each, also where ``rows`` is one row."""
-        if self.row is not None and self.slot is not None:
-            return self.row, self.slot
-        return torch.full((self.width,), self.rows.start), torch.arange(self.start, self.stop)
 
 
 class KVCache:
@@ -84,13 +39,20 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         max_positions: int,
+        spare: int = 0,
     ) -> None:
-        self.kv = torch.zeros((layers, 2, rows, kv_heads, capacity, head_dim), dtype=dtype, device=device)
+        """``spare``: slots beyond the capacity, which no row comes to."""
+        slots = capacity + spare
+        self.kv = torch.zeros((layers, 2, rows, kv_heads, slots, head_dim), dtype=dtype, device=device)
         self._read = [(layer[0], layer[1]) for layer in self.kv]
         self._write = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in self._read]  # as tokens come: [R, S, G, d]
         self.rows, self.capacity, self.device = rows, capacity, device
         self._last_position = max_positions - 1
         self.lengths: list[int] = []
+
+    def clear(self) -> None:
+        """Evicts all rows."""
+        self.lengths.clear()
 
     def admit(self) -> int:
         """A new, empty row: its index.
@@ -131,71 +93,10 @@ class KVCache:
             trees: one for each active row; or one, for ``row`` alone. A row may have no nodes from ``first`` on
                 where another has some.
         """
-        start = 0 if row is None else row
-        # One row's slots follow each other: slices, which cost less than gathering by index.
-        if len(trees) == 1:
-            return self._place_one(trees[0], first, start)
-        bases, counts = self.lengths, [len(tree) - first for tree in trees]
-        width = max(counts)
-        stops = [base + len(tree) for base, tree in zip(bases, trees, strict=True)]
-        stop = max(stops)
-        self._check_room(stop)
-        slots, positions, owners = list[int](), list[int](), list[int]()
-        for r, (base, tree) in enumerate(zip(bases, trees, strict=True)):
-            slots += range(base + first, stops[r])
-            # A row that rides along while others draft on may go past the last position; what it says is dropped.
-            positions += [min(base + depth, self._last_position) for depth in tree.depths()[first:]]
-            owners += [r] * counts[r]
-        pad = unpad = None
-        if len(slots) < width * len(trees):
-            begins = torch.tensor([0, *counts[:-1]]).cumsum(0)
-            within = torch.arange(width).expand(len(trees), -1)
-            limit = torch.tensor(counts)[:, None]
-            # Padding repeats some token that is there; `unpad` drops what comes of it, so any will do.
-            pad = (begins[:, None] + torch.minimum(within, limit - 1)).flatten().to(self.device)
-            unpad = (within < limit).flatten().nonzero()[:, 0].to(self.device)
-        return AttentionMetadata(
-            rows=slice(0, len(trees)),
-            width=width,
-            start=-1,
-            stop=stop,
-            positions=self._index(positions),
-            row=self._index(owners),
-            slot=self._index(slots),
-            pad=pad,
-            unpad=unpad,
-            mask=self._mask(trees, bases, first, width, stop),
-            causal=False,
-        )
-
-    def _place_one(self, tree: Tree, first: int, row: int) -> AttentionMetadata:
-        base = self.lengths[row]
-        start, stop = base + first, base + len(tree)
-        self._check_room(stop)
-        count = stop - start
-        positions: Tensor | slice = slice(start, stop)
-        mask, causal = None, False
-        if not tree.is_chain:
-            positions = self._index([base + depth for depth in tree.depths()[first:]])
-            mask = self._mask([tree], [base], first, count, stop)
-        # With nothing before it, a chain's mask is the plain triangle, for which attention has a kernel of its own.
-        elif start == 0:
-            causal = count > 1
-        elif count > 1:
-            mask = torch.ones(count, stop, dtype=torch.bool, device=self.device).tril(start)[None, None]
-        rows = slice(row, row + 1)
-        return AttentionMetadata(rows, count, start, stop, positions, None, None, None, None, mask, causal)
-
-    def _mask(self, trees: Sequence[Tree], bases: Sequence[int], first: int, width: int, stop: int) -> Tensor:
-        """Every slot verified, then the node's ancestors; padding looks at what its row's last node does."""
-        base = torch.tensor(bases)[:, None, None]
-        mask = (torch.arange(stop) < base).repeat(1, width, 1)
-        for r, tree in enumerate(trees):
-            seen = tree.visible()[first:]
-            mask[r, : len(seen), bases[r] : bases[r] + len(tree)] = seen
-            # Were padding to look at nothing, its softmax would be over nothing, and NaN.
-            mask[r, len(seen) :] = mask[r, len(seen) - 1]
-        return mask[:, None].to(self.device)
+        bases = self.lengths if row is None else [self.lengths[row]]
+        at = AttentionMetadata(trees, bases, first, row or 0, self._last_position, self.device)
+        self._check_room(at.stop)
+        return at
 
     def append(self, layer: int, keys: Tensor, values: Tensor, at: AttentionMetadata) -> tuple[Tensor, Tensor]:
         """Writes a layer's new keys and values ``[N, G, d]``; returns all that attention reads, ``[R, G, stop, d]``."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from selfspec.config import Model
-from selfspec.data import assets
+from selfspec.data import assets, folders
 from selfspec.errors import AssetError, StorageError
 
 _VERSION = 1
@@ -32,8 +32,8 @@ def model_folder(model: Model) -> Path:
         return path
     if path.suffix != ".gguf":
         raise AssetError(f"model.source={model.source}: must be a model folder or a .gguf file")
-    key = assets.fingerprint(path, _VERSION)
-    return assets.derived(re.sub(r"[^\w.-]", "-", path.stem), key, lambda folder: to_safetensors(path, folder))
+    key = folders.fingerprint(path, _VERSION)
+    return folders.derived(re.sub(r"[^\w.-]", "-", path.stem), key, lambda folder: to_safetensors(path, folder))
 
 
 def to_safetensors(gguf: Path, folder: Path) -> None:

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from selfspec.errors import AssetError, ConfigError, one_line
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Layers, Model, Shape
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.model.gguf import silence
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
@@ -38,11 +39,21 @@ _CACHES = (
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def load(folder: Path, device: torch.device, dtype: torch.dtype, layers: Layers, native: bool = False) -> Model:
+def load(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Layers,
+    native: bool = False,
+    graphs: bool = False,
+    fused: bool = False,
+) -> Model:
     """A model folder by our own layers (``fast``), by Hugging Face's (``hf``), or by ours where they can (``auto``).
 
     Args:
         native: our own layers run on our own kernels.
+        graphs: passes over our own layers are captured as CUDA graphs, and
+        fused: consist of our own kernels there.
 
     Raises:
         AssetError: a file is missing or corrupt.
@@ -50,7 +61,9 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, layers: Layers,
     """
     if layers is not Layers.hf:
         try:
-            return Llama.load(folder, device, dtype, native)
+            model = Llama.load(folder, device, dtype, native)
+            model.graphs, model.fused = graphs, fused
+            return model
         except ConfigError:
             if layers is Layers.fast:
                 raise
@@ -61,7 +74,7 @@ class HFModel:
     """A frozen ``transformers`` model whose layers run in ranges; see :class:`~selfspec.model.base.Model`."""
 
     folder: Path | None = None
-    native = False
+    native = graphs = fused = False
 
     def __init__(self, lm: Any) -> None:
         """``lm``: a ``PreTrainedModel`` with a language-model head, its weights loaded.
@@ -128,8 +141,8 @@ class HFModel:
         other.folder, other.shape = self.folder, self.shape
         return other
 
-    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0) -> KVCache:
-        """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use."""
+    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0, lasts: bool = False) -> KVCache:
+        """See :meth:`Model.new_cache <selfspec.model.base.Model.new_cache>`; none of its passes are captured."""
         s = self.shape
         size = (s.layers + extra_layers, rows, s.kv_heads, capacity, s.head_dim)
         return KVCache(*size, self.dtype, self.device, s.max_positions)

@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selfspec.errors import AssetError, ConfigError
+from selfspec.model.attention import AttentionMetadata, attend
 from selfspec.model.base import Shape
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
+from selfspec.model.graphs import Graphs, Layers
 from selfspec.model.kernels.native import Stack
 from selfspec.model.linear import add_linear, linear, packed, packed_int8, plain
 from selfspec.model.weights import Layer, Weight
 
+_ALIGNED = 64
+"""Slots of a cache that graphs read come to a multiple of this."""
 _MATRICES = ("qkv", "out", "gate_up", "down")
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -36,7 +41,7 @@ class Llama:
     """A frozen decoder whose layers run in ranges."""
 
     folder: Path | None = None
-    native = False
+    native = graphs = fused = False
     int8 = False
     _stack: Stack | None = None
 
@@ -48,6 +53,7 @@ class Llama:
         self.final_norm = weights["model.norm.weight"]
         self.layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self._graphs: WeakKeyDictionary[KVCache, Graphs] = WeakKeyDictionary()
         self._head: Weight | None = None  # the packed one: the embedding, which may be the same, stays as it is
         self._rotary = _rotary(config, self.shape)
         self._cos, self._sin = (table.to(self.device, self.dtype) for table in self._rotary)
@@ -122,15 +128,30 @@ class Llama:
         ]
         # Weights rounded to int8 stay rounded: a tie is looked at in the model that ran, not in a better one.
         other._head = plain(self._head).to(dtype) if self.int8 and self._head is not None else None
-        other._rotary = self._rotary
+        other._rotary, other._graphs = self._rotary, WeakKeyDictionary()
         other._cos, other._sin = (table.to(self.device, dtype) for table in self._rotary)
         return other
 
-    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0) -> KVCache:
-        """An empty cache for ``rows`` sequences of up to ``capacity`` slots, with layers for a draft's own use."""
-        s = self.shape
+    def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0, lasts: bool = False) -> KVCache:
+        """See :meth:`Model.new_cache <selfspec.model.base.Model.new_cache>`."""
+        s, static = self.shape, lasts and self.graphs
         size = (s.layers + extra_layers, rows, s.kv_heads, capacity, s.head_dim)
-        return KVCache(*size, self.dtype, self.device, s.max_positions)
+        # Attention's kernels want masks whose rows begin at multiples of 16 bytes; the last slot is for padding.
+        spare = _ALIGNED - capacity % _ALIGNED if static else 0
+        cache = KVCache(*size, self.dtype, self.device, s.max_positions, spare)
+        if static:
+            self._graphs[cache] = Graphs(self._static_run(), s.hidden, self.dtype, capture=self.device.type == "cuda")
+        return cache
+
+    def _static_run(self) -> Layers:
+        """What runs a pass of a fixed shape: our own kernels where they are wanted and know these layers."""
+        if self.fused:
+            from selfspec.model.kernels.fused import Fused  # Triton is there
+
+            if Fused.take(self.layers, self.shape.head_dim):
+                s, tables = self.shape, (self._cos, self._sin)
+                return Fused(self.layers, s.heads, s.norm_eps, *tables, otherwise=self._run).run
+        return self._run
 
     def embed(self, tokens: Sequence[int] | Tensor, at: AttentionMetadata | None = None) -> Tensor:
         """Token ids, N of them -> ``[N, D]``; positions come in with every layer, so ``at`` is not looked at."""
@@ -138,9 +159,16 @@ class Llama:
 
     def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
+        graphs = self._graphs.get(cache)
+        if graphs is not None and graphs.take(at):
+            return graphs.run(hidden, cache, at, first, last)
         if self._stack is not None and not at.causal:  # a long prompt is better off with torch's attention
             cos, sin = self._cos[at.positions], self._sin[at.positions]
             return self._stack.run(hidden, cache, at, cos, sin, first, last)
+        return self._run(hidden, cache, at, first, last)
+
+    def _run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
+        """:meth:`run` by torch's operators."""
         rotation = self.rotation(at)
         for index in range(first, last):
             hidden = self.block(self.layers[index], hidden, cache, index, at, rotation)
@@ -199,26 +227,6 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention: ``[N, H, d]`` over ``[R, G, stop, d]`` -> ``[N, H * d]``.
-
-    The H / G heads of a group are laid end to end as if they were more tokens, so that each key-value head
-    is read once (4x faster on a CPU in bf16); ``mask`` repeats in step. Prefill keeps the causal kernel.
-    """
-    heads, size = q.shape[1:]
-    # Rows are laid out side by side here only; every matrix product runs on packed tokens.
-    if at.pad is not None:
-        q = q[at.pad]
-    q = q.view(at.count, at.width, heads, size).transpose(1, 2)
-    if at.causal:
-        mixed = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
-    else:
-        folded = q.reshape(at.count, keys.shape[1], -1, size)
-        mixed = F.scaled_dot_product_attention(folded, keys, values, mask).view(q.shape)
-    mixed = mixed.transpose(1, 2).reshape(-1, heads * size)
-    return mixed if at.unpad is None else mixed[at.unpad]
 
 
 def _stop_tokens(*configs: dict[str, Any]) -> list[int]:

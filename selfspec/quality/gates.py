@@ -5,8 +5,6 @@ and some that would not (false positives); the curve is that trade over all thre
 that a token which stands looks better than one which does not. 0.5 is no knowledge at all.
 """
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from selfspec.files import csv_text
 from selfspec.types import Measurements
 
 GATES = {"maxp": ("max_prob", 1), "entropy": ("entropy", -1), "varH": ("var_entropy", -1)}
@@ -83,13 +82,13 @@ def summarise(units: Sequence[dict[str, Any]], made: Sequence[Curve]) -> Measure
 
 def table(made: Sequence[Curve]) -> str:
     """The curves as CSV, a point a line."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["exit_layer", "head", "gate", "auc", "threshold", "false_positive_rate", "true_positive_rate"])
-    for curve in made:
-        for point in zip(curve.thresholds, curve.false_positives, curve.true_positives, strict=True):
-            writer.writerow([*curve.exit, curve.gate, curve.auc, *map(float, point)])
-    return buffer.getvalue()
+    head = ("exit_layer", "head", "gate", "auc", "threshold", "false_positive_rate", "true_positive_rate")
+    points = (
+        [*curve.exit, curve.gate, curve.auc, *map(float, point)]
+        for curve in made
+        for point in zip(curve.thresholds, curve.false_positives, curve.true_positives, strict=True)
+    )
+    return csv_text([head, *points])
 
 
 def _pooled(units: Iterable[dict[str, Any]]) -> dict[Exit, dict[str, Floats]]:

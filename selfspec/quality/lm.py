@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
-from selfspec.engine.base import Engine
+from selfspec.engine.base import Scores
 from selfspec.types import Request, Sampling
 
 Tokens = Sequence[int]
@@ -18,19 +18,20 @@ Tokens = Sequence[int]
 class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """Scores and generates with an engine, plainly or as its plan says; tokenises as lm-eval's own ``hf`` does."""
 
-    def __init__(self, engine: Engine, plain: bool) -> None:
+    def __init__(self, engine: Scores, plain: bool) -> None:
         super().__init__()
-        self.engine, self.plain, self.limits = engine, plain, engine.limits()
+        self.engine, self.plain = engine, plain
+        self.prefix, self.positions = engine.tokenizer.prefix(), engine.limits().positions
 
     @property
     def eot_token_id(self) -> int:
         """What stands before a text without a context."""
-        return self.limits.prefix
+        return self.prefix.token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Text -> token ids; special tokens as the model's tokenizer has them, unless told."""
-        begins = self.limits.prefixed if add_special_tokens is None else add_special_tokens
-        return [self.limits.prefix] * begins + self.engine.encode(string, chat=False)
+        begins = self.prefix.always if add_special_tokens is None else add_special_tokens
+        return [self.prefix.token] * begins + self.engine.tokenizer.encode(string, chat=False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Tokens, Tokens]], **kwargs: Any
@@ -48,7 +49,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         found = []
         for (text,) in (request.args for request in requests):
             windows = utils.get_rolling_token_windows(
-                self.tok_encode(text), self.limits.prefix, self.limits.positions, context_len=1
+                self.tok_encode(text), self.prefix.token, self.positions, context_len=1
             )
             parts = [(None, *utils.make_disjoint_window(window)) for window in windows]
             found.append(sum(logprob for logprob, _ in self._loglikelihood_tokens(parts)))
@@ -64,9 +65,9 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             asked.append(Request(tuple(tokens), wanted["max_gen_toks"], sampling=sampling))
             stops.append(wanted["until"])
         done = self.engine.generate(asked, plain=self.plain)
-        texts = [self.engine.decode(completion.tokens) for completion in done]
+        texts = [self.engine.tokenizer.decode(completion.tokens) for completion in done]
         return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
 
     def _fitting(self, context: Tokens, room: int) -> Tokens:
         """The end of a context that leaves so much room; of a continuation, the last token is not read."""
-        return context[-max(self.limits.positions + 1 - room, 1) :]
+        return context[-max(self.positions + 1 - room, 1) :]

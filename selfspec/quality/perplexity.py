@@ -10,8 +10,6 @@ answer, and the texts that were generated, each with its negative log-likelihood
   was generated, scored by the whole model.
 """
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from selfspec.files import csv_text
 from selfspec.metrics import RESAMPLES, first_difference
 from selfspec.types import Measurements, Score
+
+_SIDES = ("plain_reference", "reference", "plain_text", "text")
 
 
 class Nats(NamedTuple):
@@ -54,19 +55,12 @@ class Conversation(NamedTuple):
 
 def conversations(units: Iterable[dict[str, Any]]) -> list[Conversation]:
     """Of all units, as they were journalled."""
-    return [
-        Conversation(
-            prompt=row["prompt"],
-            plain_reference=Nats(*row["plain_reference"]),
-            reference=Nats(*row["reference"]),
-            plain_text=Nats(*row["plain_text"]),
-            text=Nats(*row["text"]),
-            plain_tokens=row["plain_tokens"],
-            tokens=row["tokens"],
-        )
-        for unit in units
-        for row in unit["conversations"]
-    ]
+    return [_conversation(row) for unit in units for row in unit["conversations"]]
+
+
+def _conversation(row: dict[str, Any]) -> Conversation:
+    known: dict[str, Any] = {key: Nats(*row[key]) if key in _SIDES else row[key] for key in Conversation._fields}
+    return Conversation(**known)
 
 
 def summarise(rows: Sequence[Conversation], seed: int) -> Measurements:
@@ -114,16 +108,13 @@ def divergence(row: Conversation) -> int | None:
 
 def table(rows: Sequence[Conversation]) -> str:
     """A line of CSV for each conversation."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    sides = ("plain_reference", "reference", "plain_text", "text")
-    numbers = [f"{side}_{what}" for side in sides for what in ("ppl", "tokens")]
-    writer.writerow(["prompt", *numbers, "equal_tokens", "first_divergence"])
+    numbers = [f"{side}_{what}" for side in _SIDES for what in ("ppl", "tokens")]
+    lines: list[list[object]] = [["prompt", *numbers, "equal_tokens", "first_divergence"]]
     for row in rows:
-        scored = [getattr(row, side) for side in sides]
+        scored = [getattr(row, side) for side in _SIDES]
         values = [value for one in scored for value in (one.perplexity, one.tokens)]
-        writer.writerow([row.prompt, *values, equal_tokens(row), divergence(row)])
-    return buffer.getvalue()
+        lines.append([row.prompt, *values, equal_tokens(row), divergence(row)])
+    return csv_text(lines)
 
 
 def _pooled(parts: Sequence[Nats]) -> float:

@@ -1,9 +1,9 @@
 """ROC curves -> a picture: every gate by exit layer, and its curve at one exit."""
 
-import io
 from collections.abc import Sequence
 
 from selfspec.quality.gates import GATES, Curve, Exit
+from selfspec.report.plots import png
 
 _COLOURS = dict(zip(GATES, ("#2f6fa8", "#d08030", "#5a9a5a"), strict=True))
 
@@ -47,9 +47,7 @@ def roc(made: Sequence[Curve], layer: int | None) -> bytes | None:
     for axes in (left, right):
         axes.legend(fontsize=7, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _name(exit: Exit, gate: str) -> str:

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from selfspec.data import assets
-from selfspec.engine.base import Engine
+from selfspec.engine.base import Scores
 from selfspec.errors import AssetError, ConfigError, one_line
 from selfspec.quality.config import Quality
 
@@ -62,7 +62,7 @@ def fetch(quality: Quality) -> None:
             assets.fetch(quality.data[task].source, quality.data[task].sha256)
 
 
-def evaluate(engine: Engine, quality: Quality, task: str, plain: bool) -> dict[str, Any]:
+def evaluate(engine: Scores, quality: Quality, task: str, plain: bool) -> dict[str, Any]:
     """One task through an engine, plainly or as it is configured.
 
     Returns:

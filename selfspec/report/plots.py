@@ -38,7 +38,7 @@ def speed(rows: Sequence[Result]) -> bytes | None:
             axes.vlines(plain, y - 0.5, y + 0.5, color=_PLAIN, linewidth=2, linestyle=(0, (2, 1)))
         end = max(at for at in (tok_s, high, plain) if at is not None)
         says = f"{tok_s:.1f}" + (f"  {number(row, 'bench/speedup', '.2f')}x" if value(row, "bench/speedup") else "")
-        axes.annotate(says, (end, y), (6, 0), textcoords="offset points", va="center", fontsize=8)
+        _say(axes, says, end, y)
     _labels_on(axes, bars)
     axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
     axes.set_xlabel("decode tok/s, 95% interval; and speed-up over plain")
@@ -68,12 +68,10 @@ def acceptance(rows: Sequence[Result]) -> bytes | None:
         rate, share = _rate(row) or 0.0, value(row, "bench/proposed_share")
         color, hatch = (_LOSSY, "//") if lossy(row) else (_EXACT, "")
         axes.barh(y - 0.19, rate, 0.36, color=color, hatch=hatch, edgecolor="white")
-        axes.annotate(f"{rate:.2f}", (rate, y - 0.19), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        _say(axes, f"{rate:.2f}", rate, y - 0.19)
         if share is not None:
             axes.barh(y + 0.19, share, 0.36, color=_SHARE)
-            axes.annotate(
-                f"{share:.2f}", (share, y + 0.19), (4, 0), textcoords="offset points", va="center", fontsize=8
-            )
+            _say(axes, f"{share:.2f}", share, y + 0.19)
     for gate in gates:
         at = [y for y, (row, _) in enumerate(bars) if _gate(row)[0] == gate]
         axes.annotate(f"gate: {gate}", (1.06, sum(at) / len(at)), va="center", fontsize=9, annotation_clip=False)
@@ -89,6 +87,11 @@ def acceptance(rows: Sequence[Result]) -> bytes | None:
     if any(value(row, "bench/proposed_share") is not None for row, _ in bars):
         legend.append(Patch(facecolor=_SHARE, label="proposed / asked of the draft"))
     return _png(figure, axes, legend)
+
+
+def _say(axes: "Axes", words: str, end: float, y: float) -> None:
+    """Beside the end of a bar."""
+    axes.annotate(words, (end, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _rate(row: Result) -> float | None:
@@ -137,6 +140,11 @@ def _png(figure: "Figure", axes: "Axes", legend: "Sequence[Artist]") -> bytes:
         fontsize=8,
         frameon=False,
     )
+    return png(figure)
+
+
+def png(figure: "Figure") -> bytes:
+    """The same bytes for the same picture, whatever made it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast, get_origin, get_type_hints
 
 from selfspec.axes import POLICY
 from selfspec.config import flatten
@@ -17,27 +17,8 @@ VERSION = 1
 """Of the form of ``result.json``."""
 FILE = "result.json"
 
-_VERDICTS = {
-    "yes": "yes",
-    "ties": "ties",
-    "no": "NO",
-    "sampled": "sampled",
-    "lossy": "LOSSY",
-    "reference": "reference",
-    None: "not checked",
-}
-_SHAPE: dict[str, type] = {
-    "version": int,
-    "plan_id": str,
-    "label": str,
-    "name": str,
-    "settings": dict,
-    "measurements": dict,
-    "notes": list,
-    "provenance": dict,
-    "acceptance_by_position": list,
-    "status": str,
-}
+_VERDICTS = {"no": "NO", "lossy": "LOSSY", None: "not checked"}
+"""What is said otherwise than it is written."""
 
 
 class Result(TypedDict):
@@ -58,8 +39,13 @@ class Result(TypedDict):
     notes: list[str]
     provenance: dict[str, Any]
     acceptance_by_position: list[float]
-    status: Literal["finished", "failed"]
+    status: str
+    """``finished`` or ``failed``."""
     error: str | None
+
+
+_OPEN = ("lossless", "error")
+"""What may be missing."""
 
 
 def empty_result(plan: Plan, where: dict[str, Any]) -> Result:
@@ -122,12 +108,11 @@ def read(path: Path) -> Result:
     version = result.get("version") if isinstance(result, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise UserError(f"{path}: has version {version}, made by a newer selfspec; this one reads up to {VERSION}")
-    wrong = [
-        key for key, kind in _SHAPE.items() if not isinstance(result, dict) or not isinstance(result.get(key), kind)
-    ]
+    kinds = {key: get_origin(kind) or kind for key, kind in get_type_hints(Result).items() if key not in _OPEN}
+    wrong = [key for key, kind in kinds.items() if version is None or not isinstance(result.get(key), kind)]
     if wrong:
         raise UserError(f"{path}: is not a result: {wrong[0]} is missing or of the wrong type")
-    return cast(Result, {"lossless": None, "error": None, **result})
+    return cast(Result, {**dict.fromkeys(_OPEN), **result})
 
 
 def find(folder: Path) -> list[Result]:

@@ -3,7 +3,6 @@
 A speed never stands without its baseline, and a lossy configuration never without being called so.
 """
 
-import csv
 import io
 import json
 import sys
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfspec.config import flatten
-from selfspec.files import write_atomic
+from selfspec.files import csv_text, write_atomic
 from selfspec.report import plots, quality
 from selfspec.report.results import (
     Result,
@@ -182,35 +181,31 @@ def against(row: Result) -> list[str]:
     names = [
         key.split("/")[2] for key in row["measurements"] if key.startswith("bench/against/") and key.endswith("/ratio")
     ]
-    said = []
-    for name in (name for name in names if not name.startswith("K=")):
+
+    def beside(name: str, words: str) -> str:
         ratio, rate = (
-            interval(row, f"bench/against/{name}/{what}", form) for what, form in (("ratio", ".2f"), ("tok_s", ".1f"))
+            interval(row, f"bench/against/{name}/{key}", form) for key, form in (("ratio", ".2f"), ("tok_s", ".1f"))
         )
-        said.append(f"{ratio} times {name} ({rate} tok/s)")
-    fixed = [name for name in names if name.startswith("K=")]
-    if fixed:
+        return f"{ratio} times {words} ({rate} tok/s)"
+
+    said = [beside(name, name) for name in names if not name.startswith("K=")]
+    if fixed := [name for name in names if name.startswith("K=")]:
         best = max(fixed, key=lambda name: value(row, f"bench/against/{name}/tok_s") or 0.0)
-        ratio, rate = (
-            interval(row, f"bench/against/{best}/{what}", form) for what, form in (("ratio", ".2f"), ("tok_s", ".1f"))
-        )
-        said.append(f"{ratio} times the best fixed K of {', '.join(name[2:] for name in fixed)}: {best} ({rate} tok/s)")
+        said.append(beside(best, f"the best fixed K of {', '.join(name[2:] for name in fixed)}: {best}"))
     return said
 
 
 def _summary(rows: Sequence[Result]) -> str:
     settings = varying(rows)
     measurements = sorted({key for row in rows for key in row["measurements"]})
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["plan_id", "label", "name", "status", "lossless", *settings, *measurements, "error"])
+    lines: list[list[object]] = []
     for row in rows:
         flat = flatten(row["settings"])
         values = [value(row, key) for key in measurements]
         lossless = "lossy" if lossy(row) and row["lossless"] is None else row["lossless"]
         head = [row["plan_id"], row["label"], row["name"], row["status"], lossless]
-        writer.writerow([*head, *(_cell(flat.get(key)) for key in settings), *values, _line(row["error"] or "")])
-    return buffer.getvalue()
+        lines.append([*head, *(_cell(flat.get(key)) for key in settings), *values, _line(row["error"] or "")])
+    return csv_text([["plan_id", "label", "name", "status", "lossless", *settings, *measurements, "error"], *lines])
 
 
 def _accept(rows: Sequence[Result]) -> str:

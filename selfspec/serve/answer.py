@@ -4,7 +4,7 @@ import secrets
 from typing import Any
 
 from selfspec.config import Serve
-from selfspec.engine.base import Engine, RequestOutput
+from selfspec.engine.base import Opens, RequestOutput, Tokenizer
 from selfspec.metrics import pack
 from selfspec.serve.backend import Call, Chunk, TokenLogprob, Usage
 from selfspec.serve.errors import Invalid, TooLong
@@ -17,7 +17,7 @@ LEAST = 1e-6
 """The smallest ``top_p``: the likeliest token alone."""
 
 
-def request(engine: Engine, call: Call, settings: Serve) -> Request:
+def request(engine: Opens, call: Call, settings: Serve) -> Request:
     """What the engine is to decode.
 
     Raises:
@@ -38,18 +38,18 @@ def request(engine: Engine, call: Call, settings: Serve) -> Request:
     return Request(tokens, asked, call.ignore_eos, _sampling(call), call.logprobs)
 
 
-def _tokens(engine: Engine, call: Call) -> tuple[str, tuple[int, ...]]:
+def _tokens(engine: Opens, call: Call) -> tuple[str, tuple[int, ...]]:
     """The field they come from, and the prompt's tokens."""
     if call.messages is not None:
         try:
-            return "messages", tuple(engine.encode_chat(call.messages))
+            return "messages", tuple(engine.tokenizer.encode_chat(call.messages))
         except ValueError as error:
             raise Invalid(f"messages: {error}", "messages") from error
     if isinstance(call.prompt, str):
-        return "prompt", tuple(engine.encode(call.prompt, chat=False))
-    tokens = call.prompt or ()
-    if any(not 0 <= token < engine.vocab for token in tokens):
-        raise Invalid(f"prompt: token ids are from 0 to {engine.vocab - 1}", "prompt")
+        return "prompt", tuple(engine.tokenizer.encode(call.prompt, chat=False))
+    tokens, vocab = call.prompt or (), engine.limits().vocab
+    if any(not 0 <= token < vocab for token in tokens):
+        raise Invalid(f"prompt: token ids are from 0 to {vocab - 1}", "prompt")
     return "prompt", tokens
 
 
@@ -63,9 +63,9 @@ def _sampling(call: Call) -> Sampling:
 class Answer:
     """Makes chunks of a request's progress."""
 
-    def __init__(self, engine: Engine, call: Call, asked: Request) -> None:
-        self._engine, self._call, self._asked = engine, call, asked
-        self._detokenizer, self._stops = Detokenizer(engine.decode), Stops(call.stop)
+    def __init__(self, tokenizer: Tokenizer, call: Call, asked: Request) -> None:
+        self._decode, self._call, self._asked = tokenizer.decode, call, asked
+        self._detokenizer, self._stops = Detokenizer(tokenizer.decode), Stops(call.stop)
         self._count = 0
 
     @property
@@ -105,8 +105,8 @@ class Answer:
         return found
 
     def _logprob(self, token: int, logprob: Logprob) -> TokenLogprob:
-        top = tuple((self._engine.decode([other]), value) for other, value in logprob.top)
-        return TokenLogprob(self._engine.decode([token]), logprob.logprob, top)
+        top = tuple((self._decode([other]), value) for other, value in logprob.top)
+        return TokenLogprob(self._decode([token]), logprob.logprob, top)
 
 
 def statistics(completion: Completion) -> dict[str, Any]:

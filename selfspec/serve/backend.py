@@ -167,14 +167,3 @@ class Cache(Protocol):
     async def keep(self, call: Call, chunks: Sequence[Chunk]) -> None:
         """Remembers a whole answer, if it may be given again."""
         ...
-
-
-class NoCache:
-    """Remembers nothing."""
-
-    async def find(self, call: Call) -> Hit | None:
-        """Never."""
-        return None
-
-    async def keep(self, call: Call, chunks: Sequence[Chunk]) -> None:
-        """Not at all."""

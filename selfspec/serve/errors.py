@@ -1,15 +1,4 @@
-"""What a caller is told when a request cannot be answered; each has a status and OpenAI's error shape.
-
-RequestError
-├── Invalid          400  a field of the request is wrong
-│   └── TooLong      400  prompt and answer are more than fits
-├── Unauthorized     401  no API key, or a wrong one
-├── UnknownModel     404
-├── TooLarge         413  the body
-├── Overloaded       429  as many requests as allowed are running or waiting; worth trying again
-├── Failed           500  a back end broke; nothing the caller did
-└── Unavailable      503  starting, draining, or no back end answers; worth trying again
-"""
+"""What a caller is told when a request cannot be answered; each has a status and OpenAI's error shape."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

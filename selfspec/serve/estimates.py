@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 
 from selfspec.serve.backend import Backend, Call, Chunk, Price
 
@@ -12,37 +11,35 @@ _FORGET_S = 60.0
 """A back end unheard of for so long counts as unknown, and is tried again: it may have become faster."""
 
 
-@dataclass
-class Latency:
-    """Running means of an answer's first token and of each one after it, in seconds."""
+class Timed:
+    """A back end that is watched: it answers as the one within, and how long it takes is known.
 
-    first_s: float = 0.0
-    token_s: float = 0.0
-    seen: float | None = None
+    Attributes:
+        first_s, token_s: running means of an answer's first token and of each one after it, in seconds.
+        seen: when there was an answer, by the clock.
+    """
 
-    def observe(self, now: float, first_s: float, token_s: float | None) -> None:
-        """Takes an answer in, ``now`` by the clock; one of a single token says nothing of the others."""
-        known = self.known(now)
+    def __init__(self, backend: Backend, clock: Callable[[], float] = time.monotonic) -> None:
+        self.backend, self.name, self.price, self._clock = backend, backend.name, backend.price, clock
+        self.first_s = self.token_s = 0.0
+        self.seen: float | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether there was an answer lately."""
+        return self.seen is not None and self._clock() - self.seen < _FORGET_S
+
+    def observe(self, first_s: float, token_s: float | None) -> None:
+        """Takes an answer in; one of a single token says nothing of the others."""
+        known = self.known
         self.first_s = first_s if not known else self.first_s + _WEIGHT * (first_s - self.first_s)
         if token_s is not None:
             self.token_s = token_s if not known else self.token_s + _WEIGHT * (token_s - self.token_s)
-        self.seen = now
+        self.seen = self._clock()
 
-    def known(self, now: float) -> bool:
-        """Whether there was an answer lately."""
-        return self.seen is not None and now - self.seen < _FORGET_S
-
-    def expected(self, now: float, tokens: int) -> float:
-        """Seconds that an answer of so many tokens takes; 0 where nothing is known."""
-        return self.first_s + self.token_s * (tokens - 1) if self.known(now) else 0.0
-
-
-class Timed:
-    """A back end that is watched: it answers as the one within, and its latency is known."""
-
-    def __init__(self, backend: Backend, clock: Callable[[], float] = time.monotonic) -> None:
-        self.backend, self.name, self.price = backend, backend.name, backend.price
-        self.latency, self._clock = Latency(), clock
+    def expected(self, tokens: int) -> float:
+        """Seconds that an answer of so many tokens takes there; 0 where nothing is known."""
+        return self.first_s + self.token_s * (tokens - 1) if self.known else 0.0
 
     async def stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
         """The answer of the back end within; timed where it is whole."""
@@ -56,7 +53,7 @@ class Timed:
                 if chunk.finish is not None:
                     now = self._clock()
                     rest = (now - first) / (tokens - 1) if first is not None and tokens > 1 else None
-                    self.latency.observe(now, (first or now) - began, rest)
+                    self.observe((first or now) - began, rest)
                 yield chunk
         finally:
             await answer.aclose()
@@ -68,10 +65,6 @@ class Timed:
     async def close(self) -> None:
         """Closes the back end within."""
         await self.backend.close()
-
-    def expected(self, tokens: int) -> float:
-        """Seconds that an answer of so many tokens takes there; 0 where nothing is known."""
-        return self.latency.expected(self._clock(), tokens)
 
 
 def dollars(price: Price, prompt_tokens: int, tokens: int) -> float:

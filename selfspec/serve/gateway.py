@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from selfspec.config import Serve
-from selfspec.serve.backend import Cache, Call, Chunk, Hit, NoCache, Router
+from selfspec.serve.backend import Cache, Call, Chunk, Hit, Router
 from selfspec.serve.errors import Invalid, Overloaded, RequestError, Unavailable, UnknownModel
 from selfspec.serve.metrics import Metrics
 
@@ -20,7 +20,7 @@ CACHE = "cache"
 class Gateway:
     """Answers calls."""
 
-    def __init__(self, settings: Serve, router: Router, cache: Cache, metrics: Metrics) -> None:
+    def __init__(self, settings: Serve, router: Router, cache: Cache | None, metrics: Metrics) -> None:
         self.settings, self.router, self.cache, self.metrics = settings, router, cache, metrics
         self.active = 0
         """Calls being answered, the waiting ones too."""
@@ -86,12 +86,15 @@ class Gateway:
                     seen = {"ttft_ms": 1e3 * (first - arrived), "total_ms": 1e3 * (now - arrived)}
                     chunk = replace(chunk, stats=seen | dict(chunk.stats or {}) | {"backend": name, "cache": looked})
                 yield chunk
-        if looked == "miss":
-            await self._keep(call, said)
+        if looked == "miss" and self.cache is not None:
+            try:
+                await self.cache.keep(call, said)
+            except Exception:
+                log.exception("the cache failed")
 
     async def _look(self, call: Call) -> tuple[Hit | None, str]:
         """What the cache has, and what became of looking: ``hit``, ``miss`` or ``off``."""
-        if not call.cache or isinstance(self.cache, NoCache):
+        if not call.cache or self.cache is None:
             self.metrics.cache_lookups.labels("off").inc()
             return None, "off"
         try:
@@ -101,12 +104,6 @@ class Gateway:
             hit = None
         self.metrics.cache_lookups.labels(hit.result if hit else "miss").inc()
         return hit, "hit" if hit else "miss"
-
-    async def _keep(self, call: Call, said: list[Chunk]) -> None:
-        try:
-            await self.cache.keep(call, said)
-        except Exception:
-            log.exception("the cache failed")
 
     async def _routed(self, call: Call) -> AsyncGenerator[tuple[str, Chunk], None]:
         """From the first back end that begins to answer, with its name."""

@@ -13,7 +13,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from selfspec.config import Serve
-from selfspec.engine.base import Engine, Load, RequestOutput, Session
+from selfspec.engine.base import Load, Opens, RequestOutput, Session
 from selfspec.serve.answer import Answer, request
 from selfspec.serve.backend import Call, Chunk, Price
 from selfspec.serve.errors import Failed, RequestError, TooLong, Unavailable
@@ -53,7 +53,7 @@ class Local:
 
     price = Price()
 
-    def __init__(self, name: str, make: Callable[[], Engine], settings: Serve, draft: str, metrics: Metrics) -> None:
+    def __init__(self, name: str, make: Callable[[], Opens], settings: Serve, draft: str, metrics: Metrics) -> None:
         """Begins to load at once, in a thread.
 
         Args:
@@ -61,7 +61,7 @@ class Local:
             draft: what the engine drafts by, for the metrics.
         """
         self.name, self._settings, self._draft, self._metrics = name, settings, draft, metrics
-        self.ready: Future[Engine] = Future()
+        self.ready: Future[Opens] = Future()
         """The engine, once it is loaded, or why it cannot be."""
         self.ready.set_running_or_notify_cancel()  # who waits for it no longer does not cancel it
         self._asked: SimpleQueue[Callable[[Session], None] | None] = SimpleQueue()
@@ -95,7 +95,7 @@ class Local:
             raise Unavailable("the engine is not ready")
         engine, loop, caller = self.ready.result(), asyncio.get_running_loop(), ResponseQueue()
         asked = await loop.run_in_executor(self._tokenizer, request, engine, call, self._settings)
-        answer = Answer(engine, call, asked)
+        answer = Answer(engine.tokenizer, call, asked)
         self._asked.put(lambda session: self._submit(session, caller, asked))
         try:
             completion: Completion | None = None
@@ -113,7 +113,7 @@ class Local:
         finally:
             self._asked.put(lambda session: self._cancel(session, caller))
 
-    def _run(self, make: Callable[[], Engine]) -> None:
+    def _run(self, make: Callable[[], Opens]) -> None:
         """The engine's thread."""
         try:
             engine = make()
@@ -137,7 +137,7 @@ class Local:
         finally:
             self._give_up(Unavailable("the engine was stopped"))
 
-    def _open(self, engine: Engine) -> Session:
+    def _open(self, engine: Opens) -> Session:
         return engine.open(self._settings.max_batch, self._settings.max_model_len, self._settings.scheduler)
 
     def _drain_commands(self, session: Session) -> bool:

@@ -102,7 +102,7 @@ class Remote:
     async def _begin(self, call: Call) -> tuple[AsyncGenerator[Chunk, None], Chunk]:
         """An answer that has begun, and how it begins: tried as often as the config allows."""
         for attempt in range(self._config.retries + 1):
-            answer = _Answer(self.name, self._open, call).chunks()
+            answer = self._chunks(call)
             try:
                 first = await _next(answer, self._config.first_s)
                 assert first is not None, "an answer ends with a chunk that says so"
@@ -142,29 +142,22 @@ class Remote:
             asked["logprobs"] = call.logprobs
         return await self._client.completions.create(**asked)
 
-
-class _Answer:
-    """One try of one call: a server's events -> chunks."""
-
-    def __init__(self, name: str, open: Any, call: Call) -> None:
-        self._name, self._open, self._call = name, open, call
-
-    async def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """Chunks, the last of them with finish and usage; what breaks is one of ours."""
+    async def _chunks(self, call: Call) -> AsyncGenerator[Chunk, None]:
+        """One try: chunks, the last of them with finish and usage; what breaks is one of ours."""
         events: Any = None
         try:
-            events = await self._open(self._call)
-            async for chunk in self._read(events):
+            events = await self._open(call)
+            async for chunk in self._read(events, call):
                 yield chunk
         except (RequestError, asyncio.CancelledError, GeneratorExit):
             raise
         except Exception as error:
-            raise _translated(self._name, error) from error
+            raise _translated(self.name, error) from error
         finally:
             if events is not None:
                 await events.close()
 
-    async def _read(self, events: AsyncIterator[Any]) -> AsyncIterator[Chunk]:
+    async def _read(self, events: AsyncIterator[Any], call: Call) -> AsyncIterator[Chunk]:
         arrived, first = time.monotonic(), None
         finish: Literal["stop", "length"] | None = None
         usage: Usage | None = None
@@ -175,23 +168,23 @@ class _Answer:
             if not event.choices:
                 continue
             choice = event.choices[0]
-            text = (choice.text if self._call.messages is None else choice.delta.content) or ""
-            logprobs = _logprobs(choice.logprobs) if self._call.logprobs is not None else None
+            text = (choice.text if call.messages is None else choice.delta.content) or ""
+            logprobs = _logprobs(choice.logprobs) if call.logprobs is not None else None
             if choice.finish_reason is not None:
                 finish = "length" if choice.finish_reason == "length" else "stop"
             if not text and not logprobs:
                 continue
             first = first or time.monotonic()
             # without log-probabilities servers do not say; the last chunk sets the sum right
-            tokens = 1 if self._call.logprobs is None else len(logprobs or ())
+            tokens = 1 if call.logprobs is None else len(logprobs or ())
             counted += tokens
             yield Chunk(text, tokens, logprobs)
         if finish is None:
-            raise Failed(f"{self._name}: its answer broke off")
+            raise Failed(f"{self.name}: its answer broke off")
         now = time.monotonic()
         times = {"ttft_ms": 1e3 * ((first or now) - arrived), "total_ms": 1e3 * (now - arrived)}
         rest = 0 if usage is None else max(usage.completion_tokens - counted, 0)
-        yield Chunk("", rest, None, finish, usage or Usage(0, counted), times if self._call.stats else None)
+        yield Chunk("", rest, None, finish, usage or Usage(0, counted), times if call.stats else None)
 
 
 async def _next(chunks: AsyncGenerator[Chunk, None], seconds: float) -> Chunk | None:

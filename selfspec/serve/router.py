@@ -49,7 +49,7 @@ class PolicyRouter:
     Args:
         options: in order of preference.
         read: a call -> the tokens of its prompt; asked where the policy needs them.
-        max_total_tokens: the tokens of an answer where the caller does not say.
+        max_tokens: of an answer where the caller does not say.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class PolicyRouter:
         config: RouterConfig,
         options: Sequence[Option],
         read: Callable[[Call], Awaitable[Sequence[int]]],
-        max_total_tokens: int,
+        max_tokens: int,
     ) -> None:
-        self._config, self._options, self._read, self._longest = config, options, read, max_total_tokens
+        self._config, self._options, self._read, self._max_tokens = config, options, read, max_tokens
         self._health: dict[str, bool] = {}
         self._asked: float | None = None
         self._asking: asyncio.Task[None] | None = None
@@ -89,7 +89,7 @@ class PolicyRouter:
     async def _choose(self, call: Call) -> tuple[Option, str]:
         if self._config.policy is RouteName.fixed or len(self._options) == 1:
             return self._options[0], "default"
-        prompt, answer = await self._read(call), call.max_tokens or self._longest
+        prompt, answer = await self._read(call), call.max_tokens or self._max_tokens
         if self._config.policy is RouteName.cost:
             return self._by_cost(len(prompt), answer)
         return self._by_length(len(prompt) + answer)

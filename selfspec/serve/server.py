@@ -12,7 +12,7 @@ import uvicorn
 from selfspec.config import Serve
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
-from selfspec.serve import app, wiring
+from selfspec.serve import app, build
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.local import Local
 from selfspec.serve.metrics import Metrics
@@ -26,11 +26,11 @@ def run(plan: Plan) -> None:
     Raises:
         UserError: something the user can put right.
     """
-    wiring.check(plan)
+    build.check(plan)
     with _listening(plan.serve) as listener:
         metrics = Metrics()
-        local = wiring.local(plan, metrics)
-        gateway = wiring.gateway(plan, local, metrics)
+        local = build.local(plan, metrics)
+        gateway = build.gateway(plan, local, metrics)
         port = listener.getsockname()[1]
         asyncio.run(_run(plan, gateway, local, listener, f"serving {plan.label} on http://{_host(plan.serve)}:{port}"))
 
@@ -38,7 +38,7 @@ def run(plan: Plan) -> None:
 async def _run(plan: Plan, gateway: Gateway, local: Local, listener: socket.socket, ready: str) -> None:
     server = _Server(
         uvicorn.Config(
-            app.make(gateway, wiring.api_key(plan)),
+            app.make(gateway, build.api_key(plan)),
             log_level="error",
             access_log=False,
             server_header=False,

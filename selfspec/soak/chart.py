@@ -1,8 +1,8 @@
 """A soak over time: latencies, throughput, acceptance and the server's memory, interval by interval."""
 
-import io
 from collections.abc import Sequence
 
+from selfspec.report.plots import png
 from selfspec.soak.judge import Interval, per_interval
 
 _PANELS = (
@@ -42,6 +42,4 @@ def draw(intervals: Sequence[Interval], title: str) -> bytes:
     every[0].set_title(title, fontsize=9, loc="left")
     every[-1].set_xlim(left=0)
     every[-1].set_xlabel("seconds under load")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)

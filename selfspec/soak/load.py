@@ -1,19 +1,20 @@
 """Locust, in a process of its own, and what its callers saw."""
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from selfspec.config import SoakServer
 from selfspec.files import write_atomic
 from selfspec.plan import Plan
+from selfspec.soak.guard import Guarded, guarded
 from selfspec.soak.judge import rounded
-from selfspec.soak.server import end, environment, guarded, last_words
+from selfspec.soak.server import environment
 from selfspec.types import Prompt
 
 TABLES = ("stats", "stats_history", "failures")
@@ -21,30 +22,23 @@ TABLES = ("stats", "stats_history", "failures")
 _LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
-class Load:
+@dataclass
+class Load(Guarded):
     """A running Locust.
 
     Attributes:
-        process: its own, guarded.
+        folder: of its files.
     """
 
-    def __init__(self, folder: Path, process: "subprocess.Popen[bytes]") -> None:
-        self._folder, self.process = folder, process
+    folder: Path
+
+    def __post_init__(self) -> None:
         self._read = 0
         self._samples: list[dict[str, Any]] = []
 
-    @property
-    def alive(self) -> bool:
-        """Whether callers are calling."""
-        return self.process.poll() is None
-
-    def why_it_died(self) -> str:
-        """In a line, from what it said last."""
-        return last_words(self.process, self._folder / "locust.log")
-
     def take(self, until: float) -> dict[str, Any]:
         """What was answered, or failed, up to ``until`` (seconds since the epoch) and was not taken before."""
-        with (self._folder / "samples.jsonl").open("rb") as file:
+        with (self.folder / "samples.jsonl").open("rb") as file:
             file.seek(self._read)
             whole = file.read().rpartition(b"\n")[0]
         self._samples += [json.loads(line) for line in whole.splitlines()]
@@ -61,15 +55,16 @@ class Load:
 
     def finish(self) -> dict[str, str]:
         """Ends the callers; Locust's own tables, by name."""
-        end(self.process)
-        paths = {name: self._folder / f"locust_{name}.csv" for name in TABLES}
+        self.end()
+        paths = {name: self.folder / f"locust_{name}.csv" for name in TABLES}
         return {name: path.read_text() for name, path in paths.items() if path.exists()}
 
 
 @contextmanager
 def calling(plan: Plan, url: str, prompts: Sequence[Prompt], folder: Path) -> Iterator[Load]:
     """Callers; they are stopped with the block, at the latest."""
-    soak, samples = plan.soak, folder / "samples.jsonl"
+    soak, folder = plan.soak, folder.absolute()
+    samples = folder / "samples.jsonl"
     for old in folder.glob("locust_*.csv"):
         old.unlink()
     samples.write_bytes(b"")
@@ -87,10 +82,11 @@ def calling(plan: Plan, url: str, prompts: Sequence[Prompt], folder: Path) -> It
         *("--stop-timeout", "1", "--csv", str(folder / "locust"), "--csv-full-history", "--only-summary"),
         *("--exit-code-on-error", "0", "--soak", str(folder / "soak.json")),
     ]
-    # Locust also obeys variables and a file at home of the user's, such as a run time that would end the soak.
+    # Locust also obeys variables and files of the user's, such as a run time that would end the soak: `.locust.conf` at
+    # home, `locust.conf` and `pyproject.toml` where it runs.
     kept = {key: value for key, value in environment(plan).items() if not key.startswith("LOCUST_")}
-    with guarded(command, folder / "locust.log", kept | {"HOME": str(folder)}) as process:
-        yield Load(folder, process)
+    with guarded(command, folder / "locust.log", kept | {"HOME": str(folder)}, folder) as running:
+        yield Load(running.process, running.log, folder)
 
 
 def body(plan: Plan) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 import json
 import os
+import re
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from selfspec.engine import factory
 from selfspec.engine.vllm import args as vllm_args
 from selfspec.errors import StageError
 from selfspec.fitting import head_path
-from selfspec.interrupt import shield
 from selfspec.plan import Plan
+from selfspec.soak.guard import Guarded, guarded
 
 KEY = "SELFSPEC_API_KEY"
 GROUPS = (
@@ -36,24 +36,16 @@ _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass
-class Server:
+class Server(Guarded):
     """A server that answers.
 
     Attributes:
         url: its base, without a path.
-        log: what it said.
         started: when, in seconds of ``time.monotonic``.
     """
 
     url: str
-    log: Path
-    process: "subprocess.Popen[bytes]"
     started: float
-
-    @property
-    def alive(self) -> bool:
-        """Whether its process is there."""
-        return self.process.poll() is None
 
     def rss_mb(self) -> float:
         """Resident memory of all its processes, in MiB."""
@@ -62,10 +54,6 @@ class Server:
             with suppress(psutil.NoSuchProcess):
                 total += process.memory_info().rss
         return total / 2**20
-
-    def why_it_died(self) -> str:
-        """In a line, from what it said last."""
-        return last_words(self.process, self.log)
 
 
 @contextmanager
@@ -79,56 +67,19 @@ def serving(plan: Plan, log: Path) -> Iterator[Server]:
     Raises:
         StageError: it ended, or did not answer in ``soak.start_s``.
     """
-    port = _free_port()
-    command = (_gateway if plan.soak.server is SoakServer.selfspec else _vllm)(plan, port)
-    with guarded(command, log, environment(plan)) as process:
-        server = Server(f"http://127.0.0.1:{port}", log, process, time.monotonic())
-        while not _healthy(server.url):
-            if not server.alive:
-                raise StageError(f"the server did not start: {server.why_it_died()}")
-            if time.monotonic() - server.started > plan.soak.start_s:
+    ours = plan.soak.server is SoakServer.selfspec
+    with ExitStack() as stack:
+        # Our gateway takes any port and says which; vLLM has to be told one.
+        port = 0 if ours else stack.enter_context(_reserved())
+        command = _gateway(plan, port) if ours else _vllm(plan, port)
+        running, started = stack.enter_context(guarded(command, log, environment(plan))), time.monotonic()
+        while (url := _ready(log) if ours else f"http://127.0.0.1:{port}") is None or not _healthy(url):
+            if not running.alive:
+                raise StageError(f"the server did not start: {running.why_it_died()}")
+            if time.monotonic() - started > plan.soak.start_s:
                 raise StageError(f"the server was not ready in soak.start_s={plan.soak.start_s:g} seconds (see {log})")
             time.sleep(0.1)
-        yield server
-
-
-@contextmanager
-def guarded(
-    command: Sequence[str], log: Path, environment: Mapping[str, str] | None
-) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that ends with the block, and also where this process is killed; see ``guard.py``.
-
-    Args:
-        environment: all of its environment; ``None``: ours.
-    """
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "selfspec.soak.guard", *command],
-            stdin=subprocess.PIPE,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # a Ctrl-C on the terminal is for us; we end it in our own order
-        )
-    try:
-        yield process
-    finally:
-        end(process)
-
-
-def end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a guarded process, as gently as it lets us."""
-    assert process.stdin is not None
-    with shield():  # what is left half-way here goes on running
-        process.stdin.close()
-        process.wait()  # it kills what does not end, and then ends itself
-
-
-def last_words(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    """How a process ended, in a line."""
-    lines = log.read_text(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return f"exit code {process.poll()}: {last} (see {log})"
+        yield Server(running.process, log, url, started)
 
 
 def overrides(plan: Plan) -> list[str]:
@@ -172,10 +123,20 @@ def _quoted(value: Any) -> str:
     return json.dumps(value)
 
 
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
+def _ready(log: Path) -> str | None:
+    """The address in a gateway's ready line; ``None`` until there is one."""
+    found = re.search(r"^serving .* on (http://\S+)$", log.read_text(errors="replace"), re.MULTILINE)
+    return found[1] if found else None
+
+
+@contextmanager
+def _reserved() -> Iterator[int]:
+    """A port that nobody else is given meanwhile, but which a server that sets both options, as vLLM's, can take."""
+    with socket.socket() as held:  # it never listens, so no connection comes here
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            held.setsockopt(socket.SOL_SOCKET, option, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
 def _healthy(url: str) -> bool:

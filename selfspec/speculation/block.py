@@ -23,8 +23,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from selfspec.lazy import F, torch
+from selfspec.model.attention import AttentionMetadata, attend
 from selfspec.model.base import Model, Shape
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.head import Head, features, linear
@@ -44,9 +45,7 @@ class Block:
     """The layer at work, on the cache's layer after the target's last."""
 
     def __init__(self, tensors: dict[str, Tensor], shape: Shape) -> None:
-        from selfspec.model.llama import attend  # not sooner: it loads what reads weights, which options do without
-
-        self.tensors, self.shape, self._attend = tensors, shape, attend
+        self.tensors, self.shape = tensors, shape
         angles = rotation(torch.arange(shape.max_positions), shape.head_dim)
         self._cos, self._sin = (table.to(tensors["qkv"]) for table in angles)
 
@@ -56,7 +55,7 @@ class Block:
         q, k, v = self._project(x, at)
         keys, values = cache.append(s.layers, k, v, at)
         mask = None if at.mask is None else at.mask.repeat(1, 1, s.heads // s.kv_heads, 1)
-        return finish(self.tensors, x, self._attend(q, keys, values, at, mask))
+        return finish(self.tensors, x, attend(q, keys, values, at, mask))
 
     def write(self, x: Tensor, cache: KVCache, at: AttentionMetadata) -> None:
         """Writes the keys and values of features ``[N, P]``: all that is needed of tokens that are known."""

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
+from selfspec.speculation import clock as clocks
 from selfspec.speculation.controller.base import Controller
-from selfspec.speculation.draft.base import Draft, Row
+from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.policy.base import Choice, Policy, Verdict
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Cycle, Logprob, Request
 
 
@@ -47,19 +50,11 @@ class Speculation:
     controller: Controller
     policy: Policy
 
-    def begin(self, request: Request, cache: KVCache, arrival: float) -> Row:
-        """Admits a request: its prompt in one pass, and its first token."""
-        row, index = self.start(request, arrival), cache.admit()
-        self.sample_first_token(row, index, self.prefill(row, 0, len(request.tokens), cache, index), cache)
-        return row
+    def start(self, row: Seq) -> None:
+        """What there is to choose before a prompt is read."""
+        row.exit_layer = self.controller.exit_layer(len(row.request.tokens))
 
-    def start(self, request: Request, arrival: float) -> Row:
-        """The row of a request of which nothing has been read."""
-        row = Row(request, list(request.tokens), torch.empty(0), arrival, time.perf_counter())
-        row.exit_layer = self.controller.exit_layer(len(request.tokens))
-        return row
-
-    def prefill(self, row: Row, first: int, count: int, cache: KVCache, index: int) -> Tensor:
+    def prefill(self, row: Seq, first: int, count: int, cache: KVCache, index: int) -> Tensor:
         """Runs ``count`` tokens of a prompt from number ``first`` on, in a row of the cache: states ``[count, D]``."""
         tokens = row.request.tokens[first : first + count]
         at = cache.place([Tree.chain(tokens)], row=index)
@@ -68,26 +63,28 @@ class Speculation:
         cache.commit(index, range(count))
         return states
 
-    def sample_first_token(self, row: Row, index: int, states: Tensor, cache: KVCache) -> None:
+    def sample_first_token(self, row: Seq, index: int, states: Tensor, cache: KVCache) -> None:
         """Gives the first token of a row whose prompt has been read, given its states ``[P, D]``."""
         # The last token of the prompt is a tree of one node, and nothing is drafted yet.
         trees, logits = [Tree.chain(row.request.tokens[-1:])], self.target.model.logits(states[-1:])
         (verdict,) = self.policy(trees, logits, [_choice(row)])
         row.tokens.append(verdict.token)
-        row.logprobs += _logprobs(row.request, logits, [verdict.token])
+        if row.request.logprobs is not None:
+            row.logprobs += _logprobs(row.request.logprobs, logits, [verdict.token])
         row.state = states[-1:]
         self.draft.observe(row, index, row.tokens[1:], states, cache)
         row.first_token = time.perf_counter()
 
-    def step(self, rows: Sequence[Row], cache: KVCache) -> None:
+    def step(self, rows: Sequence[Seq], cache: KVCache) -> None:
         """One cycle for every row of the batch: row r has row r of the cache."""
-        began = time.perf_counter()
+        clock = clocks.of(self.target.model.device)
+        began = clock.mark()
         # After `began`: what choosing a threshold and a K takes is part of what drafting costs.
         self.gate.begin()
         # A cycle brings a bonus token besides what it accepts: of more than `remaining - 1` drafts the rest is wasted.
         ks = [min(self.controller.num_draft_tokens(row.cycles, len(rows)), row.remaining - 1) for row in rows]
         trees, hidden, depth = self.draft.propose(rows, ks, self.gate, cache)
-        drafted = time.perf_counter()
+        drafted = clock.mark()
 
         at = cache.place(trees)
         # A draft that ran layers hands over the residual stream of every node: verification starts at `depth`, and the
@@ -96,16 +93,17 @@ class Speculation:
             hidden = self.target.model.embed([token for tree in trees for token in tree.tokens], at)
         states = self.target.run(hidden, cache, at, depth)
         logits = self.target.model.logits(states)
-        # Policies read tokens on the CPU, and so wait for a GPU's pass: `verified` below is not taken too early.
         verdicts = self.policy(trees, logits, [_choice(row) for row in rows])
         accepted, first = [], 0
         for index, (row, tree, verdict) in enumerate(zip(rows, trees, verdicts, strict=True)):
             # States and logits lie tree after tree, whole trees: `first` counts nodes, not what was accepted of them.
             own = slice(first, first := first + len(tree))
             new = self._accept(row, index, tree, verdict, states[own], cache)
-            row.logprobs += _logprobs(row.request, logits[own][verdict.path[:new]], row.tokens[-new:])
+            if row.request.logprobs is not None:
+                row.logprobs += _logprobs(row.request.logprobs, logits[own][verdict.path[:new]], row.tokens[-new:])
             accepted.append(new)
-        verified = time.perf_counter()
+        verified = clock.mark()
+        draft_ms, verify_ms = clock.ms(began, drafted), clock.ms(drafted, verified)
 
         cycles = [
             Cycle(
@@ -116,8 +114,8 @@ class Speculation:
                 accepted=len(verdict.path) - 1,
                 new_tokens=new,
                 signals=tuple(tree.signals),
-                draft_ms=1e3 * (drafted - began),
-                verify_ms=1e3 * (verified - drafted),
+                draft_ms=draft_ms,
+                verify_ms=verify_ms,
                 batch=len(rows),
             )
             for k, tree, verdict, new in zip(ks, trees, verdicts, accepted, strict=True)
@@ -128,7 +126,7 @@ class Speculation:
         self.gate.observe(cycles)
         self.controller.observe(cycles)
 
-    def _accept(self, row: Row, index: int, tree: Tree, verdict: Verdict, states: Tensor, cache: KVCache) -> int:
+    def _accept(self, row: Seq, index: int, tree: Tree, verdict: Verdict, states: Tensor, cache: KVCache) -> int:
         """Takes over what stands, up to a stop token; the number of new tokens."""
         new = [*(tree.tokens[node] for node in verdict.path[1:]), verdict.token]
         stop = self.stop_tokens(row.request)
@@ -149,16 +147,14 @@ class Speculation:
         return frozenset() if request.ignore_eos else self.target.model.shape.eos
 
 
-def _logprobs(request: Request, logits: Tensor, tokens: Sequence[int]) -> list[Logprob]:
-    """Of each of n tokens, from the logits ``[n, vocab]`` that gave it; of none where the request asks for none."""
-    if request.logprobs is None:
-        return []
+def _logprobs(count: int, logits: Tensor, tokens: Sequence[int]) -> list[Logprob]:
+    """Of each of n tokens and ``count`` others, from the logits ``[n, vocab]`` that gave it."""
     found = logits.float().log_softmax(-1)
-    best = found.topk(request.logprobs)
+    best = found.topk(count)
     tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     own = found[torch.arange(len(tokens)), tokens].tolist()
     return [Logprob(value, tuple(zip(*top, strict=True))) for value, top in zip(own, tops, strict=True)]
 
 
-def _choice(row: Row) -> Choice:
+def _choice(row: Seq) -> Choice:
     return Choice(row.request.sampling, len(row.tokens))

@@ -26,6 +26,7 @@ class Readout:
     """
 
     def __init__(self, model: Model, ids: Tensor | None = None) -> None:
+        ids = None if ids is None else ids.to(model.device)
         self.ids, self.vocab = ids, model.shape.vocab
         self.weight = model.lm_head if ids is None else model.lm_head[ids]
         frequent = None if ids is None else packed(self.weight, model.native)
@@ -69,6 +70,6 @@ class Readout:
         """Token ids -> places in the draft's vocabulary, -1 where it lacks them; any shape."""
         if self.ids is None:
             return tokens
-        places = torch.full((self.vocab,), -1)
-        places[self.ids.cpu()] = torch.arange(len(self.ids))
-        return places[tokens]
+        places = torch.full((self.vocab,), -1, device=self.ids.device)
+        places[self.ids] = torch.arange(len(self.ids), device=self.ids.device)
+        return places[tokens.to(self.ids.device)]

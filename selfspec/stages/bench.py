@@ -19,26 +19,91 @@ from selfspec import metrics
 from selfspec.checkpoint import Journal, Record
 from selfspec.data import workload
 from selfspec.engine import factory
-from selfspec.engine.base import Engine, LazyEngine
+from selfspec.engine.base import Engine, LazyEngine, TieJudge
 from selfspec.files import write_atomic
-from selfspec.fitting import head_path, ready
+from selfspec.fitting import install
 from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import collect
+from selfspec.stages.base import Stage, Unit, Units
 from selfspec.types import GREEDY, Completion, Cycle, Measurements, Prompt, Request
 
 Verdict = Literal["yes", "ties", "no", "sampled", "lossy", "reference"]
 Way = Callable[[list[Request]], list[Completion]]
 
 
-def run(engine: LazyEngine, plan: Plan, journal: Journal) -> Measurements:
-    """Measures every unit that the journal does not have, and sums up all of them."""
-    units = range(-(-plan.scale.prompts // plan.engine.max_batch))
-    wanted = [(repeat, number) for repeat in range(plan.scale.repeats) for number in units]
-    missing = [unit for unit in wanted if journal.get("bench", _name(*unit)) is None]
-    if missing:
-        _measure(engine(), plan, journal, missing)
-    return metrics.summarise([record.data for record in poolable(journal.records("bench"))], plan.seed)
+class Bench(Stage):
+    """A unit is as many prompts as are decoded at once, in one repeat."""
+
+    name = "bench"
+
+    def units(self, engine: LazyEngine, journal: Journal) -> Units:
+        """Measures what is missing; what was learned by the last unit of an earlier run is taken up first."""
+        scale, size = self.plan.scale, self.plan.engine.max_batch
+        chunks = -(-scale.prompts // size)
+        turns = {_name(repeat, n): (repeat, n) for repeat in range(scale.repeats) for n in range(chunks)}
+        missing = self.missing(turns, journal)
+        if not missing:
+            return
+        made = engine()
+        prompts, ways = self._prepare(made, journal)
+        provenance = collect(made.describe())
+        with progress(self.name, len(turns), len(turns) - len(missing)) as advance:
+            for unit in missing:
+                repeat, n = turns[unit]
+                data = _unit(made, self.plan, ways, prompts[n * size : (n + 1) * size], repeat + n)
+                yield Unit.measured(unit, data, provenance)
+                advance()
+
+    def _prepare(self, engine: Engine, journal: Journal) -> tuple[list[Prompt], dict[str, Way]]:
+        """The prompts and the ways to decode them, warmed up."""
+        plan = self.plan
+        install(engine, plan)  # a job may be resumed after its head was deleted
+        encode = partial(engine.tokenizer.encode, chat=plan.workload.chat)
+        prompts = workload.select(plan.workload, "bench", plan.scale.prompts, plan.seed, encode)
+        ways = _ways(engine, plan)
+        for prompt in workload.select(plan.workload, "fit", plan.scale.warmup, plan.seed, encode):
+            _unit(engine, plan, ways, [prompt], 0)
+        learned = [record.data["state"] for record in journal.records(self.name)]
+        if learned:
+            engine.restore(learned[-1])
+        return prompts, ways
+
+    def measurements(self, journal: Journal) -> Measurements:
+        """Speed, latency and acceptance, with intervals."""
+        return metrics.summarise([record.data for record in poolable(journal.records(self.name))], self.plan.seed)
+
+    def per_unit(self, data: dict[str, Any]) -> Measurements:
+        """Its speedup, and what gave it."""
+        return metrics.per_unit(data)
+
+    def notes(self, journal: Journal) -> list[str]:
+        """What is left out of the summary."""
+        records = journal.records(self.name)
+        left_out = len(records) - len(poolable(records))
+        return [f"{left_out} of {len(records)} units ran on other hardware and are left out"] if left_out else []
+
+    def failures(self, journal: Journal) -> list[str]:
+        """An exact policy that changed tokens."""
+        records = journal.records(self.name)
+        if verdict(records, self.plan) != "no":
+            return []
+        differing = sum(v["verdict"] == "differs" for record in records for v in record.data["verdicts"])
+        return [f"not lossless: {differing} prompts differ from plain decoding"]
+
+    def facts(self, journal: Journal) -> dict[str, Any]:
+        """The verdict, where it was measured, and acceptance by position."""
+        records = journal.records(self.name)
+        pooled = poolable(records)
+        return {
+            "lossless": verdict(records, self.plan),
+            "acceptance_by_position": metrics.acceptance_by_position([record.data for record in pooled]),
+            "provenance": pooled[0].data["provenance"],
+        }
+
+    def write(self, folder: Path, journal: Journal) -> None:
+        """Every cycle, as ``cycles.parquet``."""
+        write_cycles(folder / "cycles.parquet", journal.records(self.name))
 
 
 def poolable(records: list[Record]) -> list[Record]:
@@ -46,47 +111,6 @@ def poolable(records: list[Record]) -> list[Record]:
     places = [record.on for record in records]
     most = max(dict.fromkeys(places), key=places.count)
     return [record for record in records if record.on == most]
-
-
-def notes(plan: Plan, journal: Journal) -> list[str]:
-    """What the reader of the summary must know."""
-    records = journal.records("bench")
-    left_out = len(records) - len(poolable(records))
-    return [f"{left_out} of {len(records)} units ran on other hardware and are left out"] if left_out else []
-
-
-def failures(plan: Plan, journal: Journal) -> list[str]:
-    """An exact policy that changed tokens."""
-    records = journal.records("bench")
-    if verdict(records, plan) != "no":
-        return []
-    differing = sum(v["verdict"] == "differs" for record in records for v in record.data["verdicts"])
-    return [f"not lossless: {differing} prompts differ from plain decoding"]
-
-
-def facts(plan: Plan, journal: Journal) -> dict[str, Any]:
-    """The verdict, where it was measured, and acceptance by position."""
-    records = journal.records("bench")
-    pooled = poolable(records)
-    return {
-        "lossless": verdict(records, plan),
-        "acceptance_by_position": metrics.acceptance_by_position([record.data for record in pooled]),
-        "provenance": pooled[0].data["provenance"],
-    }
-
-
-def per_unit(data: dict[str, Any]) -> Measurements:
-    """What a tracker is shown of a unit."""
-    return metrics.per_unit(data)
-
-
-def write(folder: Path, plan: Plan, journal: Journal) -> None:
-    """Every cycle, as ``cycles.parquet``.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    write_cycles(folder / "cycles.parquet", journal.records("bench"))
 
 
 def verdict(records: list[Record], plan: Plan) -> Verdict:
@@ -126,31 +150,6 @@ def write_cycles(path: Path, records: list[Record]) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def _measure(engine: Engine, plan: Plan, journal: Journal, missing: list[tuple[int, int]]) -> None:
-    if plan.draft.fitted:
-        ready(lambda: engine, plan)  # a job may be resumed after its head was deleted
-        engine.use_head(head_path(plan))
-    encode = lambda text: engine.encode(text, plan.workload.chat)  # noqa: E731
-    size = plan.engine.max_batch
-    prompts = workload.select(plan.workload, "bench", plan.scale.prompts, plan.seed, encode)
-    ways = _ways(engine, plan)
-    for prompt in workload.select(plan.workload, "fit", plan.scale.warmup, plan.seed, encode):
-        _unit(engine, plan, ways, [prompt], 0)
-    learned = [record.data["state"] for record in journal.records("bench")]
-    if learned:
-        engine.restore(learned[-1])
-    provenance = collect(engine.describe())
-    on = str(provenance["fingerprint"])
-    units = -(-len(prompts) // size)
-    total = plan.scale.repeats * units
-    with progress("bench", total, total - len(missing)) as advance:
-        for repeat, number in missing:
-            together = prompts[number * size : (number + 1) * size]
-            data = _unit(engine, plan, ways, together, repeat + number)
-            journal.append("bench", _name(repeat, number), data | {"provenance": provenance}, on)
-            advance()
-
-
 def _ways(engine: Engine, plan: Plan) -> dict[str, Way]:
     """How a unit's prompts are decoded, by name: plainly, as configured, and by every reference."""
     ways: dict[str, Way] = {"plain": partial(engine.generate, plain=True)}
@@ -181,13 +180,12 @@ def _unit(
         "configured": [metrics.pack(completion) for completion in configured],
         "against": {name: [metrics.pack(completion) for completion in those] for name, those in done.items()},
         "verdicts": [
-            compared(engine, plan, prompt, one.tokens, other.tokens)
+            compared(engine.ties, plan, prompt, one.tokens, other.tokens)
             for prompt, one, other in zip(prompts, plain, configured, strict=True)
         ],
         "state": engine.state(),
         "cpu_utilisation": cpu / wall,
-        "device_utilisation": engine.device_utilisation(),
-        "peak_memory_mb": engine.peak_memory_mb(),
+        **engine.usage()._asdict(),
     }
 
 
@@ -201,7 +199,7 @@ def request(plan: Plan, prompt: Prompt) -> Request:
 
 
 def compared(
-    engine: Engine, plan: Plan, prompt: Prompt, plain: Sequence[int], configured: Sequence[int]
+    ties: TieJudge, plan: Plan, prompt: Prompt, plain: Sequence[int], configured: Sequence[int]
 ) -> dict[str, object]:
     """The verdict on a prompt: ``equal``, ``tie``, ``drawn`` or ``differs``, and where and how far apart."""
     at = metrics.first_difference(plain, configured)
@@ -212,7 +210,7 @@ def compared(
     stopped_early = at == min(len(plain), len(configured))
     if stopped_early or not plan.exact:  # no second token to compare with, or nothing to excuse
         return {"verdict": "differs", "differs_at": at}
-    tie = engine.compare((*prompt.tokens, *plain[:at]), plain[at], configured[at])
+    tie = ties.compare((*prompt.tokens, *plain[:at]), plain[at], configured[at])
     verdict = "tie" if tie.explains else "differs"
     return {"verdict": verdict, "differs_at": at, "gap": tie.gap, "rounding": tie.rounding}
 

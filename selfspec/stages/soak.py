@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from selfspec.axes import ENGINE
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import SoakServer
 from selfspec.data import workload
 from selfspec.engine import factory
-from selfspec.engine.base import LazyEngine
+from selfspec.engine.base import LazyEngine, Opens
 from selfspec.errors import ConfigError, StageError
 from selfspec.files import storing, write_atomic
 from selfspec.fitting import ready
@@ -29,6 +29,7 @@ from selfspec.provenance import collect
 from selfspec.soak import chart, judge
 from selfspec.soak.load import Load, calling
 from selfspec.soak.server import Server, secret, serving
+from selfspec.stages.base import Stage, Unit, Units
 from selfspec.stages.bench import compared, poolable, request
 from selfspec.types import Completion, Measurements, Prompt, Request
 
@@ -38,161 +39,148 @@ _LIMITS = {"users": "max_concurrent_requests", "new_tokens": "max_tokens"}
 """Of callers, and the gateway's."""
 
 
-def check(plan: Plan) -> None:
-    """Refuses what cannot be soaked.
+class Soak(Stage):
+    """See the module's docstring."""
 
-    Raises:
-        ConfigError: naming the key, the value and what is allowed.
-    """
-    if not plan.engine.served:
-        allowed = ", ".join(name for name, option in ENGINE.options.items() if option.served)
-        raise ConfigError(f"engine={plan.engine.name}: stages=soak serves {allowed}")
-    if plan.soak.server is not SoakServer.vllm and plan.soak.arguments:
-        raise ConfigError(f"soak.arguments={plan.soak.arguments}: of soak.server=vllm; the gateway is given the job's")
-    for asked, limit in _LIMITS.items():
-        most, wanted = getattr(plan.serve, limit), getattr(plan.soak, asked)
-        if wanted > most and plan.soak.server is SoakServer.selfspec:
-            raise ConfigError(f"soak.{asked}={wanted}: serve.{limit}={most} would refuse it")
-    if plan.soak.server is SoakServer.vllm:
-        alone = plan.draft.name == "none" and plan.engine.name == "torch"
-        if plan.engine.name != "vllm" and not alone:
-            raise ConfigError("soak.server=vllm: use engine=vllm; or engine=torch draft=none, the model alone")
+    name = "soak"
 
+    def check(self) -> None:
+        """Refuses what cannot be soaked."""
+        plan, soak = self.plan, self.plan.soak
+        factory.require(plan, Opens, "stages=soak serves")
+        if soak.server is not SoakServer.vllm and soak.arguments:
+            raise ConfigError(f"soak.arguments={soak.arguments}: of soak.server=vllm; the gateway is given the job's")
+        for asked, limit in _LIMITS.items():
+            most, wanted = getattr(plan.serve, limit), getattr(soak, asked)
+            if wanted > most and soak.server is SoakServer.selfspec:
+                raise ConfigError(f"soak.{asked}={wanted}: serve.{limit}={most} would refuse it")
+        if soak.server is SoakServer.vllm:
+            alone = plan.draft.name == "none" and plan.engine.name == "torch"
+            if plan.engine.name != "vllm" and not alone:
+                raise ConfigError("soak.server=vllm: use engine=vllm; or engine=torch draft=none, the model alone")
 
-def installed(plan: Plan) -> None:
-    """Refuses what cannot be soaked on this machine.
+    def installed(self) -> None:
+        """Refuses packages that are not installed."""
+        if find_spec("locust") is None:
+            raise ConfigError("stages=soak: needs Locust; pip install 'selfspec[serve]'")
+        if self.plan.soak.server is SoakServer.vllm and find_spec("vllm") is None:
+            raise ConfigError("soak.server=vllm: vLLM is not installed here; pip install 'selfspec[vllm]'")
 
-    Raises:
-        ConfigError: a package that is not installed.
-    """
-    if find_spec("locust") is None:
-        raise ConfigError("stages=soak: needs Locust; pip install 'selfspec[serve]'")
-    if plan.soak.server is SoakServer.vllm and find_spec("vllm") is None:
-        raise ConfigError("soak.server=vllm: vLLM is not installed here; pip install 'selfspec[vllm]'")
+    def units(self, engine: LazyEngine, journal: Journal) -> Units:
+        """Puts the server under load for every interval that is missing, from sentinels to sentinels.
 
+        Raises:
+            StageError: the server or Locust did not start, or died.
+        """
+        plan = self.plan
+        if not self.missing(["end"], journal):
+            return
+        if plan.draft.fitted:
+            ready(engine, plan)
+        local, folder = engine(), journal.folder / "soak"
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        encode = partial(local.tokenizer.encode, chat=plan.workload.chat)
+        prompts = workload.select(plan.workload, "bench", plan.soak.prompts, plan.seed, encode)
+        sentinels = prompts[: plan.soak.sentinels]
+        provenance = collect({**local.describe(), "server": plan.soak.server.name})
+        on = str(provenance["fingerprint"])
+        with (
+            serving(plan, folder / "server.log") as server,
+            closing(factory.served(server.url, secret(plan), local.tokenizer)) as caller,
+        ):
+            if self.missing(["begin"], journal):
+                yield Unit("begin", {"answers": _answers(caller.answer, plan, sentinels)}, on)
+            yield from self._load(server, journal, prompts, provenance)
+            after = _answers(caller.answer, plan, sentinels)
+        before = journal.get(self.name, "begin")
+        assert before is not None, "yielded above"
+        pairs = zip(sentinels, before.data["answers"], after, strict=True)
+        verdicts = [compared(local.ties, plan, sentinel, one, other) for sentinel, one, other in pairs]
+        yield Unit("end", {"answers": after, "verdicts": verdicts}, on)
 
-def run(engine: LazyEngine, plan: Plan, journal: Journal) -> Measurements:
-    """Puts the server under load for every interval that the journal does not have, and sums up all of them.
+    def _load(
+        self, server: Server, journal: Journal, prompts: Sequence[Prompt], provenance: Mapping[str, object]
+    ) -> Units:
+        """The missing intervals, one after the other, under one Locust."""
+        soak = self.plan.soak
+        missing = self.missing(map(_name, range(soak.intervals)), journal)
+        if not missing:
+            return
+        life = 1 + max((record.data["life"] for record in _intervals(journal)), default=0)
+        with (
+            progress(self.name, soak.intervals, soak.intervals - len(missing)) as advance,
+            calling(self.plan, server.url, prompts, journal.folder / "soak") as load,
+        ):
+            end = time.time() + soak.warmup
+            _watch(server, load, end, soak.interval)
+            load.take(end)
+            for unit in missing:
+                end += soak.interval
+                rss = _watch(server, load, end, soak.interval)
+                data = {**load.take(end), "life": life, "seconds": soak.interval, "rss": rss}
+                yield Unit.measured(unit, data, provenance)
+                advance()
+            yield Unit(f"locust-{life}", load.finish(), str(provenance["fingerprint"]))
 
-    Raises:
-        StageError: the server or Locust did not start, or died.
-    """
-    if journal.get("soak", "end") is None:
-        _soak(engine, plan, journal)
-    return _summary(plan, journal)
+    def measurements(self, journal: Journal) -> Measurements:
+        """What the callers saw, what became of the server's memory, and whether sentinels were answered alike."""
+        intervals, verdicts = _intervals(journal), _verdicts(journal)
+        found = judge.summarise([r.data for r in intervals], [r.data for r in poolable(intervals)], self.plan.seed)
+        return found | {
+            "users": self.plan.soak.users,
+            "sentinels": len(verdicts),
+            "sentinels_differing": verdicts.count("differs"),
+            "sentinels_tied": verdicts.count("tie"),
+        }
 
+    def failures(self, journal: Journal) -> list[str]:
+        """Whatever was measured and is not allowed."""
+        found = self.measurements(journal)
+        reasons = judge.failures(found, judge.errors_by_kind([r.data for r in _intervals(journal)]), self.plan.soak)
+        if self.plan.exact and found["sentinels_differing"]:
+            reasons.append(
+                f"{found['sentinels_differing']:g} of {found['sentinels']:g} sentinel prompts "
+                "were answered otherwise after the load than before it"
+            )
+        return [f"soak: {reason}" for reason in reasons]
 
-def failures(plan: Plan, journal: Journal) -> list[str]:
-    """Whatever was measured and is not allowed."""
-    found = _summary(plan, journal)
-    reasons = judge.failures(found, judge.errors_by_kind([r.data for r in _intervals(journal)]), plan.soak)
-    if plan.exact and found["sentinels_differing"]:
-        reasons.append(
-            f"{found['sentinels_differing']:g} of {found['sentinels']:g} sentinel prompts "
-            "were answered otherwise after the load than before it"
-        )
-    return [f"soak: {reason}" for reason in reasons]
+    def notes(self, journal: Journal) -> list[str]:
+        """What was seen, in a few lines; and what the reader must know of it."""
+        intervals, soak = _intervals(journal), self.plan.soak
+        said = [
+            f"{soak.users} users for {soak.seconds:g} s, answers of up to {soak.new_tokens} tokens: "
+            + judge.in_words(self.measurements(journal))
+        ]
+        lives = len({record.data["life"] for record in intervals})
+        if lives > 1:
+            said.append(f"the server was started {lives} times; Locust's own tables are of the last")
+        left_out = len(intervals) - len(poolable(intervals))
+        if left_out:
+            said.append(f"{left_out} of {len(intervals)} intervals ran on other hardware; their timings are left out")
+        return [f"soak: {line}" for line in said]
 
+    def facts(self, journal: Journal) -> dict[str, Any]:
+        """Where it ran."""
+        return {"provenance": poolable(_intervals(journal))[0].data["provenance"]}
 
-def notes(plan: Plan, journal: Journal) -> list[str]:
-    """What was seen, in a few lines; and what the reader must know of it."""
-    intervals, soak = _intervals(journal), plan.soak
-    said = [
-        f"{soak.users} users for {soak.seconds:g} s, answers of up to {soak.new_tokens} tokens: "
-        + judge.in_words(_summary(plan, journal))
-    ]
-    lives = len({record.data["life"] for record in intervals})
-    if lives > 1:
-        said.append(f"the server was started {lives} times; Locust's own tables are of the last")
-    left_out = len(intervals) - len(poolable(intervals))
-    if left_out:
-        said.append(f"{left_out} of {len(intervals)} intervals ran on other hardware; their timings are left out")
-    return [f"soak: {line}" for line in said]
+    def per_unit(self, data: dict[str, Any]) -> Measurements:
+        """An interval's; of the sentinels nothing."""
+        if "requests" not in data:
+            return {}
+        return {f"interval/{name}": value for name, value in judge.per_interval(data).items()}
 
-
-def facts(plan: Plan, journal: Journal) -> dict[str, Any]:
-    """Where it ran."""
-    return {"provenance": poolable(_intervals(journal))[0].data["provenance"]}
-
-
-def per_unit(data: dict[str, Any]) -> Measurements:
-    """What a tracker is shown of an interval."""
-    if "requests" not in data:
-        return {}
-    return {f"interval/{name}": value for name, value in judge.per_interval(data).items()}
-
-
-def write(folder: Path, plan: Plan, journal: Journal) -> None:
-    """Locust's tables, the intervals as a table, and a chart over time.
-
-    Raises:
-        StorageError: one cannot be written.
-    """
-    tables = [record.data for record in journal.records("soak") if record.unit.startswith("locust-")]
-    for name, text in (tables[-1] if tables else {}).items():
-        write_atomic(folder / f"locust_{name}.csv", text)
-    intervals = [record.data for record in _intervals(journal)]
-    rows = [{"interval": i, "life": one["life"], **judge.per_interval(one)} for i, one in enumerate(intervals)]
-    write_atomic(folder / "soak.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    title = f"{plan.label}: {plan.soak.users} users, {plan.soak.new_tokens} tokens, by {plan.soak.server.name}"
-    write_atomic(folder / "soak.png", chart.draw(intervals, title))
-
-
-def _soak(engine: LazyEngine, plan: Plan, journal: Journal) -> None:
-    """Runs what is missing, from the sentinels before the load to those after it."""
-    if plan.draft.fitted:
-        ready(engine, plan)
-    local, folder = engine(), journal.folder / "soak"
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    encode = lambda text: local.encode(text, plan.workload.chat)  # noqa: E731
-    prompts = workload.select(plan.workload, "bench", plan.soak.prompts, plan.seed, encode)
-    sentinels = prompts[: plan.soak.sentinels]
-    provenance = collect({**local.describe(), "server": plan.soak.server.name})
-    on = str(provenance["fingerprint"])
-    with (
-        serving(plan, folder / "server.log") as server,
-        closing(factory.served(server.url, secret(plan), local)) as caller,
-    ):
-        ask = caller.answer
-        if journal.get("soak", "begin") is None:
-            journal.append("soak", "begin", {"answers": _answers(ask, plan, sentinels)}, on)
-        missing = [unit for unit in map(_name, range(plan.soak.intervals)) if journal.get("soak", unit) is None]
-        if missing:
-            _load(server, plan, journal, prompts, missing, provenance)
-        after = _answers(ask, plan, sentinels)
-    before = journal.get("soak", "begin")
-    assert before is not None, "appended above"
-    pairs = zip(sentinels, before.data["answers"], after, strict=True)
-    verdicts = [compared(local, plan, sentinel, one, other) for sentinel, one, other in pairs]
-    journal.append("soak", "end", {"answers": after, "verdicts": verdicts}, on)
-
-
-def _load(
-    server: Server,
-    plan: Plan,
-    journal: Journal,
-    prompts: Sequence[Prompt],
-    missing: Sequence[str],
-    provenance: Mapping[str, object],
-) -> None:
-    """The missing intervals, one after the other, under one Locust."""
-    soak, on = plan.soak, str(provenance["fingerprint"])
-    life = 1 + max((record.data["life"] for record in _intervals(journal)), default=0)
-    with (
-        progress("soak", soak.intervals, soak.intervals - len(missing)) as advance,
-        calling(plan, server.url, prompts, journal.folder / "soak") as load,
-    ):
-        end = time.time() + soak.warmup
-        _watch(server, load, end, soak.interval)
-        load.take(end)
-        for unit in missing:
-            end += soak.interval
-            rss = _watch(server, load, end, soak.interval)
-            data = {**load.take(end), "life": life, "seconds": soak.interval, "rss": rss, "provenance": provenance}
-            journal.append("soak", unit, data, on)
-            advance()
-        journal.append("soak", f"locust-{life}", load.finish(), on)
+    def write(self, folder: Path, journal: Journal) -> None:
+        """Locust's tables, the intervals as a table, and a chart over time."""
+        plan = self.plan
+        tables = [record.data for record in journal.records(self.name) if record.unit.startswith("locust-")]
+        for name, text in (tables[-1] if tables else {}).items():
+            write_atomic(folder / f"locust_{name}.csv", text)
+        intervals = [record.data for record in _intervals(journal)]
+        rows = [{"interval": i, "life": one["life"], **judge.per_interval(one)} for i, one in enumerate(intervals)]
+        write_atomic(folder / "soak.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        title = f"{plan.label}: {plan.soak.users} users, {plan.soak.new_tokens} tokens, by {plan.soak.server.name}"
+        write_atomic(folder / "soak.png", chart.draw(intervals, title))
 
 
 def _watch(server: Server, load: Load, until: float, interval: float) -> list[tuple[float, float]]:
@@ -216,18 +204,6 @@ def _answers(ask: Callable[[Request], Completion], plan: Plan, sentinels: Sequen
     """The tokens of each sentinel's answer, one by one on a server that has nothing else to do."""
     asked = [replace(request(plan, prompt), max_new_tokens=plan.soak.new_tokens) for prompt in sentinels]
     return [list(ask(one).tokens) for one in asked]
-
-
-def _summary(plan: Plan, journal: Journal) -> Measurements:
-    intervals = _intervals(journal)
-    verdicts = _verdicts(journal)
-    found = judge.summarise([r.data for r in intervals], [r.data for r in poolable(intervals)], plan.seed)
-    return found | {
-        "users": plan.soak.users,
-        "sentinels": len(verdicts),
-        "sentinels_differing": verdicts.count("differs"),
-        "sentinels_tied": verdicts.count("tie"),
-    }
 
 
 def _intervals(journal: Journal) -> list[Record]:

@@ -37,12 +37,14 @@ class Tracker(Protocol):
         Returns:
             The run's id, to be kept for the next time; ``None`` if nothing is tracked.
         """
+        return None
 
     def sweep_parent(self, sweep_id: str, name: str) -> str | None:
         """The run that stands for the sweep ``sweep_id``, created if there is none yet.
 
         Its status follows its children's, as they start and finish.
         """
+        return None
 
     def log(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
         """Buffers metrics. NaN and infinities are left out.
@@ -50,47 +52,27 @@ class Tracker(Protocol):
         The same (key, value, timestamp, step) is stored once however often it is logged, so timestamps
         must come from the journal, not from the clock.
         """
+        return None
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags of the run."""
+        return None
 
     def artifacts(self, paths: Iterable[Path]) -> None:
         """Copies files, and all that is below folders, to the run's artifacts."""
+        return None
 
     def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
         """Sends what is buffered and ends the run, as of ``timestamp_ms``; ``None``: now."""
+        return None
 
     def mark_orphans_failed(self, parent: str, plan_ids: Collection[str]) -> None:
         """Ends, as FAILED, runs of those plans of a sweep that seem to run still: their jobs died without a word."""
-
-
-class NoTracker:
-    """Tracks nothing."""
-
-    def start(
-        self, name: str, tags: Mapping[str, str], params: Mapping[str, object], run_id: str | None, parent: str | None
-    ) -> str | None:
-        """See :class:`Tracker`."""
         return None
 
-    def sweep_parent(self, sweep_id: str, name: str) -> str | None:
-        """See :class:`Tracker`."""
-        return None
 
-    def log(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
-        """See :class:`Tracker`."""
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """See :class:`Tracker`."""
-
-    def artifacts(self, paths: Iterable[Path]) -> None:
-        """See :class:`Tracker`."""
-
-    def finish(self, status: Status, timestamp_ms: int | None = None) -> None:
-        """See :class:`Tracker`."""
-
-    def mark_orphans_failed(self, parent: str, plan_ids: Collection[str]) -> None:
-        """See :class:`Tracker`."""
+class NoTracker(Tracker):
+    """Tracks nothing: does what the protocol does."""
 
 
 def _shielded(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate["BestEffortTracker", P], T]:

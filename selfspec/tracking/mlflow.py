@@ -5,11 +5,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -71,8 +71,7 @@ class MLflowTracker:
         self._run_id, self._parent, self._buffer = run.info.run_id, parent, []
         self.set_tags({**tags, PARENT_TAG: parent} if parent else tags)
         new = [Param(key, str(value)) for key, value in flatten(params).items() if key not in run.data.params]
-        for i in range(0, len(new), _PARAM_BATCH):
-            self._client.log_batch(self._run_id, params=new[i : i + _PARAM_BATCH])
+        self._send(_PARAM_BATCH, params=new)
         if parent:
             self._client.update_run(parent, status="RUNNING")
         return self._run_id
@@ -86,7 +85,7 @@ class MLflowTracker:
         """
         if len(name) > _NAME:
             name = f"{name[: _NAME - 3]}..."
-        with self._lock():
+        with self._lock:
             runs = self._search(SWEEP_TAG, sweep_id)
             if runs:
                 return _oldest(runs)
@@ -110,9 +109,7 @@ class MLflowTracker:
         """See :class:`Tracker`."""
         from mlflow.entities import RunTag
 
-        new = [RunTag(key, value) for key, value in tags.items()]
-        for i in range(0, len(new), _PARAM_BATCH):
-            self._client.log_batch(self._run_id, tags=new[i : i + _PARAM_BATCH])
+        self._send(_PARAM_BATCH, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def artifacts(self, paths: Iterable[Path]) -> None:
         """See :class:`Tracker`."""
@@ -141,12 +138,12 @@ class MLflowTracker:
     @cached_property
     def _client(self) -> "MlflowClient":
         client = _import_client()
-        with self._lock():  # two processes that create the tables at once would trip over each other
+        with self._lock:  # two processes that create the tables at once would trip over each other
             return client(tracking_uri=self._uri)
 
     @cached_property
     def _experiment_id(self) -> str:
-        with self._lock():
+        with self._lock:
             found = self._client.get_experiment_by_name(self._experiment)
             if found is not None:
                 return str(found.experiment_id)
@@ -159,17 +156,11 @@ class MLflowTracker:
                     raise
                 return str(found.experiment_id)
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        if self._database is None:
-            yield
-        else:
-            with self._file_lock:
-                yield
-
     @cached_property
-    def _file_lock(self) -> FileLock:
-        assert self._database is not None, "only a local store is locked"
+    def _lock(self) -> AbstractContextManager[object]:
+        """Of a local store; a server has none, nor needs one."""
+        if self._database is None:
+            return nullcontext()
         self._database.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{self._database}.lock", timeout=_LOCK_S)
 
@@ -194,10 +185,15 @@ class MLflowTracker:
         return list(self._client.search_runs([self._experiment_id], f"tags.`{tag}` = {quote}{value}{quote}"))
 
     def _flush(self) -> None:
-        for i in range(0, len(self._buffer), _BATCH):
-            self._client.log_batch(self._run_id, metrics=self._buffer[i : i + _BATCH])
+        self._send(_BATCH, metrics=self._buffer)
         self._buffer = []
         self._flushed = time.monotonic()
+
+    def _send(self, most: int, **entries: Any) -> None:
+        """Entries of one kind, so many in a call."""
+        ((kind, new),) = entries.items()
+        for i in range(0, len(new), most):
+            self._client.log_batch(self._run_id, **{kind: new[i : i + most]})
 
     def _settle(self, parent: str) -> None:
         # Whoever finishes last sees all the others finished: each child ends itself before it looks.

@@ -85,7 +85,7 @@ def main() -> None:
     engines = [TorchEngine(each) for each in plans]
     first = engines[0]
     prompts = workload.select(
-        plans[0].workload, "bench", options.prompts, plans[0].seed, lambda text: first.encode(text, True)
+        plans[0].workload, "bench", options.prompts, plans[0].seed, lambda text: first.tokenizer.encode(text, True)
     )
     runs = {engine.plan.label: ours(engine, options.new_tokens) for engine in engines}
     mine = list(runs)
@@ -121,7 +121,7 @@ def ours(engine: TorchEngine, new_tokens: int) -> Decode:
 
 def peers(options: argparse.Namespace, engine: TorchEngine) -> dict[str, Callable[[], Peer]]:
     """What starts each peer, by name."""
-    threads, folder = torch.get_num_threads(), str(engine.folder)
+    threads, folder = torch.get_num_threads(), str(engine.weights.folder)
     vllm = {"model": folder, "dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 1}
     vllm |= {"enable_prefix_caching": False}
     lookup = {"method": "ngram", "num_speculative_tokens": options.K, "prompt_lookup_min": 1}

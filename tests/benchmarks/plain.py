@@ -10,6 +10,7 @@ bandwidth that the model's own matrix-vector products reach when nothing else is
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -37,14 +38,15 @@ def main() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = plans.make(compose("config", ["draft=none", "tracking=none"]))
     engine = TorchEngine(settings)
-    theirs = AutoModelForCausalLM.from_pretrained(engine.folder, dtype=engine.dtype).to(engine.device).eval()
-    prompts = workload.select(settings.workload, "bench", options.prompts, 0, lambda text: engine.encode(text, True))
+    local, encode = engine.weights, partial(engine.tokenizer.encode, chat=True)
+    theirs = AutoModelForCausalLM.from_pretrained(local.folder, dtype=local.dtype).to(local.device).eval()
+    prompts = workload.select(settings.workload, "bench", options.prompts, 0, encode)
 
     def ours(tokens: tuple[int, ...]) -> None:
         engine.generate([Request(tokens, options.new_tokens, ignore_eos=True)], plain=True)
 
     def transformers(tokens: tuple[int, ...]) -> None:
-        ids = torch.tensor([tokens], device=engine.device)
+        ids = torch.tensor([tokens], device=engine.weights.device)
         length = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
         theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **length)
 
@@ -67,7 +69,9 @@ def main() -> None:
     print(
         "  a pass at 200 tokens of context, ms by rows:", {rows: round(1e3 * a_pass(engine, rows), 2) for rows in ROWS}
     )
-    size = sum(plain(w).numel() * engine.dtype.itemsize for layer in engine.model.layers for w in matrices(layer))
+    size = sum(
+        plain(w).numel() * engine.weights.dtype.itemsize for layer in engine.model.layers for w in matrices(layer)
+    )
     size += engine.model.lm_head.numel() * engine.model.lm_head.element_size()
     print(f"  weights read: {size / 1e6:.0f} MB a token, {size / weights / 1e9:.1f} GB/s while they are")
 

@@ -34,7 +34,7 @@ def main() -> None:
     full, int8 = engines = [TorchEngine(each) for each in settings]
 
     def chat(text: str) -> list[int]:
-        return full.encode(text, True)
+        return full.tokenizer.encode(text, True)
 
     prompts = workload.select(settings[0].workload, "bench", options.prompts, 0, chat)
     requests = [Request(prompt.tokens, options.new_tokens, ignore_eos=True) for prompt in prompts]
@@ -61,7 +61,7 @@ def main() -> None:
             print(f"{name}, {size}, {median(ratios):.2f}x [{low:.2f}, {high:.2f}], {rate:.0f}", flush=True)
 
     answered = workload.select(settings[0].workload, "quality", options.scored, 0, chat, answered=True)
-    texts = [(prompt.tokens, full.encode(prompt.answer, False)[:96]) for prompt in answered]
+    texts = [(prompt.tokens, full.tokenizer.encode(prompt.answer, False)[:96]) for prompt in answered]
     surprisals = [
         [-sum(engine.score(tokens, [answer], plain=True)[0].logprobs) for tokens, answer in texts] for engine in engines
     ]

@@ -113,7 +113,7 @@ def prompts_of(options: argparse.Namespace, count: int) -> tuple[Any, list[tuple
     with initialize_config_dir(str(CONF), version_base="1.3"):
         made = plan.make(compose("config", ["tracking=none", "draft=none", *options.overrides]))
     engine = factory.make(made)
-    chosen = workload.select(made.workload, "bench", count, made.seed, lambda text: engine.encode(text, True))
+    chosen = workload.select(made.workload, "bench", count, made.seed, lambda text: engine.tokenizer.encode(text, True))
     return made, [prompt.tokens for prompt in chosen]
 
 

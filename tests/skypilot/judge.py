@@ -8,36 +8,16 @@ verdict BUCKET WORK PLAN  whether all is as it should be, though that plan's mac
 import csv
 import json
 import os
-import random
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny
+
 PROMPTS = 40
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # else gcsfs waits a minute for what the emulator lacks
-
-
-def prompts(file: str) -> None:
-    rng = random.Random(0)
-    words = [
-        "a",
-        "model",
-        "drafts",
-        "tokens",
-        "and",
-        "another",
-        "verifies",
-        "them",
-        "so",
-        "that",
-        "nothing",
-        "is",
-        "lost",
-    ]
-    said = [" ".join(rng.choices(words, k=rng.randint(4, 16))) + f" {i}" for i in range(600)]
-    turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": text}] for text in said]
-    Path(file).write_text(json.dumps([{"id": f"c{i}_0", "conversations": turn} for i, turn in enumerate(turns)]))
 
 
 def units(bucket: str, plan: str) -> Counter[str]:
@@ -97,4 +77,4 @@ def verdict(bucket: str, work: str, plan: str) -> None:
 
 
 if __name__ == "__main__":
-    {"prompts": prompts, "half": half, "verdict": verdict}[sys.argv[1]](*sys.argv[2:])
+    {"prompts": lambda file: tiny.prompts(Path(file)), "half": half, "verdict": verdict}[sys.argv[1]](*sys.argv[2:])

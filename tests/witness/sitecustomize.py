@@ -34,7 +34,7 @@ def note(stage, scope, what):
 
 
 def watch(engine):
-    generate, fit = engine.generate, engine.fit
+    generate, fit = engine.generate, getattr(engine, "fit", None)
 
     def generating(self, requests, **options):
         asked = blake2b(repr([tuple(request.tokens) for request in requests]).encode(), digest_size=8).hexdigest()
@@ -48,7 +48,9 @@ def watch(engine):
         note("fit", self.plan.head_id, "head")
         return fit(self, *arguments)
 
-    engine.generate, engine.fit = generating, fitting
+    engine.generate = generating
+    if fit is not None:
+        engine.fit = fitting
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -130,5 +130,11 @@ def _die_with_parent() -> Callable[[], None] | None:
     import ctypes
 
     # Looked up here: between fork and exec, the new process had better load nothing.
-    prctl, of_parents_death = ctypes.CDLL(None).prctl, 1
-    return lambda: prctl(of_parents_death, signal.SIGTERM)
+    prctl, of_parents_death, parent = ctypes.CDLL(None).prctl, 1, os.getpid()
+
+    def die_with_parent() -> None:
+        prctl(of_parents_death, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before that: nobody will send the signal
+            os._exit(128 + signal.SIGTERM)
+
+    return die_with_parent

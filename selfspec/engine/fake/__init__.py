@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from selfspec.axes import EngineOptions
+from selfspec.engine.base import Opens, Probes, Scores
 from selfspec.options import bounded
 from selfspec.plan import Plan
 
@@ -20,7 +21,7 @@ class Options(EngineOptions):
     """The chance that a drafted token is right."""
 
     runs_ours: ClassVar[bool] = False
-    served: ClassVar[bool] = True
+    can: ClassVar[tuple[type, ...]] = (Opens, Probes, Scores)
     reads_model: ClassVar[bool] = False
 
     def make(self, plan: Plan) -> "FakeEngine":

@@ -7,13 +7,12 @@ they really are, so that both can be studied over a hundred thousand cycles in s
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from selfspec.config import Order
 from selfspec.engine import admission
 from selfspec.engine.admission import Admission
-from selfspec.engine.base import Limits, Tie
+from selfspec.engine.base import Limits, Opens, Prefix, Probes, Scores, Tie, TieJudge, Tokenizer
 from selfspec.engine.fake.session import (
     VOCAB,
     Clock,
@@ -31,8 +30,38 @@ from selfspec.speculation.gate.varH import VarEntropy
 from selfspec.types import Completion, Request, Score, Signals
 
 
-class FakeEngine:
+class Bytes(Tokenizer):
+    """A token is a byte of UTF-8; a text's first is 0, where there must be one."""
+
+    def encode(self, text: str, chat: bool) -> list[int]:
+        """UTF-8 bytes."""
+        return list(text.encode())
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Every message's role and content."""
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages), chat=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """As UTF-8 bytes."""
+        return bytes(tokens).decode(errors="replace")
+
+    def prefix(self) -> Prefix:
+        """The byte 0."""
+        return Prefix(0, False)
+
+
+class NoTies(TieJudge):
+    """No rounding here: different tokens are different."""
+
+    def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
+        """No tie."""
+        return Tie(1.0, 0.0)
+
+
+class FakeEngine(Opens, Scores, Probes):
     """See the module's docstring."""
+
+    tokenizer, ties = Bytes(), NoTies()
 
     def __init__(self, plan: Plan, world: World | None = None) -> None:
         self.plan = plan
@@ -46,52 +75,27 @@ class FakeEngine:
         """Nothing that varies."""
         return {"engine": "fake", "device": "none", "dtype": "none", "threads": 1}
 
-    @property
-    def vocab(self) -> int:
-        """Bytes."""
-        return VOCAB
-
-    def encode(self, text: str, chat: bool) -> list[int]:
-        """UTF-8 bytes."""
-        return list(text.encode())
-
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
     ) -> list[Completion]:
         """As :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`; always as many tokens as asked for."""
+        positions = max((len(r.tokens) + r.max_new_tokens for r in requests), default=0)
+        return self._session(max_batch or self.plan.engine.max_batch, positions, Admission(), plain, k).run(requests)
+
+    def open(self, rows: int, positions: int, order: Order) -> FakeSession:
+        """As :meth:`Opens.open <selfspec.engine.base.Opens.open>`; there is no limit to positions."""
+        return self._session(rows, positions, admission.make(order, self.plan.serve.chunk))
+
+    def _session(
+        self, rows: int, positions: int, order: Admission, plain: bool = False, k: int | None = None
+    ) -> FakeSession:
         control, stops = self.controller, self.gate
         if k is not None:
             control = Controller(k)
             stops = self._fixed_gates.setdefault(k, self.plan.gate.make(self.plan.seed))
         if plain or not self.plan.speculative:
             control, stops = Controller(0), Gate()
-        rows = max_batch or self.plan.engine.max_batch
-        positions = max((len(r.tokens) + r.max_new_tokens for r in requests), default=0)
-        session = FakeSession(self._parts(control, stops), rows, positions, Admission())
-        return session.run(requests)
-
-    def open(self, rows: int, positions: int, order: Order) -> FakeSession:
-        """As :meth:`Engine.open <selfspec.engine.base.Engine.open>`; there is no limit to positions."""
-        control, stops = self.controller, self.gate
-        if not self.plan.speculative:
-            control, stops = Controller(0), Gate()
-        return FakeSession(self._parts(control, stops), rows, positions, admission.make(order, self.plan.serve.chunk))
-
-    def _parts(self, control: Controller, stops: Gate) -> Parts:
-        return Parts(self.world, self.clock, control, stops)
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Every message's role and content."""
-        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages), chat=False)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """As UTF-8 bytes."""
-        return bytes(tokens).decode(errors="replace")
+        return FakeSession(Parts(self.world, self.clock, control, stops), rows, positions, order)
 
     def state(self) -> Mapping[str, Any]:
         """What gate and controller have learned so far."""
@@ -101,18 +105,6 @@ class FakeEngine:
         """Takes up what an earlier process had learned."""
         self.gate.restore(state["gate"])
         self.controller.restore(state["controller"])
-
-    def fit(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path, facts: Mapping[str, Any]) -> None:
-        """Not offered: ``conf/engine/fake.yaml`` leaves fitted drafts out, and the plan refuses them."""
-        raise NotImplementedError
-
-    def use_head(self, path: Path) -> None:
-        """Not offered, see :meth:`fit`."""
-        raise NotImplementedError
-
-    def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
-        """No rounding here: different tokens are different."""
-        return Tie(1.0, 0.0)
 
     def score(
         self, context: Sequence[int], continuations: Sequence[Sequence[int]], *, plain: bool = False
@@ -140,13 +132,5 @@ class FakeEngine:
         return found
 
     def limits(self) -> Limits:
-        """Any length; the byte 0 comes first."""
-        return Limits(1 << 30, 0, False)
-
-    def peak_memory_mb(self) -> float:
-        """None to speak of."""
-        return 0.0
-
-    def device_utilisation(self) -> float | None:
-        """No device."""
-        return None
+        """Any length; bytes."""
+        return Limits(1 << 30, VOCAB)

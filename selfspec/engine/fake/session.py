@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
@@ -11,6 +11,7 @@ from selfspec.engine.admission import Admission
 from selfspec.engine.batching import Batching
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.sequence import Seq
 from selfspec.types import Cycle, Logprob, Request
 
 VOCAB = 256
@@ -57,30 +58,6 @@ class Clock:
     ms: float = 0.0
 
 
-@dataclass(slots=True)
-class Row:
-    """A request being decoded: its whole answer is known, and how much of it is out. Times are in seconds."""
-
-    request: Request
-    answer: list[int]
-    exit_layer: int | None
-    arrival: float
-    admitted: float
-    first_token: float = 0.0
-    done: int = 0
-    cycles: list[Cycle] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
-
-    @property
-    def remaining(self) -> int:
-        """Tokens still to come."""
-        return len(self.answer) - self.done
-
-    def output_tokens(self, start: int) -> list[int]:
-        """New tokens that are out, from number ``start`` on."""
-        return self.answer[start : self.done]
-
-
 class Parts(NamedTuple):
     """What a session is made of."""
 
@@ -90,7 +67,7 @@ class Parts(NamedTuple):
     stops: Gate
 
 
-class FakeSession(Batching[Row]):
+class FakeSession(Batching):
     """A session in virtual time, counted from its beginning; the engine's ``clock`` goes on from session to session."""
 
     def __init__(self, parts: Parts, rows: int, positions: int, admission: Admission) -> None:
@@ -101,19 +78,19 @@ class FakeSession(Batching[Row]):
     def _now(self) -> float:
         return self._ms / 1e3
 
-    def _start(self, request: Request, arrival: float) -> Row:
-        exit_layer = self.control.exit_layer(len(request.tokens))
-        return Row(request, whole_answer(request), exit_layer, arrival, self._now())
+    def _start(self, seq: Seq) -> None:
+        seq.exit_layer = self.control.exit_layer(len(seq.request.tokens))
+        seq.memory = whole_answer(seq.request)
 
-    def _prefill_part(self, row: Row, done: int, count: int) -> None:
+    def _prefill_part(self, seq: Seq, count: int) -> None:
         self._pass(self.world.pass_ms(1))
 
-    def _prefill_rest(self, row: Row, done: int) -> None:
+    def _prefill_rest(self, seq: Seq) -> None:
         self._pass(self.world.pass_ms(1))
-        row.done, row.first_token = 1, self._now()
-        row.logprobs += _logprobs(row, 0)
+        seq.first_token = self._now()
+        _say(seq, 1)
 
-    def _cycle(self, rows: Sequence[Row]) -> None:
+    def _cycle(self, rows: Sequence[Seq]) -> None:
         control, stops = self.control, self.stops
         stops.begin()
         ks = [min(control.num_draft_tokens(row.cycles, len(rows)), row.remaining - 1) for row in rows]
@@ -127,21 +104,20 @@ class FakeSession(Batching[Row]):
         ]
         for row, cycle in zip(rows, cycles, strict=True):
             row.cycles.append(cycle)
-            row.done += cycle.new_tokens
-            row.logprobs += _logprobs(row, row.done - cycle.new_tokens)
+            _say(row, cycle.new_tokens)
         stops.observe(cycles)
         control.observe(cycles)
 
-    def _draft(self, row: Row, k: int) -> tuple[int, int, tuple[float, ...]]:
+    def _draft(self, seq: Seq, k: int) -> tuple[int, int, tuple[float, ...]]:
         """Tokens proposed, tokens that stand, and the gate's signals.
 
         The draft is as sure of a token as the token is likely to be right: its probability is U^(1/a - 1),
         the mean of which is the acceptance a.
         """
-        accepted, right, signals = 0, True, list[float]()
+        accepted, right, signals, said = 0, True, list[float](), seq.request.max_new_tokens - seq.remaining
         for j in range(k):
-            acceptance = self.world.acceptance(row.request, row.done + j, row.exit_layer)
-            luck, sure = chances(row.request, row.answer, row.done + j)
+            acceptance = self.world.acceptance(seq.request, said + j, seq.exit_layer)
+            luck, sure = chances(seq.request, seq.memory, said + j)
             sure = sure ** (1 / acceptance - 1) if acceptance else 0.0
             if self.stops.reads:
                 signals.append(self.stops.signal_at(sure, VOCAB - 1))
@@ -161,12 +137,11 @@ class FakeSession(Batching[Row]):
     def _evict(self, index: int) -> None:
         """There is nothing to free."""
 
-    def _finish_reason(self, row: Row) -> Literal["length"] | None:
-        return None if row.remaining else "length"
+    def _finish_reason(self, seq: Seq) -> Literal["length"] | None:
+        return None if seq.remaining else "length"
 
     def _kv_used(self) -> float:
-        held = sum(len(member.row.request.tokens) + member.row.done for member in self.members)
-        return held / (self.capacity * self.positions)
+        return sum(len(seq.tokens) for seq in self.running) / (self.capacity * self.positions)
 
 
 def whole_answer(request: Request) -> list[int]:
@@ -182,13 +157,16 @@ def next_token(tokens: Sequence[int]) -> int:
     return zlib.crc32(bytes(t % VOCAB for t in tokens[-8:])) % VOCAB
 
 
-def _logprobs(row: Row, first: int) -> list[Logprob]:
-    """Tokens are as likely as their share of the vocabulary; the likeliest follow each other from the first on."""
-    if row.request.logprobs is None:
-        return []
-    even = -math.log(VOCAB)
-    top = tuple((token, even) for token in range(row.request.logprobs))
-    return [Logprob(even, top)] * (row.done - first)
+def _say(seq: Seq, count: int) -> None:
+    """Gives so many more tokens of an answer, which is known.
+
+    Tokens are as likely as their share of the vocabulary; the likeliest follow each other from the first on.
+    """
+    first = seq.request.max_new_tokens - seq.remaining
+    seq.tokens += seq.memory[first : first + count]
+    if seq.request.logprobs is not None:
+        even = -math.log(VOCAB)
+        seq.logprobs += [Logprob(even, tuple((token, even) for token in range(seq.request.logprobs)))] * count
 
 
 def chances(request: Request, answer: Sequence[int], position: int) -> tuple[float, float]:

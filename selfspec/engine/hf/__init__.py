@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from selfspec.axes import EngineOptions
+from selfspec.engine.base import Probes, Scores
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 
@@ -18,6 +19,7 @@ class Options(EngineOptions):
     name: str = "hf"
 
     runs_ours: ClassVar[bool] = False
+    can: ClassVar[tuple[type, ...]] = (Probes, Scores)
 
     @property
     def label(self) -> str:

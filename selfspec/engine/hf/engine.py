@@ -17,25 +17,22 @@ import torch
 from torch import Tensor
 
 from selfspec import config as schema
+from selfspec.engine.base import Limits, Probes, Scores, Usage
 from selfspec.engine.torch.engine import TorchEngine
+from selfspec.engine.torch.weights import Weights
 from selfspec.errors import ConfigError
 from selfspec.model import gguf, hf
 from selfspec.model.hf import HFModel
 from selfspec.plan import Plan
 from selfspec.speculation.draft import draft_model
-from selfspec.types import Completion, Cycle, Request
+from selfspec.types import Completion, Cycle, Request, Score, Signals
 
 _IN_USE: WeakValueDictionary[tuple[Path, torch.device, torch.dtype], HFModel] = WeakValueDictionary()
 """Weights that an engine of this process holds: several references beside one plan read them once."""
 
 
-class HFEngine(TorchEngine):
-    """Runs a plan's model with ``transformers``; device, dtype, tokenizer and comparisons are the torch engine's."""
-
-    def __init__(self, plan: Plan) -> None:
-        """Raises ``ConfigError`` for what ``generate`` does not have."""
-        plan.engine.refuse(plan)
-        super().__init__(plan)
+class HFWeights(Weights):
+    """A plan's model as ``transformers`` has it."""
 
     def _load(self) -> HFModel:
         key = (self.folder, self.device, self.dtype)
@@ -43,13 +40,24 @@ class HFEngine(TorchEngine):
         _IN_USE[key] = model
         return model
 
+
+class HFEngine(Scores, Probes):
+    """Decodes a plan's model with ``transformers``; scores and probes by our own passes over it."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Raises ``ConfigError`` for what ``generate`` does not have."""
+        plan.engine.refuse(plan)
+        self.plan, self.weights = plan, HFWeights(plan)
+        self._ours = TorchEngine(plan, self.weights)
+        self.tokenizer, self.ties = self._ours.tokenizer, self._ours.ties
+
     @cached_property
     def _lm(self) -> Any:
         """The target, as ``transformers`` has it."""
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # its advice on how generate is called, printed among our results
-        model = self.model
+        model = self.weights.model
         assert isinstance(model, HFModel)
         return model.lm
 
@@ -63,32 +71,23 @@ class HFEngine(TorchEngine):
         """
         source, sha256 = self.plan.draft.get("source"), self.plan.draft.get("sha256")
         folder = gguf.model_folder(schema.Model(name="draft", source=source, sha256=sha256))
-        if draft_model.vocabulary(folder) != draft_model.vocabulary(self.folder):
+        if draft_model.vocabulary(folder) != draft_model.vocabulary(self.weights.folder):
             raise ConfigError(f"draft.source={source}: its tokenizer's vocabulary is not the target's")
-        return hf.read(folder, self.device, self.dtype).eval()
+        return hf.read(folder, self.weights.device, self.weights.dtype).eval()
 
     def describe(self) -> Mapping[str, object]:
         """Device, dtype, threads, torch, transformers."""
         import transformers
 
-        return {**super().describe(), "engine": "hf", "transformers": transformers.__version__}
+        return {"engine": "hf", **self.weights.describe(), "transformers": transformers.__version__}
 
     @torch.inference_mode()
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
     ) -> list[Completion]:
-        """Decodes requests one after the other; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`.
-
-        Raises:
-            ConfigError: prompt and new tokens are more than the model has positions.
-        """
+        """Decodes requests one after the other; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`."""
         for request in requests:
-            self._room(len(request.tokens) + request.max_new_tokens)
+            self.weights.check_room(len(request.tokens) + request.max_new_tokens)
         depth = 0 if plain or self.plan.draft.name == "none" else k or self.plan.controller.K
         return [self._decode(request, depth) for request in requests]
 
@@ -96,7 +95,7 @@ class HFEngine(TorchEngine):
         """One request, with ``k`` draft tokens a cycle; 0 is plain decoding."""
         from transformers import GenerationConfig
 
-        lm, sampling, stops = self._lm, request.sampling, self.model.shape.eos
+        lm, sampling, stops = self._lm, request.sampling, self.weights.model.shape.eos
         settings: dict[str, Any] = {
             "max_new_tokens": request.max_new_tokens,
             "eos_token_id": None if request.ignore_eos or not stops else sorted(stops),
@@ -121,7 +120,7 @@ class HFEngine(TorchEngine):
                 arguments["assistant_model"] = self._assistant
                 self._assistant.generation_config = drafts_as
         lm.generation_config = drafts_as  # the file's own would be mixed in: stop tokens, temperatures
-        ids = torch.tensor([request.tokens], device=self.device)
+        ids = torch.tensor([request.tokens], device=self.weights.device)
         arguments |= {"attention_mask": torch.ones_like(ids), "generation_config": GenerationConfig(**settings)}
 
         arrival = time.perf_counter()
@@ -138,20 +137,23 @@ class HFEngine(TorchEngine):
             finish="stop" if not request.ignore_eos and tokens[-1] in stops else "length",
         )
 
-    def state(self) -> Mapping[str, Any]:
-        """Nothing is learned."""
-        return {}
+    def score(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]], *, plain: bool = False
+    ) -> list[Score]:
+        """See :meth:`Scores.score <selfspec.engine.base.Scores.score>`."""
+        return self._ours.score(context, continuations, plain=plain)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing is learned."""
+    def probe(self, prompt: Sequence[int], answer: Sequence[int], exits: Sequence[int] | None = None) -> list[Signals]:
+        """See :meth:`Probes.probe <selfspec.engine.base.Probes.probe>`."""
+        return self._ours.probe(prompt, answer, exits)
 
-    def fit(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path, facts: Mapping[str, Any]) -> None:
-        """No draft that is run here has a fitted head."""
-        raise AssertionError("checked when the engine was made")
+    def limits(self) -> Limits:
+        """See :meth:`Scores.limits <selfspec.engine.base.Scores.limits>`."""
+        return self._ours.limits()
 
-    def use_head(self, path: Path) -> None:
-        """No draft that is run here has a fitted head."""
-        raise AssertionError("checked when the engine was made")
+    def usage(self) -> Usage:
+        """See :meth:`Weights.usage <selfspec.engine.torch.weights.Weights.usage>`."""
+        return self.weights.usage()
 
 
 class Watch:

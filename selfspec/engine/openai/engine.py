@@ -11,20 +11,28 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NoReturn
 
-from selfspec import config as schema
+from selfspec.engine.base import Engine
 from selfspec.engine.openai.client import Server
-from selfspec.engine.torch.engine import TorchEngine
-from selfspec.types import Completion, Request, Score, Signals
+from selfspec.engine.tokenizer import ModelTokenizer
+from selfspec.engine.torch.ties import Float32Judge
+from selfspec.engine.torch.weights import Weights
+from selfspec.plan import Plan
+from selfspec.types import Completion, Request
 
 KEY = "OPENAI_API_KEY"
 """Of the environment: what the servers ask for, if anything."""
 
 
-class OpenAIEngine(TorchEngine):
-    """Asks a server; tokenizer and comparisons are the torch engine's, which loads no weights before it must."""
+class OpenAIEngine(Engine):
+    """Asks a server, whose memory and whatever it learns are not ours to see."""
+
+    tokenizer: ModelTokenizer
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, weights = plan, Weights(plan)
+        self.tokenizer = ModelTokenizer(plan.model, lambda: weights.folder)
+        self.ties = Float32Judge(weights)
 
     @cached_property
     def _server(self) -> Server:
@@ -39,20 +47,15 @@ class OpenAIEngine(TorchEngine):
         return Server(f"engine.{key}", url, secret, self._read)
 
     def _read(self, text: str, stopped: bool) -> list[int]:
-        stop = self._tokenizer.eos_token_id
-        return [*self.encode(text, chat=False), *([stop] if stopped and stop is not None else [])]
+        end = self.tokenizer.end
+        return [*self.tokenizer.encode(text, chat=False), *([end] if stopped and end is not None else [])]
 
     def describe(self) -> Mapping[str, object]:
         """What the server calls its model; where it runs is not known."""
         return {"engine": "openai", "model": self._server.model}
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
     ) -> list[Completion]:
         """Asks for all, some at once; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`.
 
@@ -64,40 +67,3 @@ class OpenAIEngine(TorchEngine):
         server = self._plain_server if plain else self._server
         with ThreadPoolExecutor(max_batch or self.plan.engine.max_batch) as pool:
             return list(pool.map(server.answer, requests))
-
-    def open(self, rows: int, positions: int, order: schema.Order) -> NoReturn:
-        """A server keeps its own batch."""
-        raise NotImplementedError
-
-    def score(
-        self, context: Sequence[int], continuations: Sequence[Sequence[int]], *, plain: bool = False
-    ) -> list[Score]:
-        """A server gives no probabilities of what it did not say."""
-        raise NotImplementedError
-
-    def probe(self, prompt: Sequence[int], answer: Sequence[int], exits: Sequence[int] | None = None) -> list[Signals]:
-        """A server shows no states."""
-        raise NotImplementedError
-
-    def state(self) -> Mapping[str, Any]:
-        """What has been learned is with the server."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """What has been learned is with the server."""
-
-    def fit(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path, facts: Mapping[str, Any]) -> None:
-        """A server has its own heads."""
-        raise NotImplementedError
-
-    def use_head(self, path: Path) -> None:
-        """A server has its own heads."""
-        raise NotImplementedError
-
-    def peak_memory_mb(self) -> float:
-        """The server's is not ours to see."""
-        return 0.0
-
-    def device_utilisation(self) -> float | None:
-        """The server's is not ours to see."""
-        return None

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from selfspec.axes import EngineOptions
-from selfspec.model.base import Kernels, Layers, Weights
+from selfspec.engine.base import Fits, Opens, Probes, Scores
+from selfspec.model.base import Graphs, Kernels, Layers, Width
 from selfspec.plan import Plan
 
 if TYPE_CHECKING:
@@ -17,26 +18,26 @@ class Options(EngineOptions):
 
     name: str = "torch"
     layers: Layers = Layers.auto
-    weights: Weights = Weights.full
+    weights: Width = Width.full
     """Our own layers on a CPU: ``int8`` halves what a pass reads; another model, a little worse."""
     kernels: Kernels = Kernels.auto
-    """On a CPU."""
+    graphs: Graphs = Graphs.auto
 
-    served: ClassVar[bool] = True
+    can: ClassVar[tuple[type, ...]] = (Fits, Opens, Probes, Scores)
 
     @property
     def label(self) -> str:
         """The weights, where they are not the model's own."""
-        return "" if self.weights is Weights.full else self.weights.name
+        return "" if self.weights is Width.full else self.weights.name
 
     @property
     def fits_as(self) -> dict[str, Any]:
         """Other weights give other answers."""
-        return {} if self.weights is Weights.full else {"weights": self.weights}
+        return {} if self.weights is Width.full else {"weights": self.weights}
 
     def int8(self) -> "Options":
         """The same model, a little worse."""
-        return replace(self, weights=Weights.int8)
+        return replace(self, weights=Width.int8)
 
     def make(self, plan: Plan) -> "TorchEngine":
         """The engine."""

@@ -13,11 +13,11 @@ from selfspec.engine.base import RequestOutput
 from selfspec.engine.batching import Batching
 from selfspec.model.cache import KVCache
 from selfspec.speculation.decode import Speculation
-from selfspec.speculation.draft.base import Row
-from selfspec.types import Completion, Request
+from selfspec.speculation.sequence import Seq
+from selfspec.types import Completion
 
 
-class Scheduler(Batching[Row]):
+class Scheduler(Batching):
     """As many requests at once as the cache has rows; row r of the batch is row r of the cache.
 
     A prompt that is prefilled in chunks lies in a cache of its own until it is whole: the batch's rows stand together.
@@ -51,45 +51,45 @@ class Scheduler(Batching[Row]):
     def _now(self) -> float:
         return time.perf_counter()
 
-    def _start(self, request: Request, arrival: float) -> Row:
-        return self.speculation.start(request, arrival)
+    def _start(self, seq: Seq) -> None:
+        self.speculation.start(seq)
 
-    def _prefill_part(self, row: Row, done: int, count: int) -> None:
+    def _prefill_part(self, seq: Seq, count: int) -> None:
         if self._aside is None:
             draft, model = self.speculation.draft, self.speculation.target.model
             self._aside = model.new_cache(self.cache.capacity, 1, draft.layers)
-        if done == 0:
+        if seq.prefilled == 0:
             if self._aside.lengths:  # of one that was cancelled
                 self._aside.evict(0)
             self._aside.admit()
             self._states = []
         # Of every chunk: a draft observes all of the prompt's states at once, when its first token is known.
-        self._states.append(self.speculation.prefill(row, done, count, self._aside, 0))
+        self._states.append(self.speculation.prefill(seq, seq.prefilled, count, self._aside, 0))
 
-    def _prefill_rest(self, row: Row, done: int) -> None:
-        left = len(row.request.tokens) - done
-        if done:
+    def _prefill_rest(self, seq: Seq) -> None:
+        left = len(seq.request.tokens) - seq.prefilled
+        if seq.prefilled:
             assert self._aside is not None, "the beginning lies there"
-            self._prefill_part(row, done, left)
+            self._prefill_part(seq, left)
             # Copied once, whole: a row of the batch would have to stay out of every cycle until then.
             index, states = self.cache.copy_from(self._aside), torch.cat(self._states)
             self._aside.evict(0)
             self._states = []
         else:
             index = self.cache.admit()
-            states = self.speculation.prefill(row, 0, left, self.cache, index)
-        self.speculation.sample_first_token(row, index, states, self.cache)
+            states = self.speculation.prefill(seq, 0, left, self.cache, index)
+        self.speculation.sample_first_token(seq, index, states, self.cache)
 
-    def _cycle(self, rows: Sequence[Row]) -> None:
+    def _cycle(self, rows: Sequence[Seq]) -> None:
         self.speculation.step(rows, self.cache)
 
     def _evict(self, index: int) -> None:
         self.cache.evict(index)
 
-    def _finish_reason(self, row: Row) -> Literal["stop", "length"] | None:
-        if row.tokens[-1] in self.speculation.stop_tokens(row.request):
+    def _finish_reason(self, seq: Seq) -> Literal["stop", "length"] | None:
+        if seq.tokens[-1] in self.speculation.stop_tokens(seq.request):
             return "stop"
-        return "length" if row.remaining <= 0 else None
+        return "length" if seq.remaining <= 0 else None
 
     def _kv_used(self) -> float:
         return sum(self.cache.lengths) / (self.cache.rows * self.cache.capacity)

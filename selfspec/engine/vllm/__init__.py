@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from selfspec.axes import EngineOptions
 from selfspec.config import Device
+from selfspec.engine.base import Fits, Opens, Scores
 from selfspec.errors import ConfigError
 from selfspec.options import bounded
 from selfspec.plan import Plan
@@ -34,7 +35,7 @@ class Options(EngineOptions):
     """Run operators one by one, in the place of a compiled (on a GPU, captured) step."""
 
     runs_ours: ClassVar[bool] = False
-    served: ClassVar[bool] = True
+    can: ClassVar[tuple[type, ...]] = (Fits, Opens, Scores)
 
     @property
     def label(self) -> str:

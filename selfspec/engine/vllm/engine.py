@@ -1,8 +1,8 @@
 """The vllm engine: vLLM (>= 0.32) in this process, measured as our own engine is.
 
 Plain decoding and the configuration are two vLLMs over the same weights in one process, so that they can be decoded
-in turn. What vLLM does not have (a tokenizer without text in between, heads, how close two tokens are) is the torch
-engine's, which loads the weights again only where it is asked for that.
+in turn. What vLLM does not have (a tokenizer without text in between, heads, how close two tokens are) a torch engine
+of the plan does, which loads the weights again only where it is asked for that.
 """
 
 import json
@@ -18,14 +18,14 @@ import torch
 
 from selfspec import config as schema
 from selfspec.engine import factory
-from selfspec.engine.base import Limits, Tie
+from selfspec.engine.base import Fits, Limits, Opens, Scores, Tie, TieJudge, Usage
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.engine.vllm import args as vllm_args
 from selfspec.engine.vllm import session as vllm_session
 from selfspec.engine.vllm.session import VLLMSession
 from selfspec.errors import ConfigError, one_line
 from selfspec.plan import Plan
-from selfspec.types import Completion, Request, Score, Signals
+from selfspec.types import Completion, Request, Score
 from selfspec.vllm_plugin import versions
 
 _ROWS = 64
@@ -42,14 +42,43 @@ _STARTED: dict[str, Any] = {}
 """The vLLMs of this process, by what was asked of them. One that is let go takes down what all of them share."""
 
 
-class VLLMEngine(TorchEngine):
+class Judge(TieJudge):
+    """Compares by the same weights in float32, whoever runs them.
+
+    Weights that vLLM alone can read here (quantised, or too many for one device) are compared in the dtype they are run
+    in; two units in the last place of a logit of common size are then rounding.
+    """
+
+    def __init__(self, engine: "VLLMEngine", float32: TieJudge) -> None:
+        self._engine, self._float32 = engine, float32
+
+    def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
+        """See :meth:`TieJudge.compare <selfspec.engine.base.TieJudge.compare>`."""
+        if not self._by_vllm_alone:
+            return self._float32.compare(context, a, b)
+        dtype = self._engine.weights.dtype
+        one, other = self._engine.score(context, [[a], [b]], plain=True)
+        rounding = 0.0 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps * _LOGIT
+        return Tie(abs(one.logprobs[0] - other.logprobs[0]), rounding)
+
+    @property
+    def _by_vllm_alone(self) -> bool:
+        engine, folder = self._engine.plan.engine, self._engine.weights.folder
+        config = json.loads((folder / "config.json").read_text())
+        alone = engine.get("quantization") or engine.get("tensor_parallel", 1) > 1
+        return bool(alone or config.get("quantization_config"))
+
+
+class VLLMEngine(Opens, Fits, Scores):
     """See the module's docstring."""
 
     def __init__(self, plan: Plan) -> None:
         """Raises ``ConfigError`` where there is no vLLM, one that is too old, or one that cannot be imported."""
         versions.check_engine()
         versions.check_torchvision()
-        super().__init__(plan)
+        self.plan, self._ours = plan, TorchEngine(plan)
+        self.weights, self.tokenizer = self._ours.weights, self._ours.tokenizer
+        self.ties = Judge(self, self._ours.ties)
         self._head_path: Path | None = None
 
     @cached_property
@@ -102,14 +131,14 @@ class VLLMEngine(TorchEngine):
             warnings.simplefilter("ignore")
             from vllm import EngineArgs
             from vllm.platforms import current_platform
-        if current_platform.device_type != self.device.type:
+        if current_platform.device_type != self.weights.device.type:
             raise ConfigError(
                 f"hardware.device={self.plan.hardware.device.name}: this vLLM is built for "
-                f"{current_platform.device_type}, and here that is {self.device.type}"
+                f"{current_platform.device_type}, and here that is {self.weights.device.type}"
             )
         asked = {
-            **vllm_args.arguments(self.plan, self.folder),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            **vllm_args.arguments(self.plan, self.weights.folder),
+            "dtype": str(self.weights.dtype).removeprefix("torch."),
             "max_num_seqs": max(_ROWS, self.plan.engine.max_batch, self.plan.serve.max_batch),
             "gpu_memory_utilization": 0.01,  # two start beside each other; kv_gib alone says what is taken
             "max_model_len": -1,  # as long as the room for keys and values allows
@@ -137,37 +166,19 @@ class VLLMEngine(TorchEngine):
 
     def describe(self) -> Mapping[str, object]:
         """Device, dtype, threads, torch, vLLM."""
-        return {**super().describe(), "engine": "vllm", "vllm": versions.installed(), "kernels": "vllm"}
-
-    @property
-    def vocab(self) -> int:
-        """Token ids are below this."""
-        return int(self._plain_core.model_config.get_vocab_size())
+        return {**self._ours.describe(), "engine": "vllm", "vllm": versions.installed(), "kernels": "vllm"}
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        plain: bool = False,
-        k: int | None = None,
-        max_batch: int | None = None,
+        self, requests: Sequence[Request], *, plain: bool = False, k: int | None = None, max_batch: int | None = None
     ) -> list[Completion]:
-        """Decodes requests as the plan says; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`.
-
-        Raises:
-            ConfigError: prompt and new tokens are more than there are positions.
-        """
+        """Decodes requests as the plan says; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`."""
         assert k is None, "checked by the plan: vLLM is started with one K"
         for request in requests:
             self._room(len(request.tokens) + request.max_new_tokens)
         return self._session(plain, max_batch or self.plan.engine.max_batch, self._positions).run(requests)
 
     def open(self, rows: int, positions: int, order: schema.Order) -> VLLMSession:
-        """See :meth:`Engine.open <selfspec.engine.base.Engine.open>`; vLLM has its own order.
-
-        Raises:
-            ConfigError: there are fewer positions.
-        """
+        """See :meth:`Opens.open <selfspec.engine.base.Opens.open>`; vLLM has its own order."""
         if positions > self._positions:
             raise ConfigError(f"serve.max_model_len={positions}: {self.plan.model.name} has {self._positions}")
         return self._session(False, rows, positions)
@@ -180,47 +191,24 @@ class VLLMEngine(TorchEngine):
     def _most(self) -> int:
         return self.plan.controller.max_k if self.plan.speculative else 0
 
-    def compare(self, context: Sequence[int], a: int, b: int) -> Tie:
-        """As the torch engine, by the same weights: what rounding explains is theirs, whoever runs them.
-
-        Weights that vLLM alone can read here (quantised, or too many for one device) are compared in the dtype they
-        are run in; two units in the last place of a logit of common size are then rounding.
-        """
-        if not self._by_vllm_alone:
-            return super().compare(context, a, b)
-        one, other = self.score(context, [[a], [b]], plain=True)
-        rounding = 0.0 if self.dtype is torch.float32 else 2 * torch.finfo(self.dtype).eps * _LOGIT
-        return Tie(abs(one.logprobs[0] - other.logprobs[0]), rounding)
-
-    @property
-    def _by_vllm_alone(self) -> bool:
-        engine, config = self.plan.engine, json.loads((self.folder / "config.json").read_text())
-        alone = engine.get("quantization") or engine.get("tensor_parallel", 1) > 1
-        return bool(alone or config.get("quantization_config"))
-
     def score(
         self, context: Sequence[int], continuations: Sequence[Sequence[int]], *, plain: bool = False
     ) -> list[Score]:
-        """See :meth:`Engine.score <selfspec.engine.base.Engine.score>`; vLLM reads each in one pass either way."""
+        """See :meth:`Scores.score <selfspec.engine.base.Scores.score>`; vLLM reads each in one pass either way."""
         self._room(len(context) + max(map(len, continuations)) + 1)  # vLLM always says a token after what it has read
         return vllm_session.score(self._plain_core if plain else self._core, context, continuations)
 
-    def probe(self, prompt: Sequence[int], answer: Sequence[int], exits: Sequence[int] | None = None) -> list[Signals]:
-        """vLLM shows no states: ``quality.gate_prompts`` must be 0, as the stage checks."""
-        raise NotImplementedError
-
     def limits(self) -> Limits:
-        """See :meth:`Engine.limits <selfspec.engine.base.Engine.limits>`; one less, for the token that it says."""
-        tokens = self._tokenizer
-        prefix = tokens.bos_token_id if tokens.bos_token_id is not None else tokens.eos_token_id
-        return Limits(self._positions - 2, prefix, tokens("a")["input_ids"][:1] == [prefix])
+        """See :meth:`Scores.limits <selfspec.engine.base.Scores.limits>`; fewer, for the token that vLLM says."""
+        return Limits(self._positions - 2, int(self._plain_core.model_config.get_vocab_size()))
 
-    def state(self) -> Mapping[str, Any]:
-        """What is learned is learned inside vLLM, and goes with it."""
-        return {}
+    def usage(self) -> Usage:
+        """See :meth:`Weights.usage <selfspec.engine.torch.weights.Weights.usage>`."""
+        return self.weights.usage()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`state`."""
+    def fit(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path, facts: Mapping[str, Any]) -> None:
+        """As the torch engine, by the same weights."""
+        self._ours.fit(pairs, path, facts)
 
     def use_head(self, path: Path) -> None:
         """An early exit is read out through this fitted head; vLLM is told when it starts."""

@@ -10,17 +10,18 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from selfspec.engine.base import Load, RequestOutput, Session, check_room
 from selfspec.engine.vllm import cycles as vllm_cycles
+from selfspec.speculation.sequence import Seq, Status
 from selfspec.types import Completion, Cycle, Logprob, Request, Score
 
 
-@dataclass
-class Row:
-    """A request: times are of ``perf_counter``.
+@dataclass(slots=True, eq=False)
+class VLLMSeq(Seq):
+    """A request, and what vLLM knows of it.
 
     Attributes:
         record: vLLM's of its drafts; ``None`` where nothing drafts.
@@ -28,29 +29,10 @@ class Row:
         asked: tokens that its next draft was asked for, and what the gate saw of those it looked at.
     """
 
-    number: int
-    request: Request
-    arrival: float
     id: str = ""
     record: Any = None
     drafts: int = 0
     asked: tuple[int, tuple[float, ...]] = (0, ())
-    began: float | None = None
-    first_token: float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    cycles: list[Cycle] = field(default_factory=list)
-
-    def completion(self, finish: str | None) -> Completion:
-        """What it has come to by now."""
-        now = time.perf_counter()
-        return Completion(
-            tokens=tuple(self.tokens),
-            cycles=tuple(self.cycles),
-            ttft_s=(self.first_token or now) - self.arrival,
-            total_s=now - self.arrival,
-            finish="stop" if finish == "stop" else "length",
-            queue_s=(self.began or now) - self.arrival,
-        )
 
 
 class VLLMSession(Session):
@@ -68,8 +50,8 @@ class VLLMSession(Session):
             k: the most tokens of a draft.
         """
         self.core, self.rows, self.positions, self.stops, self.k = core, rows, positions, stops, k
-        self._waiting: deque[Row] = deque()
-        self._running: dict[str, Row] = {}
+        self._waiting: deque[VLLMSeq] = deque()
+        self._running: dict[str, VLLMSeq] = {}
         self._submitted = 0
         self._drafting = Drafting(core)
         _clear(core)
@@ -88,7 +70,7 @@ class VLLMSession(Session):
     def submit(self, request: Request) -> int:
         """See :meth:`Session.submit <selfspec.engine.base.Session.submit>`."""
         check_room(request, self.positions)
-        self._waiting.append(Row(self._submitted, request, time.perf_counter()))
+        self._waiting.append(VLLMSeq(request, self._submitted, time.perf_counter()))
         self._submitted += 1
         return self._submitted - 1
 
@@ -99,7 +81,7 @@ class VLLMSession(Session):
             if row.number == number:
                 self.core.abort_request([row.id], internal=True)
                 del self._running[id]
-                return row.completion("stop")
+                return row.finish("stop", time.perf_counter())
         return None
 
     def step(self) -> list[RequestOutput]:
@@ -111,51 +93,52 @@ class VLLMSession(Session):
             outputs = self.core.step()
         step_ms = 1e3 * (time.perf_counter() - began) - self._drafting.ms
         heard = [(self._running[output.request_id], output) for output in outputs]
-        sharing = sum(bool(row.tokens) for row, _ in heard)
+        sharing = sum(row.first_token is not None for row, _ in heard)
         for row in self._running.values():
-            if row.began is None and (row.tokens or self._read(row)):
-                row.began = began
+            if row.admitted is None and (row.first_token is not None or self._read(row)):
+                row.admitted = began
         told = [self._hear(row, output, drafted, step_ms, sharing) for row, output in heard]
         for row in self._running.values():
             row.asked = self._drafting.asked(row.id) or (self.k, ())
         return sorted((one for one in told if one is not None), key=lambda one: one.number)
 
-    def _admit(self, row: Row) -> None:
+    def _admit(self, row: VLLMSeq) -> None:
         id = str(row.number)
         row.id = self.core.add_request(
             id, {"prompt_token_ids": list(row.request.tokens)}, parameters(row.request, self.stops)
         )
         row.record = self._known(row).spec_decode_metrics
+        row.status = Status.prefilling
         self._running[id] = row
 
-    def _known(self, row: Row) -> Any:
+    def _known(self, row: VLLMSeq) -> Any:
         """vLLM's own view of a request that it has not finished."""
         return self.core.engine_core.engine_core.scheduler.requests[row.id]
 
-    def _read(self, row: Row) -> bool:
+    def _read(self, row: VLLMSeq) -> bool:
         known = self.core.engine_core.engine_core.scheduler.requests.get(row.id)
         return known is None or known.num_computed_tokens > 0
 
-    def _hear(self, row: Row, output: Any, drafted_ms: float, verify_ms: float, batch: int) -> RequestOutput | None:
+    def _hear(self, row: VLLMSeq, output: Any, drafted_ms: float, verify_ms: float, batch: int) -> RequestOutput | None:
         (said,) = output.outputs
         new = list(said.token_ids)
-        if row.tokens and new:
+        if row.first_token is not None and new:
             row.cycles.append(self._cycle(row, len(new), drafted_ms, verify_ms, batch))
         elif new:
-            row.first_token = time.perf_counter()
+            row.status, row.first_token = Status.running, time.perf_counter()
         row.tokens += new
         done = None
         if output.finished:
             del self._running[output.request_id]
-            done = row.completion(said.finish_reason)
+            done = row.finish("stop" if said.finish_reason == "stop" else "length", time.perf_counter())
         return (
             RequestOutput(row.number, tuple(new), done, _logprobs(row.request, new, said.logprobs))
             if new or done
             else None
         )
 
-    def _cycle(self, row: Row, new: int, draft_ms: float, verify_ms: float, batch: int) -> Cycle:
-        left, entry = row.request.max_new_tokens - len(row.tokens), None
+    def _cycle(self, row: VLLMSeq, new: int, draft_ms: float, verify_ms: float, batch: int) -> Cycle:
+        left, entry = row.remaining, None
         if row.record is not None and len(row.record.per_step_drafted) > row.drafts:
             entry = row.record.per_step_drafted[row.drafts], row.record.per_step_accepted[row.drafts]
             row.drafts += 1

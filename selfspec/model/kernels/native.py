@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from selfspec.data import assets
+from selfspec.data import folders
 from selfspec.errors import one_line
 from selfspec.lazy import torch
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.attention import AttentionMetadata
+from selfspec.model.cache import KVCache
 from selfspec.model.weights import Layer
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _library(compiler: str) -> Path:
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
     ]
     parts = [compiler, torch.__version__, *_FLAGS, *machine[:1], *(path.read_text() for path in sources)]
-    library = assets.cache_dir() / "kernels" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    library = folders.cache_dir() / "kernels" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     # Jobs of a sweep start together: one compiles, the others wait for it.
     with FileLock(library.with_suffix(".lock")):

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.options import bounded
 from selfspec.speculation import block
 from selfspec.speculation.block import Block
-from selfspec.speculation.draft.base import FittedOptions, Row
+from selfspec.speculation.draft.base import FittedOptions
 from selfspec.speculation.draft.layerskip import EarlyExit
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.head import Head, HeadForm, RawExit, features
 from selfspec.speculation.readout import Readout
+from selfspec.speculation.sequence import Seq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +67,7 @@ class Adapter(EarlyExit):
         super().__init__(model, draft.exit_layer, raw, readout, draft.width, draft.budget, draft.sample)
         self.block = Block(head.tensors, model.shape)
 
-    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Row) -> tuple[Tensor, int]:
+    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Seq) -> tuple[Tensor, int]:
         """The exit layers, and the block's keys and values."""
         hidden = self.model.run(self.model.embed(tokens, at), cache, at, 0, self.exit_layer)
         self.remember(hidden, cache, at)

@@ -7,62 +7,25 @@ in ``conf/draft/``. Drafts work on a whole batch: what is asked of one row is as
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from omegaconf import MISSING
 
 from selfspec.axes import DraftOptions
 from selfspec.errors import ConfigError
 from selfspec.lazy import torch
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.options import bounded, setting, within
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import HeadForm
-from selfspec.types import Cycle, Logprob, Request
+from selfspec.speculation.sequence import Seq
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(slots=True)
-class Row:
-    """A request being decoded; row r of the batch has row r of the cache.
-
-    Attributes:
-        tokens: prompt and generated tokens; all but the last have been through the model.
-        state: the target's normed final state ``[1, D]`` that gave the last token.
-        logprobs: of the new tokens, where the request asks for them.
-        exit_layer: where an early-exit draft leaves, if its controller chose for this request.
-        memory: whatever the draft keeps for this row.
-    """
-
-    request: Request
-    tokens: list[int]
-    state: Tensor
-    arrival: float
-    admitted: float = 0.0
-    first_token: float = 0.0
-    cycles: list[Cycle] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
-    exit_layer: int | None = None
-    memory: Any = None
-
-    @property
-    def new_tokens(self) -> list[int]:
-        """What has been generated."""
-        return self.output_tokens(0)
-
-    def output_tokens(self, start: int) -> list[int]:
-        """What has been generated, from new token number ``start`` on."""
-        return self.tokens[len(self.request.tokens) + start :]
-
-    @property
-    def remaining(self) -> int:
-        """Tokens still to come."""
-        return self.request.max_new_tokens - (len(self.tokens) - len(self.request.tokens))
 
 
 class Proposal(NamedTuple):
@@ -97,15 +60,15 @@ class Draft:
         """The most nodes of a tree of depth ``k``, its root included."""
         return k + 1
 
-    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Row) -> tuple[Tensor, int]:
+    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Seq) -> tuple[Tensor, int]:
         """The draft's share of a prompt's pass: the residual stream ``[P, D]`` and how many layers it has run."""
         return self.model.embed(tokens, at), 0
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """For every row, a tree of depth up to its k (>= 0)."""
         return Proposal([Tree.chain(row.tokens[-1:]) for row in rows])
 
-    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+    def observe(self, row: Seq, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         """What became certain: after the prompt, and after each verification.
 
         Args:
@@ -205,6 +168,6 @@ def check_rank(form: HeadForm | None, rank: int | None) -> None:
         raise ConfigError(f"draft.rank={rank}: form=low_rank needs a rank >= 1, other forms none; form={named}")
 
 
-def stack(rows: Sequence[Row]) -> Tensor:
+def stack(rows: Sequence[Seq]) -> Tensor:
     """The rows' states as ``[R, D]``."""
     return rows[0].state if len(rows) == 1 else torch.cat([row.state for row in rows])

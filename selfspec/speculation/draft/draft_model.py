@@ -20,14 +20,16 @@ from selfspec.axes import DraftOptions
 from selfspec.config import Model as ModelConfig
 from selfspec.errors import AssetError, ConfigError
 from selfspec.lazy import F, torch
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Layers, Model
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
 from selfspec.speculation.readout import Readout
 from selfspec.speculation.sampling import likeliest
+from selfspec.speculation.sequence import Seq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +66,8 @@ class Options(DraftOptions):
         assert model.folder is not None, "a target that was loaded"
         if vocabulary(folder) != vocabulary(model.folder):
             raise ConfigError(f"draft.source={self.source}: its tokenizer's vocabulary is not the target's")
-        return DraftModel(model, hf.load(folder, model.device, model.dtype, Layers.auto), self.sample)
+        small = hf.load(folder, model.device, model.dtype, Layers.auto, graphs=model.graphs, fused=model.fused)
+        return DraftModel(model, small, self.sample)
 
     def vllm(self, folder: Path | None) -> dict[str, Any]:
         """The model in that folder."""
@@ -74,7 +77,7 @@ class Options(DraftOptions):
 class DraftModel(Draft):
     """Drafts chains with another model, on a cache of its own.
 
-    ``Row.memory`` is the tokens run beyond the cache's length: drafts, of which the first may come true.
+    ``Seq.memory`` is the tokens run beyond the cache's length: drafts, of which the first may come true.
     """
 
     def __init__(self, model: Model, small: Model, sample: bool = False) -> None:
@@ -82,9 +85,9 @@ class DraftModel(Draft):
         self.small, self.sample, self._readout = small, sample, Readout(model)
         self._target: KVCache | None = None
         self._cache = small.new_cache(0)
-        self._rows: list[Row] = []
+        self._rows: list[Seq] = []
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """Drafts until every row has its k tokens or the gate doubts one; rows that are done ride along."""
         self._follow(rows, cache)
         trees = {id(row): Tree.chain(row.tokens[-1:]) for row in rows}
@@ -108,10 +111,11 @@ class DraftModel(Draft):
             logits = self._extend(tokens) if any(going) else None
         return Proposal(list(trees.values()))
 
-    def _follow(self, rows: Sequence[Row], cache: KVCache) -> None:
+    def _follow(self, rows: Sequence[Seq], cache: KVCache) -> None:
         """Keeps what came true, takes its own rows from those that left the batch, gives them to those that joined."""
         if cache is not self._target:
-            self._target, self._cache, self._rows = cache, self.small.new_cache(cache.capacity, cache.rows), []
+            self._target, self._rows = cache, []
+            self._cache = self.small.new_cache(cache.capacity, cache.rows, lasts=True)
         for index, row in enumerate(self._rows):  # before any moves: what lies beyond the length is left behind
             said = row.tokens[self._cache.lengths[index] :]
             right = len(list(takewhile(bool, map(eq, row.memory, said[:-1]))))  # the last one's logits are wanted
@@ -134,7 +138,7 @@ class DraftModel(Draft):
                 self._rows.append(row)
                 row.memory = []
 
-    def _check_room(self, row: Row) -> None:
+    def _check_room(self, row: Seq) -> None:
         """What is asked for must fit; slots beyond it, where drafts of the last positions lie, need no position."""
         limit, needed = self.small.shape.max_positions, len(row.request.tokens) + row.request.max_new_tokens
         if needed > limit:

@@ -23,11 +23,12 @@ from selfspec.speculation import beam, block
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.beam import Beam
 from selfspec.speculation.block import Block
-from selfspec.speculation.draft.base import Draft, Proposal, ReadoutOptions, Row, check_rank
+from selfspec.speculation.draft.base import Draft, Proposal, ReadoutOptions, check_rank
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head, HeadForm, features, linear
 from selfspec.speculation.readout import Readout
+from selfspec.speculation.sequence import Seq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,9 +113,10 @@ class Eagle(Draft):
         super().__init__(model)
         self.readout, self.width, self.budget, self.sample = readout, draft.width, draft.budget, draft.sample
 
-    def begin(self, row: Row) -> Tensor:
+    def begin(self, row: Seq) -> Tensor:
         """What to go on from at a row's last token, ``[1, S]``."""
-        return row.state
+        state: Tensor = row.state
+        return state
 
     def ahead(self, states: Tensor, tokens: Tensor) -> Tensor:
         """``[N, S]`` and the tokens read from them, int64 ``[N]`` -> the next, ``[N, S]``."""
@@ -132,7 +134,7 @@ class Eagle(Draft):
         """The root, and what a beam over k positions may hold."""
         return beam.most(k, self.width, self.budget)
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """Until every row has its k positions or the gate doubts the likeliest path of one; the others ride along."""
         beams, going = [Beam(row.tokens[-1], self.width) for row in rows], [k > 0 for k in ks]
         trees = [own.tree(0) for own in beams]
@@ -183,14 +185,14 @@ class Extrapolated(Eagle):
         assert draft.alpha is not None, "checked by the plan"
         self.alpha = draft.alpha
 
-    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+    def observe(self, row: Seq, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         """Keeps the last two verified states, the newer one first."""
         # The newer half of what is remembered: with one new state, the one before it is from the cycle before.
         known = states if row.memory is None else torch.cat((row.memory[:, : states.shape[1]], states))
         # Of a single state, both: nothing to extrapolate, so it stands still.
         row.memory = torch.cat((known[-1:], known[-2:][:1]), -1)
 
-    def begin(self, row: Row) -> Tensor:
+    def begin(self, row: Seq) -> Tensor:
         """The row's last two verified states."""
         memory: Tensor = row.memory
         return memory
@@ -230,7 +232,7 @@ class Trained(Eagle):
         """What is proposed, or what is gone on from, whichever is more."""
         return max(super().nodes(k), 1 + max(k - 1, 0) * self.width)
 
-    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+    def observe(self, row: Seq, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         """Keys and values of what is new; before a prompt's first token, the state is zero."""
         if len(states) == cache.lengths[index]:
             tokens, states = row.tokens, F.pad(states, (0, 0, 1, 0))

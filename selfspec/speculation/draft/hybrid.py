@@ -18,14 +18,16 @@ from omegaconf import MISSING
 from selfspec.axes import DRAFT, DraftOptions
 from selfspec.errors import ConfigError
 from selfspec.lazy import torch
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.options import bounded, setting
-from selfspec.speculation.draft.base import Draft, Proposal, Row, check_chain
+from selfspec.speculation.draft.base import Draft, Proposal, check_chain
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
+from selfspec.speculation.sequence import Seq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,13 +145,13 @@ class Hybrid(Draft):
         most = max(self.lookup.nodes(k), self.learned.nodes(k))
         return most if self.budget is None else max(most, 1 + self.budget)
 
-    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Row) -> tuple[Tensor, int]:
+    def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Seq) -> tuple[Tensor, int]:
         """The learned draft's share; a lookup has none."""
         row.memory = Memories()
         with _remembering("learned", [row]):
             return self.learned.prefill(tokens, cache, at, row)
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """The lookup's trees, and the learned draft's where they are wanted."""
         with _remembering("lookup", rows):
             found = self.lookup.propose(rows, ks, gate, cache).trees
@@ -163,7 +165,7 @@ class Hybrid(Draft):
             return Proposal(trees)
         return Proposal(trees, self._completed(learned, trees, cache), learned.depth)
 
-    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+    def observe(self, row: Seq, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         """Tells both."""
         for name, draft in (("lookup", self.lookup), ("learned", self.learned)):
             with _remembering(name, [row]):
@@ -208,7 +210,7 @@ def merged(base: Tree, over: Tree, budget: int | None) -> Tree:
 
 
 @contextmanager
-def _remembering(name: str, rows: Sequence[Row]) -> Iterator[None]:
+def _remembering(name: str, rows: Sequence[Seq]) -> Iterator[None]:
     """Gives rows the memory of one of the two drafts, as if it were alone."""
     both: list[Memories] = [row.memory for row in rows]
     for row, memories in zip(rows, both, strict=True):

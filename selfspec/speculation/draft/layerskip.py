@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, ClassVar
 from omegaconf import MISSING
 
 from selfspec.lazy import torch
+from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
-from selfspec.model.cache import AttentionMetadata, KVCache
+from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.options import bounded
 from selfspec.speculation import fit as fitting
-from selfspec.speculation.draft.base import Draft, Proposal, ReadoutOptions, Row, stack
+from selfspec.speculation.draft.base import Draft, Proposal, ReadoutOptions, stack
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import ExitHead, Head, RawExit
 from selfspec.speculation.readout import Readout
+from selfspec.speculation.sequence import Seq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +102,7 @@ class EarlyExit(Draft):
         """The root, and ``width`` candidates at each of k positions or as many as the budget allows."""
         return 1 + (k * self.width if self.budget is None else min(k * self.width, self.budget))
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """Drafts until every row has its k positions or the gate doubts the likeliest token of one.
 
         What is proposed last is run through the exit layers too: verification goes on from its hidden state.

@@ -30,11 +30,12 @@ from selfspec.options import bounded, setting
 from selfspec.speculation import beam
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.beam import Beam
-from selfspec.speculation.draft.base import Draft, FittedOptions, Proposal, Row, stack
+from selfspec.speculation.draft.base import Draft, FittedOptions, Proposal, stack
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head, features
 from selfspec.speculation.readout import Readout
+from selfspec.speculation.sequence import Seq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +92,7 @@ class Medusa(Draft):
         """The root, and what a beam over k positions, or as many as there are heads, may hold."""
         return beam.most(min(k, self.heads), self.width, self.budget)
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """All positions at once; those from the first that the gate doubts on are not proposed."""
         ks = [min(k, self.heads) for k in ks]
         most = max(ks)
@@ -116,7 +117,7 @@ class Medusa(Draft):
             trees.append(tree)
         return Proposal(trees)
 
-    def _drawn(self, row: Row, logits: Tensor) -> Tree:
+    def _drawn(self, row: Seq, logits: Tensor) -> Tree:
         """A chain of tokens each drawn from its row of ``[k, V]``."""
         tree, drawn_from = Tree.chain(row.tokens[-1:]), []
         for ahead, own in enumerate(logits[: self.budget]):

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
-from selfspec.speculation.draft.base import Draft, LookupOptions, Proposal, Row
+from selfspec.speculation.draft.base import Draft, LookupOptions, Proposal
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
+from selfspec.speculation.sequence import Seq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,17 +50,17 @@ class PromptLookup(Draft):
         super().__init__(model)
         self.max_match, self.min_match = max_match, min_match
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """The k tokens after each row's match; none where there is no match."""
         return Proposal([self._tree(row, k) for row, k in zip(rows, ks, strict=True)])
 
-    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+    def observe(self, row: Seq, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         """Notes where each run of tokens was last followed by another."""
         if row.memory is None:
             row.memory = Latest(self.max_match, self.min_match)
         row.memory.learn(row.tokens, len(row.tokens) - len(tokens))
 
-    def _tree(self, row: Row, k: int) -> Tree:
+    def _tree(self, row: Seq, k: int) -> Tree:
         memory: Latest = row.memory
         start = memory.find(row.tokens)
         return Tree.chain(row.tokens[-1:] if start is None else [row.tokens[-1], *copied(row.tokens, start, k)])

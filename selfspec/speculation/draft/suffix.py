@@ -22,10 +22,11 @@ from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.options import bounded, setting
 from selfspec.speculation import fit as fitting
-from selfspec.speculation.draft.base import Draft, LookupOptions, Proposal, Row
+from selfspec.speculation.draft.base import Draft, LookupOptions, Proposal
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
+from selfspec.speculation.sequence import Seq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,12 +106,12 @@ class Suffix(Draft):
         """The root, and as many tokens as the budget allows; without one, k."""
         return 1 + (self.budget or k)
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """For each row the likeliest paths, at most ``width`` tokens after any other."""
         # By the size of the batch: the rows share a pass, and a token makes it longer for all of them.
         return Proposal([self._tree(row, k, WORTH * len(rows)) for row, k in zip(rows, ks, strict=True)])
 
-    def observe(self, row: Row, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
+    def observe(self, row: Seq, index: int, tokens: Sequence[int], states: Tensor, cache: KVCache) -> None:
         """Counts the new tokens in the row's own text and, those of its answer, for all requests to come."""
         first = len(row.tokens) - len(tokens)
         if row.memory is None:
@@ -137,7 +138,7 @@ class Suffix(Draft):
                 break
         return sorted(((p, token) for token, p in found.items() if p >= least), reverse=True)[: self.width]
 
-    def _tree(self, row: Row, k: int, worth: float) -> Tree:
+    def _tree(self, row: Seq, k: int, worth: float) -> Tree:
         own: Counts = row.memory
         tree, depths, contexts = Tree.chain(row.tokens[-1:]), [0], [tuple(row.tokens[-self.max_match :])]
         best: list[tuple[float, int, int]] = []  # a heap: minus a path's probability, its last node's parent and token

@@ -8,13 +8,12 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from selfspec import fitting
-from selfspec.axes import ENGINE
 from selfspec.config import BackendConfig, CacheMode
 from selfspec.engine import factory
-from selfspec.engine.base import Engine
+from selfspec.engine.base import Opens, Tokenizer
 from selfspec.errors import ConfigError, one_line
 from selfspec.plan import Plan
-from selfspec.serve.backend import Backend, Cache, Call, NoCache, Route, Router
+from selfspec.serve.backend import Backend, Call, Route, Router
 from selfspec.serve.cache import AnswerCache
 from selfspec.serve.errors import Unavailable
 from selfspec.serve.estimates import Timed
@@ -37,9 +36,7 @@ def check(plan: Plan) -> None:
     Raises:
         ConfigError: with the setting, and what can.
     """
-    if not plan.engine.served:
-        allowed = ", ".join(name for name, option in ENGINE.options.items() if option.served)
-        raise ConfigError(f"engine={plan.engine.name}: cannot be served; allowed are {allowed}")
+    factory.require(plan, Opens, "cannot be served; allowed are")
     if plan.controller.chosen_exits and plan.serve.max_batch > 1:
         asked = f"serve.max_batch={plan.serve.max_batch}"
         raise ConfigError(f"{asked}: controller={plan.controller.name} decodes one request at a time")
@@ -58,23 +55,23 @@ def local(plan: Plan, metrics: Metrics) -> Local:
     return Local("local", lambda: engine(plan), plan.serve, plan.draft.name, metrics)
 
 
-def engine(plan: Plan) -> Engine:
+def engine(plan: Plan) -> Opens:
     """The plan's engine with its head in place, fitted if need be, and warm.
 
     Raises:
         UserError: something it needs cannot be had.
     """
     made = factory.make(plan)
-    if plan.draft.fitted:
-        fitting.ready(lambda: made, plan)
-        made.use_head(fitting.head_path(plan))
-    made.generate([Request(tuple(made.encode("Hello", chat=False)), 4, ignore_eos=True)])
+    assert isinstance(made, Opens), "checked above"
+    fitting.install(made, plan)
+    made.generate([Request(tuple(made.tokenizer.encode("Hello", chat=False)), 4, ignore_eos=True)])
     return made
 
 
 def gateway(plan: Plan, local: Local, metrics: Metrics) -> Gateway:
     """The gateway over our own engine's back end and whatever else the plan names."""
-    return Gateway(plan.serve, router(plan, local, metrics), cache(plan), metrics)
+    cache = None if plan.serve.cache.mode is CacheMode.none else AnswerCache(plan.serve.cache)
+    return Gateway(plan.serve, router(plan, local, metrics), cache, metrics)
 
 
 def router(plan: Plan, local: Local, metrics: Metrics) -> Router:
@@ -89,7 +86,7 @@ def router(plan: Plan, local: Local, metrics: Metrics) -> Router:
             return call.prompt
         if not await local.healthy():
             raise Unavailable("the engine is not ready")
-        return await asyncio.to_thread(tokens, local.ready.result(), call)
+        return await asyncio.to_thread(tokens, local.ready.result().tokenizer, call)
 
     options = [Option(Timed(local), (name, local.name), settings.max_total_tokens)]
     for other in plan.serve.backends:
@@ -103,12 +100,12 @@ def backend(plan: Plan, config: BackendConfig, local: Local, metrics: Metrics) -
     if config.url is not None:
         return Remote(config)
 
-    def quantised() -> Engine:
+    def quantised() -> Opens:
         """The same engine in int8, once the other has loaded; it drafts by the same head."""
         local.ready.result()
         return engine(replace(plan, engine=plan.engine.int8()))
 
-    def tell(loaded: Future[Engine]) -> None:
+    def tell(loaded: Future[Opens]) -> None:
         if error := loaded.exception():
             log.error("back end %s cannot be loaded: %s", config.name, one_line(error))
 
@@ -117,19 +114,14 @@ def backend(plan: Plan, config: BackendConfig, local: Local, metrics: Metrics) -
     return made
 
 
-def tokens(engine: Engine, call: Call) -> Sequence[int]:
+def tokens(tokenizer: Tokenizer, call: Call) -> Sequence[int]:
     """Of a call's text or chat; none, where the template refuses it: a back end will say why."""
     if call.messages is None:
-        return engine.encode(str(call.prompt), chat=False)
+        return tokenizer.encode(str(call.prompt), chat=False)
     try:
-        return engine.encode_chat(call.messages)
+        return tokenizer.encode_chat(call.messages)
     except ValueError:
         return ()
-
-
-def cache(plan: Plan) -> Cache:
-    """What ``serve.cache`` asks for."""
-    return NoCache() if plan.serve.cache.mode is CacheMode.none else AnswerCache(plan.serve.cache)
 
 
 class Fixed:

@@ -1,0 +1,67 @@
+"""A model's own tokenizer, read from its folder when it is first asked for something."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from selfspec.config import Model
+from selfspec.engine.base import Prefix, Tokenizer
+from selfspec.errors import AssetError, ConfigError, one_line
+
+
+class ModelTokenizer(Tokenizer):
+    """See the module's docstring."""
+
+    def __init__(self, model: Model, folder: Callable[[], Path]) -> None:
+        """``folder``: gives the model's folder on this disk."""
+        self._model, self._folder = model, folder
+
+    @cached_property
+    def _own(self) -> Any:
+        # AutoTokenizer comes to the same, but imports model code for more than a second first.
+        from transformers import PreTrainedTokenizerFast
+
+        folder = self._folder()
+        if not (folder / "tokenizer.json").is_file():
+            raise AssetError(f"model.source={self._model.source}: {folder} has no tokenizer.json")
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def encode(self, text: str, chat: bool) -> list[int]:
+        """See :meth:`Tokenizer.encode <selfspec.engine.base.Tokenizer.encode>`."""
+        if not chat:
+            ids: list[int] = self._own(text, add_special_tokens=False)["input_ids"]
+            return ids
+        if not self._own.chat_template:
+            raise ConfigError(f"workload.chat=true: {self._model.name} has no chat template; use workload.chat=false")
+        return self.encode_chat([{"role": "user", "content": text}])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """See :meth:`Tokenizer.encode_chat <selfspec.engine.base.Tokenizer.encode_chat>`."""
+        from jinja2 import TemplateError
+
+        if not self._own.chat_template:
+            raise ValueError(f"{self._model.name} has no chat template")
+        try:
+            ids: list[int] = self._own.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ValueError(one_line(error)) from error
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See :meth:`Tokenizer.decode <selfspec.engine.base.Tokenizer.decode>`."""
+        text: str = self._own.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text, where there is one."""
+        end: int | None = self._own.eos_token_id
+        return end
+
+    def prefix(self) -> Prefix:
+        """See :meth:`Tokenizer.prefix <selfspec.engine.base.Tokenizer.prefix>`."""
+        token = self._own.bos_token_id if self._own.bos_token_id is not None else self._own.eos_token_id
+        return Prefix(token, self._own("a")["input_ids"][:1] == [token])

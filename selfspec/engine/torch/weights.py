@@ -1,0 +1,197 @@
+"""A plan's model on one device of this machine: loaded when it is first asked for, and what is known of the device."""
+
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from selfspec import config as schema
+from selfspec.engine.base import Usage
+from selfspec.errors import ConfigError
+from selfspec.model import gguf, hf
+from selfspec.model.base import Graphs, Kernels, Layers, Model, Width
+from selfspec.model.kernels import native
+from selfspec.model.llama import Llama
+from selfspec.plan import Plan
+
+_DTYPES = {schema.Dtype.bf16: torch.bfloat16, schema.Dtype.fp16: torch.float16, schema.Dtype.fp32: torch.float32}
+
+
+class Weights:
+    """See the module's docstring."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        if plan.hardware.threads is not None:
+            torch.set_num_threads(plan.hardware.threads)
+        self.device = _device(plan.hardware.device)
+        self.dtype = _dtype(plan.hardware.dtype, self.device)
+        self._peak_memory = 0.0
+        if self.device.type == "cuda":
+            _compute_exactly()
+
+    @cached_property
+    def folder(self) -> Path:
+        """The model's folder on this disk, fetched and converted where that is still to do."""
+        return gguf.model_folder(self.plan.model)
+
+    @cached_property
+    def model(self) -> Model:
+        """The weights, on the device.
+
+        Raises:
+            ConfigError: the model has fewer layers than the plan counted on.
+        """
+        model = self._load()
+        exit_layer, layers = self.plan.draft.get("exit_layer"), model.shape.layers
+        if exit_layer is not None and exit_layer >= layers:
+            name = self.plan.model.name
+            raise ConfigError(f"exit_layer={exit_layer}: {name} has {layers} layers; must be from 1 to {layers - 1}")
+        return model
+
+    def _load(self) -> Model:
+        engine, kernels = self.plan.engine, self._kernels
+        asked, layers = engine.get("graphs", Graphs.auto), engine.get("layers", Layers.auto)
+        graphs = self.device.type == "cuda" and asked is not Graphs.off
+        native, fused = kernels is Kernels.native, kernels is Kernels.triton
+        model = hf.load(self.folder, self.device, self.dtype, layers, native, graphs, fused)
+        if asked is Graphs.on and not model.graphs:
+            raise ConfigError("engine.graphs=on: only our own layers (engine.layers=fast) have them, on a GPU")
+        if engine.get("weights", Width.full) is Width.int8:
+            if not isinstance(model, Llama) or self.device.type != "cpu":
+                raise ConfigError("engine.weights=int8: only our own layers have them (engine.layers=fast), on a CPU")
+            model.quantise()
+        return model
+
+    @cached_property
+    def _kernels(self) -> Kernels:
+        """Which kernels run: our own, or torch's.
+
+        Raises:
+            ConfigError: some were asked for that cannot.
+        """
+        asked, kind = self.plan.engine.get("kernels", Kernels.auto), self.device.type
+        own = Kernels.torch
+        problem: str | None = f"there are none for {kind}"
+        if kind == "cpu":
+            own, problem = Kernels.native, native.problem()
+        elif kind == "cuda":
+            own, problem = Kernels.triton, None if find_spec("triton") else "Triton is not installed"
+        if asked not in (Kernels.auto, Kernels.torch) and (problem or asked is not own):
+            reason = problem or f"they are not for {kind}"
+            raise ConfigError(f"engine.kernels={asked.name}: {reason}; allowed here are auto, torch")
+        return Kernels.torch if problem or asked is Kernels.torch else own
+
+    def describe(self) -> Mapping[str, object]:
+        """Device, dtype, threads, torch, kernels; of a GPU its capability, its driver and whether graphs are used."""
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "kernels": self._kernels.name,
+            **(_gpu(self.device) | {"graphs": self.model.graphs} if self.device.type == "cuda" else {}),
+        }
+
+    def check_room(self, positions: int) -> int:
+        """``positions``, which a text is to have.
+
+        Raises:
+            ConfigError: the model has fewer.
+        """
+        limit = self.model.shape.max_positions
+        if positions > limit:
+            raise ConfigError(f"workload: prompt and new tokens come to {positions} positions; the model has {limit}")
+        return positions
+
+    def usage(self) -> Usage:
+        """The high-water mark of the device's memory on CUDA, else of what is resident of the process."""
+        if self.device.type == "cuda":
+            self._peak_memory = max(self._peak_memory, torch.cuda.max_memory_allocated(self.device) / 2**20)
+            return Usage(self._peak_memory, _utilisation(self.device))
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+        return Usage(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+    @contextmanager
+    def float32(self) -> Iterator[Model]:
+        """The same weights in float32, to judge by.
+
+        On a GPU they are given back at once, and left out of its high-water mark: they take twice the model's own
+        memory, and are no part of what decoding takes.
+        """
+        if self.device.type != "cuda":
+            yield self._float32
+            return
+        self.usage()
+        yield self.model.to(torch.float32)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    @cached_property
+    def _float32(self) -> Model:
+        return self.model.to(torch.float32)
+
+
+def _utilisation(device: torch.device) -> float | None:
+    """A GPU's busy share over its last sampling period."""
+    try:
+        return torch.cuda.utilization(device) / 100
+    except (ModuleNotFoundError, RuntimeError):  # NVML is an extra (`gpu`)
+        return None
+
+
+def _compute_exactly() -> None:
+    """Products of float32 in float32, and sums of half-width ones too: what is lossless must not hang on a shape."""
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    """Facts of a GPU that change what is measured on it."""
+    facts = torch.cuda.get_device_properties(device)
+    driver = None
+    with suppress(ModuleNotFoundError):  # NVML is an extra (`gpu`)
+        import pynvml
+
+        pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+    capability = f"{facts.major}.{facts.minor}"
+    return {"device": facts.name, "capability": capability, "cuda": torch.version.cuda, "driver": driver}
+
+
+def _device(asked: schema.Device) -> torch.device:
+    available = {
+        schema.Device.cuda: torch.cuda.is_available(),
+        schema.Device.mps: torch.backends.mps.is_available(),
+        schema.Device.cpu: True,
+    }
+    if asked is schema.Device.auto:
+        asked = next(device for device, there in available.items() if there)
+    if not available[asked]:
+        there = ", ".join(device.name for device, there in available.items() if there)
+        raise ConfigError(f"hardware.device={asked.name}: not available on this machine; it has {there}")
+    return torch.device(asked.name)
+
+
+def _dtype(asked: schema.Dtype, device: torch.device) -> torch.dtype:
+    """``auto``: half width where the hardware computes in it, float32 where it would be emulated."""
+    if asked is not schema.Dtype.auto:
+        return _DTYPES[asked]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    return torch.bfloat16 if _cpu_computes_bf16() else torch.float32
+
+
+def _cpu_computes_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16 "))
