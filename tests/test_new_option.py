@@ -28,9 +28,10 @@ from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.options import bounded
-from selfspec.speculation.draft.base import Draft, Proposal, Row
+from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
+from selfspec.speculation.sequence import Seq
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Repeat(Draft):
         super().__init__(model)
         self.most = most
 
-    def propose(self, rows: Sequence[Row], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
+    def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """As many as are asked for, and no more than the most."""
         lengths = [min(k, self.most) for k in ks]
         return Proposal([Tree.chain(row.tokens[-1:] * (k + 1)) for row, k in zip(rows, lengths, strict=True)])

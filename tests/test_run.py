@@ -112,6 +112,8 @@ def test_bad_input_costs_one_line_and_writes_nothing(
         ("K=1,2,99", "K=99: must be from 1 to 64"),
         ("gate=none,nope", "gate=nope: no such option"),
         ("draft=none,lsq", "draft=lsq: engine=fake cannot run it"),
+        ("engine=torch draft=ngram,layerskip draft.max_match=5", "draft.max_match: means nothing to draft=layerskip; "),
+        ("engine=torch draft=ngram,suffix draft.max_match=99", "draft.max_match=99: must be from 1 to 64"),
         ("K=interval(1,3)", "INTERVAL"),
         ("workload.source=file:/no/such seed=0,1", "file:/no/such: there is no /no/such"),
         ("engine=fake,torch model.source=smollm2", "source=smollm2: must be pypi:"),
