@@ -1,14 +1,16 @@
 """The openai engine against the real gateway: the same definitions over HTTP give the same tokens and cycles."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from serving import Scripted, listening, says, serving
 
-from selfspec import job, plan
+from selfspec import job, plan, refusal
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume, Serve
 from selfspec.engine.openai import client as served
@@ -103,17 +105,18 @@ def test_no_server_is_said_in_a_line(make: Make, tmp_path: Path, closed_port: in
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["engine=openai"], "draft=lsq: engine=openai cannot run it; it runs served, none"),
+        (["engine=openai"], "draft=lsq: engine=openai cannot run it; it runs none, served"),
         (["draft=served"], "draft=served: engine=torch cannot run it"),
         (["engine=openai", "draft=none"], "engine.url=null: engine=openai needs one"),
         (["engine=openai", "draft=served", "engine.url=http://x"], "engine.plain_url=None: draft=served is compared"),
         (["engine=openai", "draft=none", "engine.url=http://x", "engine.plain_url=http://y"], "draft=none with none"),
         (["engine=openai", "draft=none", "engine.url=http://me:secret@x"], "engine.url=http://x: must be .* no cred"),
         (["engine=openai", "draft=none", "engine.url=x"], "engine.url=x: must be http"),
-        (["engine.url=http://x"], "engine.url=http://x: must be .* with engine=openai only"),
+        (["engine.url=http://x"], "engine.url: means nothing to engine=torch; .* engine=openai has it"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(make: Make, more: list[str], says: str) -> None:
-    with pytest.raises(ConfigError, match=says) as refused:
+    with pytest.raises((ConfigError, HydraException)) as refused:
         make(*more)
-    assert "secret" not in str(refused.value)
+    said = refusal.sentence(refused.value)
+    assert re.search(says, said) and "secret" not in said

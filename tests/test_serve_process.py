@@ -156,7 +156,7 @@ class TestRefusals:
             (("serve.scheduler=lifo",), "serve.scheduler=lifo"),
             (("serve.prot=1",), "did you mean serve.port?"),
             (("serve.port=70000",), "serve.port=70000: must be from 0 to 65535"),
-            (("engine=hf", "draft=none"), "engine=hf: cannot be served; allowed are torch, fake, vllm"),
+            (("engine=hf", "draft=none"), "engine=hf: cannot be served; allowed are fake, torch, vllm"),
             (("-m", *FAKE), "--multirun"),
             (("draft=none", "model.source=file:/nowhere", "model.sha256=null", "serve.port=0"), "/nowhere"),
             (("serve.host=256.0.0.1", *FAKE), "serve.host=256.0.0.1"),

@@ -231,7 +231,7 @@ def test_the_gateway_is_given_the_plan_of_the_job(make: Make, more: list[str]) -
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["engine=hf", "draft=none"], "engine=hf: stages=soak serves torch, fake, vllm"),
+        (["engine=hf", "draft=none"], "engine=hf: stages=soak serves fake, torch, vllm"),
         (["soak.server=vllm"], "soak.server=vllm: use engine=vllm; or engine=torch draft=none, the model alone"),
         (["soak.server=vllm", "draft=none", "engine=torch"], "vLLM is not installed here"),
         (["soak.arguments=[--enforce-eager]"], "of soak.server=vllm; the gateway is given the job's"),

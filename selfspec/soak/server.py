@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from selfspec.axes import AXES
 from selfspec.config import SoakServer
 from selfspec.engine import factory
 from selfspec.engine.vllm import args as vllm_args
@@ -85,8 +86,10 @@ def serving(plan: Plan, log: Path) -> Iterator[Server]:
 def overrides(plan: Plan) -> list[str]:
     """The plan's settings as a command line for ``python -m selfspec.serve``, whatever groups they came from."""
     settings = plan.settings()
+    options = {group: settings[group].pop("name") for group in GROUPS if group in AXES}
     flat = {f"{group}.{key}": value for group in GROUPS for key, value in settings[group].items()}
-    return [f"{key}={_quoted(value)}" for key, value in ({key: settings[key] for key in _HANDLES} | flat).items()]
+    asked = options | {key: settings[key] for key in _HANDLES} | flat
+    return [f"{key}={_quoted(value)}" for key, value in asked.items()]
 
 
 def _gateway(plan: Plan, port: int) -> list[str]:

@@ -30,17 +30,17 @@ class Options(EngineOptions):
         return "over HTTP"
 
     def check(self) -> None:
-        """Refuses what is no server's address, and none."""
-        if self.url is None:
-            raise ConfigError("engine.url=null: engine=openai needs one, such as http://127.0.0.1:8000")
+        """Refuses what is no server's address."""
         for key, value in (("url", self.url), ("plain_url", self.plain_url)):
             if value is not None and not re.fullmatch(r"https?://[^@/\s]+(/[^@\s]*)?", value):
                 shown = re.sub(r"//[^/\s]*@", "//", value)
                 raise ConfigError(f"engine.{key}={shown}: must be http(s)://HOST, no credentials")
 
     def refuse(self, plan: Any) -> None:
-        """Refuses a server that drafts with nothing to compare it with, and a comparison of nothing."""
+        """Refuses no server, one that drafts with nothing to compare it with, and a comparison of nothing."""
         super().refuse(plan)
+        if self.url is None:
+            raise ConfigError("engine.url=null: engine=openai needs one, such as http://127.0.0.1:8000")
         if (plan.draft.name == "served") != (self.plain_url is not None):
             raise ConfigError(
                 f"engine.plain_url={self.plain_url}: draft=served is compared with a server that drafts nothing, at "
