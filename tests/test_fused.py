@@ -57,6 +57,12 @@ class TestOps:
         gate, up = F.linear(x, weight).chunk(2, -1)
         assert close(fused.gated(x, weight), F.silu(gate) * up)
 
+    @pytest.mark.parametrize(("tokens", "size"), [(1, 80), (3, 70000)])
+    def test_argmax(self, tokens: int, size: int, dtype: torch.dtype) -> None:
+        logits = random(tokens, size, dtype=dtype)
+        logits[-1, [7, 70]] = 9  # the first of equals
+        assert fused.argmax(logits).tolist() == logits.float().cpu().numpy().argmax(-1).tolist()
+
     def test_a_token_is_the_same_beside_others(self, dtype: torch.dtype) -> None:
         """Bit by bit: what is verified are the numbers that plain decoding would have seen."""
         x, weight = random(16, 200, dtype=dtype), random(96, 200, dtype=dtype, seed=1)
@@ -66,7 +72,7 @@ class TestOps:
 
 
 class Both:
-    """A tiny Llama whose passes of a fixed shape are run by torch's operators, and by the kernels."""
+    """Two layers of a tiny Llama, whose passes of a fixed shape are run by torch's operators, and by the kernels."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, slots: int) -> None:
         self.model = Llama.load(folder, DEVICE, dtype)
@@ -84,7 +90,7 @@ class Both:
         at = cache.place(trees, first)
         assert graphs.take(at)
         hidden = random(sum(at.counts), s.hidden, dtype=model.dtype, seed=5)
-        return graphs.run(hidden, cache, at, 0, s.layers), cache.kv[..., : self.slots - 1, :]
+        return graphs.run(hidden, cache, at, 1, 3), cache.kv[..., : self.slots - 1, :]
 
 
 @pytest.fixture(params=DTYPES)

@@ -7,6 +7,7 @@ plain decoding would have seen, and not by numbers that another shape of matrix 
 Shapes: N tokens of all rows, padding included; D hidden size, H query heads, G key-value heads, d head size, S slots.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,20 +21,19 @@ from selfspec.model.cache import KVCache
 from selfspec.model.graphs import Layers, Static
 from selfspec.model.weights import Layer
 
+TOKENS = 32
+"""The most tokens of a pass: with more, tensor cores have something to do, and cuBLAS is better at that."""
 _TILE = 16  # tokens: the least that the tensor cores take
 _BLOCK = 64  # slots that attention looks at together
+OVERLAP = int(os.environ.get("SELFSPEC_OVERLAP", "0"))
+_SHARES = 64
+"""Of a row of logits, each read by a program of its own."""
 _PARTS = 32
 """The most parts that attention over a row's slots is split into, each a program of its own."""
 
 
 class Fused:
-    """A Llama's layers, run in ranges by these kernels.
-
-    Attributes:
-        most: tokens of a pass. With more, tensor cores have something to do, and cuBLAS is better at that.
-    """
-
-    most = 32
+    """A Llama's layers, run in ranges by these kernels."""
 
     def __init__(
         self, layers: Sequence[Layer], heads: int, norm_eps: float, cos: Tensor, sin: Tensor, otherwise: Layers
@@ -52,7 +52,7 @@ class Fused:
 
     def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """Layers ``first`` to ``last - 1`` on ``[N, D]``, of a pass of a fixed shape."""
-        if len(hidden) > self.most:
+        if len(hidden) > TOKENS:
             return self._otherwise(hidden, cache, at, first, last)
         assert isinstance(at, Static), "made by `Graphs`"
         for index in range(first, last):
@@ -69,7 +69,8 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of ``[N, D]``."""
     out = torch.empty_like(x)
     size = x.shape[1]
-    _norm[(len(x),)](x, weight, out, eps, size, triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4)
+    warps = 8 if size > 2048 else 4
+    _norm[(len(x),)](x, weight, out, eps, size, triton.next_power_of_2(size), OVERLAP, num_warps=warps, **_launch())
     return out
 
 
@@ -90,8 +91,8 @@ def _product(x: Tensor, weight: Tensor, outs: int, bias: Tensor | None, residual
     depth = max(16, min(depth * 2 // x.element_size(), triton.next_power_of_2(size)))
     grid = triton.cdiv(tokens, _TILE), triton.cdiv(outs, block)
     exact = "ieee" if x.dtype is torch.float32 else "tf32"  # of bf16 it says nothing
-    how: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
-    _linear[grid](x, weight, bias, residual, out, tokens, outs, size, gate, block, depth, exact, **how)
+    how = {"num_warps": warps, "num_stages": stages, **_launch()}
+    _linear[grid](x, weight, bias, residual, out, tokens, outs, size, gate, block, depth, exact, OVERLAP, **how)
     return out
 
 
@@ -119,8 +120,9 @@ def rotate_append(
     tokens, (_, groups, _, size) = len(qkv), keys.shape
     q = torch.empty(tokens, heads, size, dtype=qkv.dtype, device=qkv.device)
     where: tuple[Any, ...] = at.positions, at.row, at.slot
+    how = {"num_warps": 1, **_launch()}
     _rotate_append[tokens, heads + 2 * groups](
-        qkv, cos, sin, *where, q, keys, values, *keys.stride()[:3], heads, groups, size, num_warps=1
+        qkv, cos, sin, *where, q, keys, values, *keys.stride()[:3], heads, groups, size, OVERLAP, **how
     )
     return q
 
@@ -138,25 +140,58 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, at: Static) -> Tensor:
     exact = "ieee" if q.dtype is torch.float32 else "tf32"
     _attend[tokens, groups, parts](
         q, keys, values, at.row, at.slot, at.seen, at.base, mixed, weight, *keys.stride()[:3],
-        heads // groups, groups, slots, size, size**-0.5, span, parts, _BLOCK, together, wide, exact, num_warps=4,
+        heads // groups, groups, slots, size, size**-0.5, span, parts, _BLOCK, together, wide, exact, OVERLAP, num_warps=4, **_launch(),
     )  # fmt: skip
-    _join[tokens, heads](mixed, weight, out, heads, parts, triton.next_power_of_2(parts), size, wide, num_warps=4)
+    many = triton.next_power_of_2(parts)
+    _join[tokens, heads](mixed, weight, out, heads, parts, many, size, wide, OVERLAP, num_warps=4, **_launch())
     return out
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """The largest of every row of ``[N, V]``, the first of equals: int64 ``[N]``."""
+    tokens, size = logits.shape
+    best = torch.empty(tokens, _SHARES, dtype=torch.float32, device=logits.device)
+    where = torch.empty(tokens, _SHARES, dtype=torch.int32, device=logits.device)
+    out = torch.empty(tokens, dtype=torch.int64, device=logits.device)
+    span = triton.cdiv(size, _SHARES * 1024) * 1024
+    _largest[tokens, _SHARES](logits, best, where, size, span, _SHARES, 1024)
+    _largest_of[(tokens,)](best, where, out, _SHARES, num_warps=1)
+    return out
+
+
+def _launch() -> dict[str, Any]:
+    return {"launch_pdl": True} if OVERLAP else {}
+
+
 @triton.jit
-def _norm(x, weight, out, eps, SIZE: tl.constexpr, WIDE: tl.constexpr):
+def _begin(OVERLAP: tl.constexpr):
+    """Lets the next kernel be set up while this one runs, and waits for what the one before has written."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _norm(x, weight, out, eps, SIZE: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr):
     n, d = tl.program_id(0), tl.arange(0, WIDE)
     inside = d < SIZE
+    _begin(OVERLAP)
     value = tl.load(x + n * SIZE + d, inside, 0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
     tl.store(out + n * SIZE + d, (value * scale * tl.load(weight + d, inside, 0.0).to(tl.float32)), inside)
 
 
 @triton.jit
+def _prefetch(pointers):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _linear(
     x, weight, bias, residual, out, tokens, outs, SIZE: tl.constexpr, GATED: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Programs that read the same weights stand next to each other, so that all but the first find them in the cache.
     n = tl.program_id(0) * 16 + tl.arange(0, 16)
@@ -165,6 +200,18 @@ def _linear(
     some, real = n < tokens, o < outs
     inputs = x + n[:, None] * SIZE + k[None, :]
     rows = weight + o.to(tl.int64)[:, None] * SIZE + k[None, :]
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        if OVERLAP == 2:  # weights are on their way to the cache while the kernel before still runs
+            line = tl.arange(0, DEPTH // 64) * 64
+            for start in range(0, SIZE, DEPTH):
+                near = real[:, None] & (start + line < SIZE)[None, :]
+                _prefetch(weight + o.to(tl.int64)[:, None] * SIZE + tl.where(near, start + line[None, :], 0))
+                if GATED:
+                    _prefetch(
+                        weight + (o + outs).to(tl.int64)[:, None] * SIZE + tl.where(near, start + line[None, :], 0)
+                    )
+        tl.extra.cuda.gdc_wait()
     gates = tl.zeros((16, BLOCK), tl.float32)
     ups = tl.zeros((16, BLOCK), tl.float32)
     for start in range(0, SIZE, DEPTH):
@@ -190,8 +237,9 @@ def _linear(
 @triton.jit
 def _rotate_append(
     qkv, cos, sin, positions, rows, slots, q, keys, values, row_step, group_step, slot_step,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    _begin(OVERLAP)
     n, h = tl.program_id(0), tl.program_id(1)
     half: tl.constexpr = SIZE // 2
     d = tl.arange(0, half)
@@ -216,8 +264,9 @@ def _attend(
     q, keys, values, rows, slots, seen, base, mixed, weight, row_step, group_step, slot_step,
     TOGETHER: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr, SCALE: tl.constexpr,
     SPAN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    _begin(OVERLAP)
     # One token and the heads of one group: the same tile for one token of a row and for many.
     n, g, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, own, bits = tl.load(rows + n), tl.load(slots + n), tl.load(seen + n)
@@ -256,8 +305,9 @@ def _attend(
 @triton.jit
 def _join(
     mixed, weight, out, HEADS: tl.constexpr, PARTS: tl.constexpr, MANY: tl.constexpr, SIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    _begin(OVERLAP)
     n, h = tl.program_id(0), tl.program_id(1)
     part, d = tl.arange(0, MANY), tl.arange(0, WIDE)
     at = (n * HEADS + h) * PARTS + part
@@ -268,3 +318,25 @@ def _join(
     found = tl.load(mixed + at[:, None] * SIZE + d[None, :], inside, 0.0)
     value = tl.sum(found * share[:, None], 0) / tl.sum(total * share, 0)
     tl.store(out + (n * HEADS + h) * SIZE + d, value, d < SIZE)
+
+
+@triton.jit
+def _largest(logits, best, where, size, SPAN: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    n, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    at = tl.full((BLOCK,), 2147483647, tl.int32)
+    for start in range(0, SPAN, BLOCK):
+        i = share * SPAN + start + tl.arange(0, BLOCK)
+        x = tl.load(logits + n * size + i, i < size, -float("inf")).to(tl.float32)
+        better = x > top
+        top, at = tl.where(better, x, top), tl.where(better, i, at)
+    most = tl.max(top, 0)
+    tl.store(best + n * SHARES + share, most)
+    tl.store(where + n * SHARES + share, tl.min(tl.where(top == most, at, 2147483647), 0))
+
+
+@triton.jit
+def _largest_of(best, where, out, SHARES: tl.constexpr):
+    n, i = tl.program_id(0), tl.arange(0, SHARES)
+    most, at = tl.load(best + n * SHARES + i), tl.load(where + n * SHARES + i)
+    tl.store(out + n, tl.min(tl.where(most == tl.max(most, 0), at, 2147483647), 0).to(tl.int64))
