@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,6 +310,23 @@ class TestCompare:
             max(tie.rounding for tie in ways) for ways in zip(*seen, strict=True)
         ]
         assert any(way != seen[0] for way in seen), "it does not go without saying"
+
+    def test_the_copy_is_gone_when_a_gpus_mark_is_reset(self, engine: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = engine("draft=none", "hardware.dtype=bf16")
+        kind: Any = type(made.model)  # which loads it where it is, before it is said to be elsewhere
+        copy, copies, seen = kind.to, list[Any](), list[Any]()
+
+        def copied(self: Any, dtype: torch.dtype) -> Any:
+            model = copy(self, dtype)
+            copies.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(kind, "to", copied)
+        monkeypatch.setattr(made.weights, "device", SimpleNamespace(type="cuda"))
+        monkeypatch.setattr(made.weights, "usage", lambda: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: seen.append(copies[-1]()))
+        made.ties.compare(random_prompts(9)[0], 5, 7)
+        assert seen == [None] and len(copies) == 1
 
     @pytest.mark.parametrize(("gap", "explains"), [(0.0, True), (0.5, True), (0.50001, False)])
     def test_a_tie_is_a_gap_within_rounding(self, gap: float, explains: bool) -> None:
