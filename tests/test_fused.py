@@ -1,6 +1,9 @@
 """The Triton kernels of a decode pass, against torch's operators: interpreted on a CPU, compiled on a GPU."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,3 +131,17 @@ def test_a_node_is_the_same_alone_and_in_a_tree(both: Both) -> None:
     tree, _ = both.run(True, [BUSHY, Tree.chain([5, 6])], [64, 3])
     # `run` numbers hidden states from the first token on: the first row's root has the same in both.
     assert torch.equal(alone[0], tree[0])
+
+
+@pytest.mark.slow
+def test_compiled_for_hopper_nothing_spills(tmp_path: Path) -> None:
+    """On any machine: every kernel for sm_90, at the shapes of 135M, 1B and 8B; weights are read ahead of their use."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    env.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).with_name("hopper.py")
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    assert len(kernels) == 24
+    assert [kernel for kernel in kernels if kernel["stack"] or kernel["local"]] == []
+    assert all(kernel["staged"] and kernel["shared"] > 2**15 for kernel in kernels if kernel["kernel"] == "_linear")

@@ -7,7 +7,6 @@ plain decoding would have seen, and not by numbers that another shape of matrix 
 Shapes: N tokens of all rows, padding included; D hidden size, H query heads, G key-value heads, d head size, S slots.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,6 @@ TOKENS = 32
 """The most tokens of a pass: with more, tensor cores have something to do, and cuBLAS is better at that."""
 _TILE = 16  # tokens: the least that the tensor cores take
 _BLOCK = 64  # slots that attention looks at together
-OVERLAP = int(os.environ.get("SELFSPEC_OVERLAP", "0"))
 _SHARES = 64
 """Of a row of logits, each read by a program of its own."""
 _PARTS = 32
@@ -70,7 +68,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     size = x.shape[1]
     warps = 8 if size > 2048 else 4
-    _norm[(len(x),)](x, weight, out, eps, size, triton.next_power_of_2(size), OVERLAP, num_warps=warps, **_launch())
+    _norm[(len(x),)](x, weight, out, eps, size, triton.next_power_of_2(size), num_warps=warps)
     return out
 
 
@@ -91,8 +89,8 @@ def _product(x: Tensor, weight: Tensor, outs: int, bias: Tensor | None, residual
     depth = max(16, min(depth * 2 // x.element_size(), triton.next_power_of_2(size)))
     grid = triton.cdiv(tokens, _TILE), triton.cdiv(outs, block)
     exact = "ieee" if x.dtype is torch.float32 else "tf32"  # of bf16 it says nothing
-    how = {"num_warps": warps, "num_stages": stages, **_launch()}
-    _linear[grid](x, weight, bias, residual, out, tokens, outs, size, gate, block, depth, exact, OVERLAP, **how)
+    shapes = tokens, outs, size, gate, block, depth, exact
+    _linear[grid](x, weight, bias, residual, out, *shapes, num_warps=warps, num_stages=stages)
     return out
 
 
@@ -120,9 +118,8 @@ def rotate_append(
     tokens, (_, groups, _, size) = len(qkv), keys.shape
     q = torch.empty(tokens, heads, size, dtype=qkv.dtype, device=qkv.device)
     where: tuple[Any, ...] = at.positions, at.row, at.slot
-    how = {"num_warps": 1, **_launch()}
     _rotate_append[tokens, heads + 2 * groups](
-        qkv, cos, sin, *where, q, keys, values, *keys.stride()[:3], heads, groups, size, OVERLAP, **how
+        qkv, cos, sin, *where, q, keys, values, *keys.stride()[:3], heads, groups, size, num_warps=1
     )
     return q
 
@@ -140,10 +137,10 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, at: Static) -> Tensor:
     exact = "ieee" if q.dtype is torch.float32 else "tf32"
     _attend[tokens, groups, parts](
         q, keys, values, at.row, at.slot, at.seen, at.base, mixed, weight, *keys.stride()[:3],
-        heads // groups, groups, slots, size, size**-0.5, span, parts, _BLOCK, together, wide, exact, OVERLAP, num_warps=4, **_launch(),
+        heads // groups, groups, slots, size, size**-0.5, span, parts, _BLOCK, together, wide, exact, num_warps=4,
     )  # fmt: skip
     many = triton.next_power_of_2(parts)
-    _join[tokens, heads](mixed, weight, out, heads, parts, many, size, wide, OVERLAP, num_warps=4, **_launch())
+    _join[tokens, heads](mixed, weight, out, heads, parts, many, size, wide, num_warps=4)
     return out
 
 
@@ -159,39 +156,19 @@ def argmax(logits: Tensor) -> Tensor:
     return out
 
 
-def _launch() -> dict[str, Any]:
-    return {"launch_pdl": True} if OVERLAP else {}
-
-
 @triton.jit
-def _begin(OVERLAP: tl.constexpr):
-    """Lets the next kernel be set up while this one runs, and waits for what the one before has written."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def _norm(x, weight, out, eps, SIZE: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr):
+def _norm(x, weight, out, eps, SIZE: tl.constexpr, WIDE: tl.constexpr):
     n, d = tl.program_id(0), tl.arange(0, WIDE)
     inside = d < SIZE
-    _begin(OVERLAP)
     value = tl.load(x + n * SIZE + d, inside, 0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
     tl.store(out + n * SIZE + d, (value * scale * tl.load(weight + d, inside, 0.0).to(tl.float32)), inside)
 
 
 @triton.jit
-def _prefetch(pointers):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _linear(
     x, weight, bias, residual, out, tokens, outs, SIZE: tl.constexpr, GATED: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     # Programs that read the same weights stand next to each other, so that all but the first find them in the cache.
     n = tl.program_id(0) * 16 + tl.arange(0, 16)
@@ -200,18 +177,6 @@ def _linear(
     some, real = n < tokens, o < outs
     inputs = x + n[:, None] * SIZE + k[None, :]
     rows = weight + o.to(tl.int64)[:, None] * SIZE + k[None, :]
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        if OVERLAP == 2:  # weights are on their way to the cache while the kernel before still runs
-            line = tl.arange(0, DEPTH // 64) * 64
-            for start in range(0, SIZE, DEPTH):
-                near = real[:, None] & (start + line < SIZE)[None, :]
-                _prefetch(weight + o.to(tl.int64)[:, None] * SIZE + tl.where(near, start + line[None, :], 0))
-                if GATED:
-                    _prefetch(
-                        weight + (o + outs).to(tl.int64)[:, None] * SIZE + tl.where(near, start + line[None, :], 0)
-                    )
-        tl.extra.cuda.gdc_wait()
     gates = tl.zeros((16, BLOCK), tl.float32)
     ups = tl.zeros((16, BLOCK), tl.float32)
     for start in range(0, SIZE, DEPTH):
@@ -237,9 +202,8 @@ def _linear(
 @triton.jit
 def _rotate_append(
     qkv, cos, sin, positions, rows, slots, q, keys, values, row_step, group_step, slot_step,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    _begin(OVERLAP)
     n, h = tl.program_id(0), tl.program_id(1)
     half: tl.constexpr = SIZE // 2
     d = tl.arange(0, half)
@@ -264,9 +228,8 @@ def _attend(
     q, keys, values, rows, slots, seen, base, mixed, weight, row_step, group_step, slot_step,
     TOGETHER: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, SIZE: tl.constexpr, SCALE: tl.constexpr,
     SPAN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
-    EXACT: tl.constexpr, OVERLAP: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    _begin(OVERLAP)
     # One token and the heads of one group: the same tile for one token of a row and for many.
     n, g, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, own, bits = tl.load(rows + n), tl.load(slots + n), tl.load(seen + n)
@@ -305,9 +268,8 @@ def _attend(
 @triton.jit
 def _join(
     mixed, weight, out, HEADS: tl.constexpr, PARTS: tl.constexpr, MANY: tl.constexpr, SIZE: tl.constexpr,
-    WIDE: tl.constexpr, OVERLAP: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    _begin(OVERLAP)
     n, h = tl.program_id(0), tl.program_id(1)
     part, d = tl.arange(0, MANY), tl.arange(0, WIDE)
     at = (n * HEADS + h) * PARTS + part
