@@ -144,4 +144,4 @@ def test_compiled_for_hopper_nothing_spills(tmp_path: Path) -> None:
     kernels = json.loads(done.stdout.splitlines()[-1])
     assert len(kernels) == 24
     assert [kernel for kernel in kernels if kernel["stack"] or kernel["local"]] == []
-    assert all(kernel["staged"] and kernel["shared"] > 2**15 for kernel in kernels if kernel["kernel"] == "_linear")
+    assert all(kernel["staged"] and kernel["shared"] >= 2**15 for kernel in kernels if kernel["kernel"] == "_linear")
