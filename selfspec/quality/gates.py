@@ -1,8 +1,8 @@
 """How well each gate's signal predicts, at each exit layer, whether a drafted token will be accepted: ROC curves.
 
 A gate that keeps the tokens on one side of a threshold proposes some of those that would be accepted (true positives)
-and some that would be rejected (false positives); the curve is that trade over all thresholds, its area (AUC) the chance
-that an accepted token looks better than a rejected one. 0.5 is no knowledge at all.
+and some that would be rejected (false positives); the curve is that trade over all thresholds, its area (AUC) the
+chance that an accepted token looks better than a rejected one. 0.5 is no knowledge at all.
 """
 
 from collections.abc import Iterable, Sequence

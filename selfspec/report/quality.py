@@ -48,8 +48,8 @@ _PPL = (
 )
 _TASKS = "lm-eval's own task definitions, no examples, plain decoding's score first; +- lm-eval's standard error."
 _GATES = (
-    "Gates: of the first draft token of a cycle, at each exit layer and readout, how often it is accepted, and the area "
-    "under each gate's ROC curve for whether it is (0.5: the gate knows nothing)."
+    "Gates: of the first draft token of a cycle, at each exit layer and readout, how often it is accepted, and the "
+    "area under each gate's ROC curve for whether it is (0.5: the gate knows nothing)."
 )
 
 
