@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from tiny import VOCABULARY
 
-from selfspec import heads, plan
+from selfspec import heads
 from selfspec.engine.base import Tie
 from selfspec.engine.torch import ties, weights
 from selfspec.engine.torch.engine import TorchEngine
@@ -23,7 +21,6 @@ from selfspec.errors import ConfigError, HeadError
 from selfspec.model.base import Model
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.run import CONF
 from selfspec.speculation.head import features, linear
 from selfspec.types import Completion, Request
 
@@ -31,22 +28,11 @@ Maker = Callable[..., TorchEngine]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def hydra() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def engine(overrides: list[str]) -> Maker:
-    """An engine of the tiny model's plan, with further overrides."""
-
-    def make(*more: str) -> TorchEngine:
-        return TorchEngine(plan.make(compose("config", [*overrides, "hardware.threads=1", *more])))
-
-    return make
+def threads() -> Iterator[None]:
+    """As many after these tests as before them."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def random_prompts(*lengths: int) -> list[tuple[int, ...]]:
