@@ -1,10 +1,12 @@
-"""The typed schema of every config group. Values live in ``conf/``; this file says what is allowed.
+"""The typed schema of the whole config. Values live in ``conf/``; dataclasses say what is allowed.
 
-Hydra checks keys and types against these dataclasses while it composes. What one value alone can get
-wrong is checked here, when :func:`load` turns the composed config into objects; what only a combination
-can get wrong (a draft the engine cannot run, an exit layer beyond the model) is checked by ``rules.py``.
+Those of drafts, gates, controllers, policies and engines stand beside their code (``options.py``), the others here.
+Hydra checks keys and types against them while it composes. What one value alone can get wrong is checked when
+:func:`load` turns the composed config into objects; what only a combination can get wrong (a draft the engine cannot
+run, an exit layer beyond the model) by ``rules.py``.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -12,20 +14,13 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from selfspec.axes import AXES, ControllerOptions, DraftOptions, EngineOptions, GateOptions, PolicyOptions, foreign
 from selfspec.errors import ConfigError
+from selfspec.options import Option, bounded, check_bounds, within
+from selfspec.quality.config import Quality
 
-GateName = Enum("GateName", "none maxp varH entropy bandit")
-ControllerName = Enum("ControllerName", "fixed adaptive cost autotune")
-PolicyName = Enum("PolicyName", "longest_prefix rejection conf_threshold topk_agree typical")
-HeadForm = Enum("HeadForm", "affine low_rank block")
-HeadInit = Enum("HeadInit", "tie copy random lsq")
 Device = Enum("Device", "auto cpu cuda mps")
 Dtype = Enum("Dtype", "auto bf16 fp16 fp32")
-EngineName = Enum("EngineName", "torch fake hf openai vllm")
-Layers = Enum("Layers", "auto fast hf")
-Weights = Enum("Weights", "full int8")
-Kernels = Enum("Kernels", "auto native triton torch")
-Graphs = Enum("Graphs", "auto on off")
 TrackerName = Enum("TrackerName", "none mlflow")
 Resume = Enum("Resume", "auto never require")
 Order = Enum("Order", "fcfs decode_first chunked_prefill hrrn")
@@ -34,11 +29,6 @@ CacheMode = Enum("CacheMode", "none exact same_words")
 SoakServer = Enum("SoakServer", "selfspec vllm")
 
 STAGES = ("fit", "bench", "quality", "soak")
-
-
-def bounded(default: Any, low: float, high: float | None = None) -> Any:
-    """A field whose value, unless it is ``None``, must be from ``low`` to ``high``; ``None`` there: any above."""
-    return field(default=default, metadata={"low": low, "high": high})
 
 
 @dataclass
@@ -51,165 +41,6 @@ class Model:
     """Of the file the source names; ``None`` where the source pins its own content (an hf revision)."""
     layers: int | None = None
     """Decoder layers, so that an exit layer is checked before anything is downloaded."""
-
-
-@dataclass
-class Draft:
-    """How tokens are proposed. ``None`` marks what a draft mode has no use for."""
-
-    name: str = MISSING
-    exit_layer: int | None = bounded(None, 1)
-    """Early exit: the draft reads the hidden state after this many layers."""
-    form: HeadForm | None = None
-    """Fitted head: a full affine map, one of rank ``rank``, or a trained transformer block."""
-    rank: int | None = bounded(None, 1)
-    previous: bool = False
-    """Fitted head: also read the final hidden state of the previous position."""
-    ridge: float | None = bounded(None, 1e-9)
-    """Fitted head: ridge strength, in units of the mean diagonal of the Gram matrix."""
-    sgd_epochs: int = bounded(0, 0, 100)
-    """Fitted head: passes of SGD on the cross-entropy after the closed-form solution."""
-    head: str | None = None
-    """Fitted head: a file to use instead of fitting one."""
-    vocab: int | None = bounded(None, 2)
-    """Learned drafts: read out only this many frequent tokens (FR-Spec, 2502.14856); ``None``: all."""
-    width: int = bounded(1, 1, 16)
-    """Candidates kept at every position: 1 drafts a chain, more a tree."""
-    budget: int | None = bounded(None, 1, 63)
-    """Trees: the most draft tokens verified together."""
-    sample: bool = False
-    """Chains under ``policy=rejection``: draw draft tokens from the draft's distribution, not its likeliest."""
-    heads: int | None = bounded(None, 1, 16)
-    """``medusa``: how many positions ahead there is a head for."""
-    init: HeadInit | None = None
-    """``medusa``: what its heads start from."""
-    alpha: float | None = bounded(None, 0, 10)
-    """``eagle`` without training: the next state is h + alpha (h - h_previous)."""
-    max_match: int | None = bounded(None, 1, 64)
-    """Lookups: the longest match looked for, in tokens."""
-    min_match: int | None = None
-    """Lookups: the shortest match that is believed, in tokens."""
-    cross_request: bool = False
-    """``suffix``: look into what earlier requests said, too."""
-    corpus: bool = False
-    """``suffix``: look into the model's answers to the fit prompts, too (REST, 2311.08252)."""
-    lookup: str | None = None
-    """``hybrid``: the draft asked first."""
-    learned: str | None = None
-    """``hybrid``: the draft asked where the first has nothing."""
-    source: str | None = None
-    """``draft_model``: the smaller model. ``medusa`` and ``eagle`` of ``engine=vllm``: a checkpoint of such heads."""
-    sha256: str | None = None
-    """Of the source's file."""
-
-    @property
-    def learned_from_states(self) -> bool:
-        """Whether the fit stage fits something to the model's states."""
-        return self.form is not None or self.init is not None or self.vocab is not None
-
-    @property
-    def fitted(self) -> bool:
-        """Whether this draft needs what the fit stage makes."""
-        return self.learned_from_states or self.corpus
-
-
-@dataclass
-class Gate:
-    """Keep drafting, or stop now?"""
-
-    name: GateName = GateName.none
-    threshold: float | None = None
-    arms: list[float] | None = None
-    """``bandit``: the max-probability thresholds it chooses from."""
-
-
-@dataclass
-class Controller:
-    """How many tokens to draft next?"""
-
-    name: ControllerName = ControllerName.fixed
-    K: int = bounded(MISSING, 1, 64)
-    """The K of ``fixed``; what ``adaptive`` starts from; the most that ``cost`` may choose."""
-    low: int | None = None
-    """``adaptive``: the least K."""
-    high: int | None = bounded(None, 1, 64)
-    """``adaptive``: the most."""
-    step: int | None = bounded(None, 1)
-    """``adaptive``: by how much K changes at a time."""
-    window: int | None = bounded(None, 1)
-    """Adaptive ones: how many cycles are looked back on."""
-    target: float | None = bounded(None, 0, 1)
-    """``adaptive``: the acceptance above which K grows, and below which it shrinks."""
-    exits: list[int] | None = None
-    """``autotune``: the exit layers it chooses from."""
-
-    @property
-    def max_k(self) -> int:
-        """The largest K it can ask for."""
-        return self.K if self.high is None else self.high
-
-
-@dataclass
-class Policy:
-    """Which drafted tokens stand?"""
-
-    name: PolicyName = PolicyName.longest_prefix
-    verify: bool = True
-    """``False`` on an early-exit draft is plain layer skipping: lossy."""
-    temperature: float = bounded(0.0, 0, 10)
-    """``rejection``: logits are divided by it; 0 is greedy."""
-    top_k: int | None = bounded(None, 1)
-    top_p: float | None = bounded(None, 1e-6, 1)
-    threshold: float | None = bounded(None, 0, 1)
-    """``conf_threshold``: a draft token stands where the target gives it at least this probability."""
-    k: int | None = bounded(None, 1)
-    """``topk_agree``: a draft token stands where it is among the target's k likeliest."""
-    epsilon: float | None = bounded(None, 0, 1)
-    """``typical``: a draft token stands where its probability is above min(epsilon, delta exp(-H))."""
-    delta: float | None = bounded(None, 0, 1)
-
-    @property
-    def samples(self) -> bool:
-        """Whether tokens are drawn; else each is the likeliest."""
-        return self.temperature > 0
-
-    @property
-    def relaxed(self) -> bool:
-        """Whether tokens may differ from what plain decoding gives, by design."""
-        return not self.verify or self.name not in (PolicyName.longest_prefix, PolicyName.rejection)
-
-
-@dataclass
-class Engine:
-    """What runs the model."""
-
-    name: EngineName = EngineName.torch
-    drafts: list[str] | None = None
-    """The draft modes this engine can run; ``None``: every one there is."""
-    acceptance: float | None = bounded(None, 0, 1)
-    """``fake`` only: the chance that a drafted token is right."""
-    max_batch: int = bounded(1, 1, 256)
-    """Requests decoded at once."""
-    layers: Layers = Layers.auto
-    """``torch``: our own layers, Hugging Face's, or ours where they know the architecture."""
-    weights: Weights = Weights.full
-    """``torch``, our own layers on a CPU: ``int8`` halves what a pass reads; another model, a little worse."""
-    url: str | None = None
-    """``openai``: the server that is measured, such as ``http://127.0.0.1:8000``."""
-    plain_url: str | None = None
-    """``openai``: a server of the same model that drafts nothing, to compare it with."""
-    kernels: Kernels = Kernels.auto
-    """``torch``: our own kernels, ``native`` on a CPU and ``triton`` within graphs on a GPU, or torch's operators."""
-    graphs: Graphs = Graphs.auto
-    """``torch``: on a GPU, whether passes over our own layers are captured as graphs; ``auto``: where they can be."""
-    kv_gib: float | None = bounded(None, 0.01)
-    """``vllm``: room for keys and values, in GiB; plain decoding and the configuration have as much each."""
-    quantization: str | None = None
-    """``vllm``: how the weights are quantised, by vLLM's name; ``None``: as the checkpoint says."""
-    tensor_parallel: int | None = bounded(None, 1)
-    """``vllm``: devices that share the layers' matrices; ``None``: one."""
-    eager: bool | None = None
-    """``vllm``: run operators one by one, in the place of a compiled (on a GPU, captured) step."""
 
 
 @dataclass
@@ -261,37 +92,6 @@ class Bench:
     """References decoded in turn with it, in the same process."""
     fixed_k: list[int] = field(default_factory=list)
     """The fixed K that stand beside a controller which adapts."""
-
-
-@dataclass
-class TaskData:
-    """Where an lm-eval task's validation split lies, as one Arrow file; see ``data/assets.py``."""
-
-    source: str = MISSING
-    sha256: str | None = None
-
-
-@dataclass
-class Quality:
-    """What the quality stage looks at, and how much of it (``docs/quality.md`` has the definitions)."""
-
-    name: str = MISSING
-    prompts: int = bounded(MISSING, 0)
-    """Conversations that perplexity is measured on; 0: none."""
-    chunk: int = bounded(4, 1)
-    """Conversations in a unit of work: what an interrupted stage loses at most."""
-    answer_tokens: int = bounded(256, 1)
-    """The most tokens of a conversation's own answer that are scored."""
-    tasks: list[str] = field(default_factory=list)
-    """Of lm-eval, without examples; none: ``[]``."""
-    limit: int | None = bounded(None, 1)
-    """Documents of each task; ``None``: all."""
-    data: dict[str, TaskData] = field(default_factory=dict)
-    """Where tasks' documents are; of a task that is missing here, lm-eval asks the hub."""
-    gate_prompts: int = MISSING
-    """Of those conversations, how many the gates' signals are looked at on; 0: none."""
-    exits: list[int] | None = None
-    """The exit layers that are looked at; ``None``: some evenly spaced ones, and the draft's own."""
 
 
 @dataclass
@@ -463,11 +263,11 @@ class Config:
     stages: list[str] = MISSING
 
     model: Model = field(default_factory=Model)
-    draft: Draft = field(default_factory=Draft)
-    gate: Gate = field(default_factory=Gate)
-    controller: Controller = field(default_factory=Controller)
-    policy: Policy = field(default_factory=Policy)
-    engine: Engine = field(default_factory=Engine)
+    draft: DraftOptions = field(default_factory=DraftOptions)
+    gate: GateOptions = field(default_factory=GateOptions)
+    controller: ControllerOptions = field(default_factory=ControllerOptions)
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
     hardware: Hardware = field(default_factory=Hardware)
     workload: Workload = field(default_factory=Workload)
     scale: Scale = field(default_factory=Scale)
@@ -484,42 +284,17 @@ class Config:
         Raises:
             ConfigError: naming the key, the value and what is allowed.
         """
-        _check_bounds(self)
+        check_bounds(self)
         if not self.stages or any(stage not in STAGES for stage in self.stages):
             raise ConfigError(f"stages={self.stages}: allowed are one or more of {', '.join(STAGES)}")
-        _within("draft.min_match", self.draft.min_match, 1, self.draft.max_match)
-        _within("controller.low", self.controller.low, 0, self.controller.high)
-        _within("quality.gate_prompts", self.quality.gate_prompts, 0, self.quality.prompts)
+        within("quality.gate_prompts", self.quality.gate_prompts, 0, self.quality.prompts)
         if not self.soak.intervals >= 3:  # drift wants three thirds
             asked = f"soak.seconds={self.soak.seconds:g}"
             raise ConfigError(f"{asked}: must be at least three times soak.interval={self.soak.interval:g}")
-        _within("soak.sentinels", self.soak.sentinels, 0, self.soak.prompts)
+        within("soak.sentinels", self.soak.sentinels, 0, self.soak.prompts)
 
 
-def _check_bounds(of: Any, prefix: str = "") -> None:
-    """Of every field of a dataclass, and of those within it."""
-    for f in fields(of):
-        key, value = f"{prefix}{f.name}", getattr(of, f.name)
-        if is_dataclass(value):
-            _check_bounds(value, f"{key}.")
-        elif "low" in f.metadata:
-            _within(key, value, f.metadata["low"], f.metadata["high"])
-        elif isinstance(value, list):
-            for at, item in enumerate(value):
-                if is_dataclass(item):
-                    _check_bounds(item, f"{key}[{at}].")
-
-
-def _within(key: str, value: float | None, low: float, high: float | None = None) -> None:
-    if value is None or (low <= value and (high is None or value <= high)):
-        return  # a NaN fails both comparisons, and so is refused
-    allowed = f">= {low}" if high is None else f"from {low} to {high}"
-    raise ConfigError(f"{key}={value}: must be {allowed}")
-
-
-_SCHEMAS: dict[str, Any] = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
-_NESTED = [(g, f.name, f.type) for g, kind in _SCHEMAS.items() for f in fields(kind) if is_dataclass(f.type)]
-GROUPS: tuple[str, ...] = tuple(_SCHEMAS)
+GROUPS: tuple[str, ...] = tuple(f.name for f in fields(Config) if is_dataclass(f.type))
 RENAMED = {
     "draft=vanilla": "draft=draft_model",
     "draft.longest": "draft.max_match",
@@ -542,6 +317,7 @@ RENAMED = {
     },
 }
 """Keys and options that had other names; who uses an old one is told the new one."""
+BASES = tuple(axis.base for axis in AXES.values())
 HANDLES: tuple[str, ...] = ("tau", "tau_v", "tau_h", "K", "exit_layer", "temperature", "seed", "stages")
 
 
@@ -551,17 +327,48 @@ def load(cfg: DictConfig) -> Config:
     Raises:
         ConfigError: a value that is missing or not allowed.
     """
-    nested = [(f"{g}.{name}.", cfg[g][name], kind) for g, name, kind in _NESTED]
-    for prefix, node, kind in [("", cfg, Config), *((f"{g}.", cfg[g], kind) for g, kind in _SCHEMAS.items()), *nested]:
-        for key in set(node) - {f.name for f in fields(kind)}:  # `+key=value` gets past Hydra's own check
-            new = RENAMED.get(f"{prefix}{key}")
-            raise ConfigError(f"{prefix}{key}: " + (f"is now {new}" if new else "no such key"))
+    _refuse_unknown(cfg, Config)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]}: has no value; give one as {missing[0]}=...")
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config), "the schema stands first in the defaults list"
     return config
+
+
+def unknown(kind: type[Any], key: str) -> str:
+    """What is said of a key that a dataclass does not have.
+
+    Args:
+        key: in full.
+    """
+    if key in RENAMED:
+        return f"{key}: is now {RENAMED[key]}"
+    prefix, _, name = key.rpartition(".")
+    if issubclass(kind, Option):
+        return without_schema(prefix) if kind in BASES else foreign(kind, name)
+    known = [f"{prefix}.{f.name}" if prefix else f.name for f in fields(kind)]
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"{key}: no such key; " + (f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}")
+
+
+def without_schema(group: str) -> str:
+    """What is said of an option whose YAML lacks its schema."""
+    return f"{group}: conf/{group}/<name>.yaml must begin with 'defaults: [<name>_schema, _self_]'"
+
+
+def _refuse_unknown(node: DictConfig, kind: type[Any], prefix: str = "") -> None:
+    """Refuses what ``+key=value`` gets past Hydra's own check, and an option without its schema."""
+    if kind in BASES:
+        raise ConfigError(without_schema(prefix.rstrip(".")))
+    known = {f.name for f in fields(kind)}
+    for key in node:
+        if key not in known:
+            raise ConfigError(unknown(kind, prefix + str(key)))
+        value = node._get_node(key)
+        own = OmegaConf.get_type(value)
+        if isinstance(value, DictConfig) and is_dataclass(own):
+            _refuse_unknown(value, own, f"{prefix}{key}.")
 
 
 def with_handle(cfg: DictConfig, handle: str, value: Any) -> DictConfig:

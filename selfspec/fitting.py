@@ -28,38 +28,26 @@ BATCH = 64
 
 def head_path(plan: Plan) -> Path:
     """Where the plan's head is on this disk once it is :func:`ready`."""
-    if plan.draft.head is not None:
-        return Path(plan.draft.head)
+    if (given := plan.draft.get("head")) is not None:
+        return Path(given)
     return _store(plan).path(_head(plan))
 
 
 def wanted(plan: Plan) -> dict[str, Any]:
     """The facts that the plan's head must have."""
-    draft = plan.draft
-    return {
-        "model": plan.model_id,
-        "exit_layer": draft.exit_layer,
-        "draft": draft.name,
-        "learned": draft.learned,
-        "form": draft.form.name if draft.form else None,
-        "previous": draft.previous,
-        "vocab": draft.vocab,
-        "heads": draft.heads,
-        "init": draft.init.name if draft.init else None,
-        "corpus": draft.corpus,
-    }
+    return {"model": plan.model_id, **plan.draft.facts()}
 
 
 def fitted(plan: Plan) -> bool:
     """Whether the plan's head is there, in the store or where the user says."""
-    if plan.draft.head is not None:
-        return Path(plan.draft.head).exists()
+    if (given := plan.draft.get("head")) is not None:
+        return Path(given).exists()
     return _store(plan).size(_head(plan)) is not None
 
 
 def may_fit(plan: Plan) -> bool:
     """Whether a head that is missing is to be fitted."""
-    return plan.draft.head is None and "fit" in plan.stages
+    return plan.draft.get("head") is None and "fit" in plan.stages
 
 
 def check_head(plan: Plan) -> dict[str, Any]:
@@ -69,7 +57,7 @@ def check_head(plan: Plan) -> dict[str, Any]:
         ConfigError: it has not been fitted.
         HeadError: it is corrupt or was fitted for something else.
     """
-    if plan.draft.head is not None:
+    if plan.draft.get("head") is not None:
         return heads.check(head_path(plan), wanted(plan))
     store, name = _store(plan), _head(plan)
     size = store.size(name)
@@ -94,7 +82,7 @@ def ready(engine: LazyEngine, plan: Plan) -> dict[str, Any]:
         facts = {**wanted(plan), "format": 1, "versions": versions()}
         _store(plan).make(_head(plan), lambda path: _fits(engine()).fit(pairs, path, facts))
     found = check_head(plan)
-    if plan.draft.head is None:
+    if plan.draft.get("head") is None:
         _store(plan).fetch(_head(plan))
     return found
 

@@ -61,7 +61,7 @@ def fetch(plan: Plan) -> None:
     if checkpoint.begun_here(place(plan)):
         return
     assets.fetch(plan.workload.source, plan.workload.sha256)
-    if factory.kind(plan).model:
+    if plan.engine.reads_model:
         assets.fetch(plan.model.source, plan.model.sha256)
     for stage in stages.of(plan):
         stage.fetch()

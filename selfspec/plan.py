@@ -8,7 +8,7 @@ so that two jobs of a sweep which come to the same work have one identity and ru
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from selfspec import config as schema
-from selfspec import rules, vllm_rules
+from selfspec import rules
+from selfspec.axes import GATE, ControllerOptions, DraftOptions, EngineOptions, GateOptions, PolicyOptions
 from selfspec.data import assets
 from selfspec.errors import ConfigError
+from selfspec.quality.config import Quality
 
 STAGE_VERSIONS = {"fit": 2, "bench": 3, "quality": 1, "soak": 1}
 """Raise a stage's number when the same plan would give other results: old journals are then not taken."""
@@ -35,9 +37,6 @@ _OTHER_VALUE: dict[str, Callable[[Any], Any]] = {
     "stages": lambda v: ["fit"] if list(v) != ["fit"] else ["bench"],
 }
 
-_ASKED_OF_A_FITTED_DRAFT = ("width", "budget", "sample", "max_match", "min_match", "cross_request")
-"""How a fitted draft is used: what was fitted does not depend on it."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,16 +47,16 @@ class Plan:
     seed: int
     stages: tuple[str, ...]
     model: schema.Model
-    draft: schema.Draft
-    gate: schema.Gate
-    controller: schema.Controller
-    policy: schema.Policy
-    engine: schema.Engine
+    draft: DraftOptions
+    gate: GateOptions
+    controller: ControllerOptions
+    policy: PolicyOptions
+    engine: EngineOptions
     hardware: schema.Hardware
     workload: schema.Workload
     scale: schema.Scale
     bench: schema.Bench
-    quality: schema.Quality
+    quality: Quality
     tracking: schema.Tracking
     checkpoint: schema.Checkpoint
     serve: schema.Serve
@@ -66,7 +65,7 @@ class Plan:
     @property
     def speculative(self) -> bool:
         """Whether we draft and verify tokens; else every step is one plain pass, or a server's own affair."""
-        return self.draft.name not in ("none", "served") and self.policy.verify
+        return self.draft.speculates and self.policy.verify
 
     @property
     def exact(self) -> bool:
@@ -76,37 +75,21 @@ class Plan:
     @property
     def fixed_ks(self) -> tuple[int, ...]:
         """The fixed K measured beside a controller that adapts."""
-        adapts = self.controller.name in (schema.ControllerName.adaptive, schema.ControllerName.cost)
-        return tuple(self.bench.fixed_k) if adapts and self.speculative else ()
+        return tuple(self.bench.fixed_k) if self.controller.adapts and self.speculative else ()
 
     @property
     def label(self) -> str:
         """A short name for tables and run lists, such as ``lsq12 varH=4 K=4``."""
-        parts = [_draft_label(self.draft)]
-        if self.gate.name is schema.GateName.bandit:
-            parts.append("bandit")
-        elif self.gate.name is not schema.GateName.none:
-            parts.append(f"{self.gate.name.name}={self.gate.threshold:g}")
-        if self.speculative:
-            fixed = self.controller.name is schema.ControllerName.fixed
-            parts.append(f"K={self.controller.K}" if fixed else self.controller.name.name)
-        if not self.policy.verify:
-            parts.append("unverified")
-        elif self.policy.name is not schema.PolicyName.longest_prefix:
-            parts.append(self.policy.name.name)
-        if self.policy.samples:
-            parts.append(f"T={self.policy.temperature:g}")
-        if self.engine.name is schema.EngineName.hf:
-            parts.append("by hf")
-        if self.engine.name is schema.EngineName.vllm:
-            parts.append("by vllm")
-        if self.engine.name is schema.EngineName.openai:
-            parts.append("over HTTP")
-        if self.engine.weights is not schema.Weights.full:
-            parts.append(self.engine.weights.name)
-        if self.engine.max_batch > 1:
-            parts.append(f"batch={self.engine.max_batch}")
-        return " ".join(parts)
+        parts = [
+            self.draft.label,
+            self.gate.label,
+            self.controller.label if self.speculative else "",
+            self.policy.label if self.policy.verify else "unverified",
+            f"T={self.policy.sampling.temperature:g}" if self.policy.samples else "",
+            self.engine.label,
+            f"batch={self.engine.max_batch}" if self.engine.max_batch > 1 else "",
+        ]
+        return " ".join(filter(None, parts))
 
     @property
     def model_id(self) -> str:
@@ -116,9 +99,10 @@ class Plan:
     @property
     def _head_digest(self) -> str | None:
         """Of a head the user names: its content, not its path, changes results."""
-        if self.draft.head is None or not Path(self.draft.head).is_file():
-            return self.draft.head  # one that cannot be read is refused before anything runs
-        return hashlib.sha256(Path(self.draft.head).read_bytes()).hexdigest()
+        head: str | None = self.draft.get("head")
+        if head is None or not Path(head).is_file():
+            return head  # one that cannot be read is refused before anything runs
+        return hashlib.sha256(Path(head).read_bytes()).hexdigest()
 
     @cached_property
     def answers_id(self) -> str:
@@ -130,20 +114,14 @@ class Plan:
             engine=self.engine.name,
             dtype=self.hardware.dtype,
             version=STAGE_VERSIONS["fit"],
-            **({} if self.engine.weights is schema.Weights.full else {"weights": self.engine.weights}),
+            **self.engine.fits_as,
         )
 
     @cached_property
     def head_id(self) -> str:
         """Identity of the fitted head: one head serves every job of a sweep that asks for the same."""
-        asked = replace(self.draft, **{key: getattr(schema.Draft, key) for key in _ASKED_OF_A_FITTED_DRAFT})
-        return _digest(answers=self.answers_id, draft=asdict(asked))
-
-    @property
-    def _engine(self) -> dict[str, Any]:
-        """What of the engine changes results: what is another engine's alone is ``None`` here, and left out."""
-        settings = asdict(replace(self.engine, drafts=None))
-        return {key: value for key, value in settings.items() if value is not None or key not in vllm_rules.OWN}
+        fitted = {f.name: getattr(self.draft, f.name) for f in fields(self.draft) if not f.metadata.get("use")}
+        return _digest(answers=self.answers_id, draft=fitted)
 
     @property
     def _assessed(self) -> tuple[dict[str, Any], dict[str, str]]:
@@ -165,11 +143,11 @@ class Plan:
         prompts = assets.identity(self.workload.source, self.workload.sha256)
         return _digest(
             model=self.model_id,
-            draft=asdict(replace(self.draft, head=self._head_digest)),
+            draft=asdict(self.draft) | {"head": self._head_digest},
             gate=asdict(self.gate),
             controller=asdict(self.controller) if self.speculative else None,
             policy=asdict(self.policy),
-            engine=self._engine,
+            engine=asdict(self.engine),
             hardware=(self.hardware.device, self.hardware.dtype, self.hardware.threads),
             workload=asdict(replace(self.workload, name="", source=prompts, sha256=None)),
             scale=asdict(replace(self.scale, name="")),
@@ -197,11 +175,10 @@ def make(cfg: DictConfig) -> Plan:
     config = schema.load(cfg)
     draft, gate, policy = config.draft, config.gate, config.policy
     rules.check(config)
-    if draft.name in ("none", "served") or not policy.verify:
-        gate = schema.Gate()  # nothing is drafted here, or nothing verified: there is nothing to stop
+    if not draft.speculates or not policy.verify:
+        gate = GATE.new("none")  # nothing is drafted here, or nothing verified: there is nothing to stop
     if draft.name == "none":
         policy = replace(policy, verify=True)
-    rules.check_gate(gate)
     stages = tuple(stage for stage in schema.STAGES if stage in config.stages)
     return Plan(
         name=config.name,
@@ -238,17 +215,6 @@ def idle_handles(cfg: DictConfig, handles: Iterable[str]) -> list[str]:
         except ConfigError:  # another value would not do, so this one has an effect
             continue
     return idle
-
-
-def _draft_label(draft: schema.Draft) -> str:
-    name = f"{draft.lookup}+{draft.learned}" if draft.learned else draft.name
-    label = name + (str(draft.exit_layer) if draft.exit_layer else "")
-    if draft.form is schema.HeadForm.low_rank:
-        label += f"r{draft.rank}"
-    if draft.form is schema.HeadForm.block:
-        label += "-block"
-    label += f"/{draft.vocab // 1000}k" if draft.vocab and draft.vocab >= 1000 else ""
-    return label + (f"/w{draft.width}" if draft.width > 1 else "")
 
 
 def _plain(value: Any) -> Any:

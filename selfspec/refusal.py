@@ -1,16 +1,16 @@
 """What a user is told when Hydra, OmegaConf or selfspec refuses: one line with key, value and what is allowed."""
 
-import difflib
 import errno
 import sys
 import traceback
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import NoReturn
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from selfspec.config import RENAMED, BackendConfig
+from selfspec.axes import AXES
+from selfspec.config import RENAMED, BackendConfig, unknown
 from selfspec.errors import SelfspecError, UserError, one_line
 
 BY_USER = (UserError, HydraException, OmegaConfBaseException)
@@ -34,12 +34,16 @@ def say(error: Exception) -> None:
 
 def sentence(error: Exception) -> str:
     """The error in one line."""
-    cause = error.__cause__
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, option = str(error.missing_cfg_file or "").rpartition("/")
+    cause = error.__cause__ or (error.__context__ if isinstance(error, HydraException) else None)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        if group in AXES and option.endswith("_schema"):
+            name = option.removesuffix("_schema")
+            return f"{group}={name}: {AXES[group].load(name)}"
         if f"{group}={option}" in RENAMED:
             return f"{group}={option}: is now {RENAMED[f'{group}={option}']}"
-        return f"{group}={option}: no such option; allowed are {', '.join(error.options)}"
+        known = [name for name in error.options or () if not name.endswith("_schema")]
+        return f"{group}={option}: no such option; allowed are {', '.join(known)}"
     if isinstance(error, OverrideParseException):
         reason = error.message.splitlines()[0]
         return f"{error.override}: {reason} (a value with special characters needs quotes: 'key=\"value\"')"
@@ -49,7 +53,8 @@ def sentence(error: Exception) -> str:
         asked = str(error).removeprefix("Error merging override ").splitlines()[0]
         if asked in RENAMED:
             return f"{asked}: is now {RENAMED[asked]}"
-        return f"{asked}: {str(cause).splitlines()[0]}"
+        said = str(cause).splitlines()[0]
+        return f"{asked}: " + ("must have a value" if "is not Optional" in said else said)
     if isinstance(error, HydraException):
         return str(error).splitlines()[0]
     if isinstance(error, OSError):
@@ -67,12 +72,6 @@ def _unknown_key(error: BaseException | None) -> str:
     owner = getattr(error, "object_type", None)
     if owner is BackendConfig:  # an item of a list: OmegaConf does not say of which
         key = f"serve.backends[].{key}"
-    if key in RENAMED:
-        return f"{key}: is now {RENAMED[key]}"
     if not (isinstance(owner, type) and is_dataclass(owner)):
         return f"{key}: no such key"
-    prefix = key.rpartition(".")[0]
-    known = [f"{prefix}.{field.name}" if prefix else field.name for field in fields(owner)]
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-    return f"{key}: no such key; {hint}"
+    return unknown(owner, key)

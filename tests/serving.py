@@ -99,7 +99,7 @@ class GatedSession(FakeSession):
     """See :class:`Gated`."""
 
     def __init__(self, engine: Gated, made: FakeSession) -> None:
-        parts = Parts(made.world, made.clock, made.control, made.stops, engine.plan.gate.name)
+        parts = Parts(made.world, made.clock, made.control, made.stops)
         super().__init__(parts, made.capacity, made.positions, made.admission)
         self.engine = engine
 

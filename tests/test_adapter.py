@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import HeadForm
+from selfspec.axes import DRAFT
 from selfspec.engine.torch.session import Scheduler
 from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
@@ -18,14 +17,13 @@ from selfspec.model.tree import Tree
 from selfspec.speculation import block
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.block import Block
-from selfspec.speculation.controller import Fixed
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft import adapter, eagle, lsq
 from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.gate import Gate
-from selfspec.speculation.head import Head
-from selfspec.speculation.policy import LongestPrefix
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.head import Head, HeadForm
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.readout import Readout
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Request
@@ -34,10 +32,9 @@ pytestmark = pytest.mark.usefixtures("inference")
 
 EXIT = 1
 CONFIGS = {
-    "adapter": DraftConfig("adapter", EXIT, HeadForm.block, ridge=1e-3, sgd_epochs=5, vocab=60),
-    "eagle": DraftConfig("eagle", None, HeadForm.block, ridge=1e-3, sgd_epochs=5, vocab=60),
+    "adapter": DRAFT.new("adapter", exit_layer=EXIT, ridge=1e-3, sgd_epochs=5, vocab=60),
+    "eagle": DRAFT.new("eagle", form=HeadForm.block, ridge=1e-3, sgd_epochs=5, vocab=60),
 }
-MODULES = {"adapter": adapter, "eagle": eagle}
 
 
 class Bench:
@@ -60,18 +57,16 @@ class Bench:
 
     @memo  # noqa: B019
     def halves(self, name: str) -> tuple[list[Trace], list[Trace]]:
-        exit_layer = CONFIGS[name].exit_layer
+        exit_layer = CONFIGS[name].get("exit_layer")
         return fitting.split([fitting.trace(self.model, p, run.tokens, exit_layer) for p, run in self.pairs])
 
     @memo  # noqa: B019
     def head(self, name: str) -> Head:
-        head: Head = MODULES[name].fit(self.model, *self.halves(name), CONFIGS[name], 0)
+        head: Head = CONFIGS[name].fit(self.model, *self.halves(name), 0)
         return head
 
     def draft(self, name: str, width: int = 1, budget: int | None = None) -> Draft:
-        draft: Draft = MODULES[name].make(
-            replace(CONFIGS[name], width=width, budget=budget), self.model, self.head(name)
-        )
+        draft: Draft = replace(CONFIGS[name], width=width, budget=budget).make(self.model, self.head(name))
         return draft
 
     def decode(
@@ -80,7 +75,7 @@ class Bench:
         target = Target(self.model, self.model.shape.layers, self.model.norm)
         cache = self.model.new_cache(60 + draft.nodes(k), rows, draft.layers)
         cache.kv.fill_(99.0)  # what is read must have been written
-        speculation = Speculation(target, draft, gate or Gate(), Fixed(k), LongestPrefix())
+        speculation = Speculation(target, draft, gate or Gate(), Controller(k), LongestPrefix())
         return Scheduler(speculation, cache).run(requests)
 
 
@@ -164,14 +159,16 @@ def test_training_begins_at_least_squares_and_learns(bench: Bench, name: str) ->
     train, heldout = bench.halves(name)
     facts, start = (
         bench.head(name).facts,
-        MODULES[name].fit(bench.model, train, heldout, replace(CONFIGS[name], sgd_epochs=0), 0).facts,
+        replace(CONFIGS[name], sgd_epochs=0).fit(bench.model, train, heldout, 0).facts,
     )
     assert start["sgd_gain"] == 0 and facts["agreement"] - facts["sgd_gain"] == pytest.approx(start["agreement"])
     assert facts["agreement_by_position"][0] == facts["agreement"]
-    on_what_it_saw = MODULES[name].fit(bench.model, train[:40], train[:40], CONFIGS[name], 0).facts
+    on_what_it_saw = CONFIGS[name].fit(bench.model, train[:40], train[:40], 0).facts
     assert on_what_it_saw["sgd_gain"] > 0.02
     if name == "adapter":
-        raw = lsq.fit(bench.model, train, heldout, replace(CONFIGS[name], form=HeadForm.affine, sgd_epochs=0), 0)
+        raw = DRAFT.new("lsq", exit_layer=EXIT, form=HeadForm.affine, ridge=1e-3, vocab=60).fit(
+            bench.model, train, heldout, 0
+        )
         assert start["agreement"] == pytest.approx(raw.facts["agreement"])
         assert facts["agreement"] > raw.facts["raw_agreement"]
 

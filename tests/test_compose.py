@@ -104,3 +104,16 @@ def test_jobs_of_one_kind_are_composed_once_and_are_apart(
     for gate in ("maxp", "none", "varH", "maxp"):
         composer.load_sweep_config(master, [f"gate={gate}"])
     assert len(composed) == 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        ("-m draft=ngram,suffix draft.max_match=5 K=3", "-m draft=ngram,suffix draft.max_match=choice(5) K=3"),
+        ("draft.source=hf:a/b -m draft=a,b", "draft.source=choice(hf:a/b) -m draft=a,b"),
+        ("-m draft=a,b draft.width=1,2 gate.x=1", "-m draft=a,b draft.width=1,2 gate.x=1"),
+        *((same, same) for same in ("-m draft=a draft.width=1", "draft=a,b draft.width=1", "-m draft=[ draft.x=1")),
+    ],
+)
+def test_settings_of_what_is_swept_over_are_for_each_job(asked: str, given: str) -> None:
+    assert compose.per_job(asked.split()) == given.split()

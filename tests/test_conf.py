@@ -1,9 +1,8 @@
 """Every file of ``conf/`` composes into a plan, says what it is meant to say, and is explained in ``--help``."""
 
 from collections.abc import Iterator
-from enum import Enum
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,7 +10,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from selfspec import config, plan
+from selfspec.axes import AXES
 from selfspec.config import GROUPS, HANDLES
+from selfspec.options import Axis
 from selfspec.plan import Plan
 from selfspec.run import CONF
 
@@ -104,14 +105,14 @@ def test_fixed_prompts_and_answers(experiment: str, lengths: tuple[int, int]) ->
 def test_layer_skipping_is_not_verified(experiment: str, draft: str) -> None:
     made = composed(f"experiment={experiment}")
     exit_layer = None if draft == "none" else 12
-    assert (made.draft.name, made.draft.exit_layer, made.policy.verify) == (draft, exit_layer, draft == "none")
+    assert (made.draft.name, made.draft.get("exit_layer"), made.policy.verify) == (draft, exit_layer, draft == "none")
 
 
 @pytest.mark.parametrize("experiment", SWEEPS)
 def test_threshold_sweeps(experiment: str) -> None:
     draft, gate, handle, values = SWEEPS[experiment]
     made = composed(f"experiment={experiment}", f"{handle}={values[0]}")
-    assert (made.draft.name, made.gate.name.name, made.gate.threshold) == (draft, gate, values[0])
+    assert (made.draft.name, made.gate.name, made.gate.get("threshold")) == (draft, gate, values[0])
     assert made.exact and numbers(sweep_of(experiment)[handle]) == values
 
 
@@ -147,24 +148,16 @@ def test_the_h100_experiment_is_launched_there() -> None:
     assert compose("config", there, return_hydra_config=True).hydra.runtime.choices["hydra/launcher"] == "basic"
 
 
-@pytest.mark.parametrize(
-    ("group", "names"),
-    [
-        ("gate", config.GateName),
-        ("controller", config.ControllerName),
-        ("policy", config.PolicyName),
-        ("engine", config.EngineName),
-        ("tracking", config.TrackerName),
-    ],
-)
-def test_what_the_schema_allows_has_a_file(group: str, names: type[Enum]) -> None:
-    assert {name.name for name in names} == {option for other, option in OPTIONS if other == group}
+@pytest.mark.parametrize("axis", AXES.values(), ids=AXES)
+def test_every_option_has_a_file_with_its_schema_and_every_file_an_option(axis: Axis[Any]) -> None:
+    files = {path.stem: OmegaConf.load(path) for path in (CONF / axis.group).glob("*.yaml")}
+    begins = {name: list(file.defaults) for name, file in files.items()}
+    assert {defaults[1] for defaults in begins.values()} == {"_self_"}
+    assert {defaults[0].removesuffix("_schema") for defaults in begins.values()} == set(axis.options) <= set(files)
 
 
-def test_every_draft_has_a_file_and_every_file_a_draft() -> None:
-    modules = {path.stem for path in (Path(plan.__file__).parent / "speculation" / "draft").glob("*.py")}
-    files = {path.stem: str(OmegaConf.select(OmegaConf.load(path), "name")) for path in (CONF / "draft").glob("*.yaml")}
-    assert set(files.values()) - {"served"} == modules - {"__init__", "base"} <= set(files), "served: by a server"
+def test_what_the_schema_allows_has_a_file() -> None:
+    assert {name.name for name in config.TrackerName} == {option for other, option in OPTIONS if other == "tracking"}
 
 
 def test_help_explains_every_group_and_handle() -> None:

@@ -11,11 +11,12 @@ from benchmarks import regret
 from benchmarks.regret import ADAPTIVE, BANDIT, COST, ENVIRONMENTS, EXITS, Environment, Exits, fixed, rate, stream
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import config
-from selfspec.config import ControllerName, GateName
+from selfspec.axes import CONTROLLER, GATE, ControllerOptions, GateOptions
 from selfspec.engine.fake.session import World
-from selfspec.speculation.controller import Adaptive, Autotune, Controller, cost, make
-from selfspec.speculation.controller.adaptive import PATIENCE
+from selfspec.speculation.controller import cost
+from selfspec.speculation.controller.adaptive import PATIENCE, Adaptive
+from selfspec.speculation.controller.autotune import Autotune
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.controller.cost import Costs
 from selfspec.types import Cycle
 
@@ -50,16 +51,16 @@ def through_json(controller: Controller, other: Controller) -> Controller:
     return other
 
 
-@pytest.mark.parametrize("made", [fixed(3), ADAPTIVE, COST, config.Controller(ControllerName.autotune, 3, exits=EXITS)])
-def test_every_controller_is_made(made: config.Controller) -> None:
-    controller = make(made, seed=1)
-    assert (controller.exit_layer(12) in EXITS) == (made.name is ControllerName.autotune)
+@pytest.mark.parametrize("made", [fixed(3), ADAPTIVE, COST, CONTROLLER.new("autotune", K=3, exits=EXITS)])
+def test_every_controller_is_made(made: ControllerOptions) -> None:
+    controller = made.make(1)
+    assert (controller.exit_layer(12) in EXITS) == (made.name == "autotune")
     assert all(0 <= k <= made.max_k for k in drive(controller, 50, lambda k: cycle(k, k)))
-    assert through_json(controller, make(made, seed=1)).state() == controller.state()
+    assert through_json(controller, made.make(1)).state() == controller.state()
 
 
 def test_fixed() -> None:
-    assert drive(make(fixed(3)), 5, lambda k: cycle(k, 0)) == [3] * 5
+    assert drive(fixed(3).make(), 5, lambda k: cycle(k, 0)) == [3] * 5
 
 
 def adaptive(**settings: float) -> Adaptive:
@@ -197,36 +198,36 @@ def even(chance: int, ms: Callable[[int], float]) -> Callable[[int], Cycle]:
     ids=["all stand", "all stand and do not pay", "half of the drafts stand", "none stand"],
 )
 def test_cost_asks_for_what_pays(chance: int, step: float, wanted: int) -> None:
-    asked = drive(make(COST), 600, even(chance, ms_of(step)))
+    asked = drive(COST.make(), 600, even(chance, ms_of(step)))
     assert asked[300:].count(wanted) > 270
 
 
 def test_cost_finds_a_k_between() -> None:
     """Two tokens stand always, never three."""
-    asked = drive(make(COST), 600, lambda k: cycle(k, min(k, 2), 10 + k))
+    asked = drive(COST.make(), 600, lambda k: cycle(k, min(k, 2), 10 + k))
     assert asked[300:].count(2) > 270
 
 
 def test_what_trying_costs_is_bounded() -> None:
-    asked = drive(make(COST), 4000, lambda k: cycle(k, 0, 10 + 10 * k))
+    asked = drive(COST.make(), 4000, lambda k: cycle(k, 0, 10 + 10 * k))
     spent = sum(10 + 10 * k for k in asked[100:])
     assert 0 < spent / (10 * len(asked[100:])) - 1 < 1.5 * cost.SHARE
     assert any(asked[100:]), "it looks again, though"
 
 
 def test_plain_decoding_is_timed_even_where_drafting_pays() -> None:
-    asked = drive(make(COST), 2000, lambda k: cycle(k, k, 10 + k))
+    asked = drive(COST.make(), 2000, lambda k: cycle(k, k, 10 + k))
     assert 5 < asked[500:].count(0) < 100
 
 
 def test_cost_notices_that_drafting_pays_again() -> None:
-    made = make(COST)
+    made = COST.make()
     assert drive(made, 1000, lambda k: cycle(k, 0, 10 + k), 100)[-50:].count(0) > 45
     assert drive(made, 1500, lambda k: cycle(k, k, 10 + k), 100)[-50:].count(8) > 40
 
 
 def test_a_request_alone_is_judged_by_its_own_drafts() -> None:
-    made = make(COST)
+    made = COST.make()
     asked = list[int]()
     for n in range(40):
         asked = drive(made, 60, lambda k, good=n % 2: cycle(k, k * good, 10 + 2 * k))  # type: ignore[misc]
@@ -235,7 +236,7 @@ def test_a_request_alone_is_judged_by_its_own_drafts() -> None:
 
 
 def test_the_rows_of_a_batch_are_asked_alike() -> None:
-    made, other = make(COST), make(COST)
+    made, other = COST.make(), COST.make()
     good, bad = [cycle(8, 8, 14)] * 50, [cycle(8, 0, 14)] * 50
     for _ in range(400):
         k = made.num_draft_tokens(good, 2)
@@ -246,7 +247,7 @@ def test_the_rows_of_a_batch_are_asked_alike() -> None:
 
 def test_k_by_batch_size() -> None:
     """Drafting pays for one row and not for eight."""
-    made, asked = make(COST), {1: list[int](), 8: list[int]()}
+    made, asked = COST.make(), {1: list[int](), 8: list[int]()}
     for n in range(1600):
         batch = 8 if n // 40 % 2 else 1
         k = made.num_draft_tokens([], batch)
@@ -257,10 +258,10 @@ def test_k_by_batch_size() -> None:
 
 def test_cost_goes_on_where_it_was() -> None:
     outcome: Callable[[int], Cycle] = lambda k: cycle(k, min(k, 3), 10 + 1.5 * k)  # noqa: E731
-    one = make(COST)
+    one = COST.make()
     drive(one, 300, outcome)
-    other = through_json(one, make(COST))
-    assert drive(one, 300, outcome) == drive(other, 300, outcome) != drive(make(COST), 300, outcome)
+    other = through_json(one, COST.make())
+    assert drive(one, 300, outcome) == drive(other, 300, outcome) != drive(COST.make(), 300, outcome)
 
 
 def autotuned(requests: Sequence[int], outcome: Callable[[int, int], Cycle]) -> list[int]:
@@ -311,16 +312,16 @@ def test_regret(name: str, adaptive: float, by_cost: float, bandit: float) -> No
     best = max(rate(environment, REQUESTS, fixed(k)) for k in (0, 1, 2, 3, 6))
     assert 1 - rate(environment, REQUESTS, ADAPTIVE) / best < adaptive
     assert 1 - rate(environment, REQUESTS, COST) / best < by_cost
-    arms = [config.Gate(GateName.maxp, arm) for arm in regret.ARMS]
+    arms = [GATE.new("maxp", threshold=arm) for arm in regret.ARMS]
     best = max(rate(environment, REQUESTS, fixed(8), arm) for arm in arms)
     assert 1 - rate(environment, REQUESTS, fixed(8), BANDIT) / best < bandit
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("gate", [config.Gate(), BANDIT], ids=["ungated", "bandit"])
+@pytest.mark.parametrize("gate", [GATE.new("none"), BANDIT], ids=["ungated", "bandit"])
 @pytest.mark.parametrize(("acceptance", "draft_ms"), [(0.0, 0.5), (0.0, 9.0), (0.3, 3.0), (0.6, 9.0)])
-def test_cost_is_never_slower_than_plain(acceptance: float, draft_ms: float, gate: config.Gate, batch: int) -> None:
+def test_cost_is_never_slower_than_plain(acceptance: float, draft_ms: float, gate: GateOptions, batch: int) -> None:
     environment = Environment(World(acceptance, draft_ms), batch)
     requests = stream(16 * batch, 96)
     warm = replace(COST, K=4)

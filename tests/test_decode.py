@@ -10,28 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfspec.config import Gate as GateConfig
-from selfspec.config import GateName
+from selfspec.axes import GATE
 from selfspec.engine.torch.session import Scheduler
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.speculation import gate
-from selfspec.speculation.controller import Controller, Fixed
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.draft.layerskip import EarlyExit
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import ExitHead, FittedExit, RawExit
-from selfspec.speculation.policy import LongestPrefix
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
 
 EXIT, LAYERS = 3, 6
-OPEN = gate.make(GateConfig())
+OPEN = GATE.new("none").make()
 PROMPT = (40, 7, 66, 7, 21)
 
 
@@ -64,7 +62,7 @@ def run(
 ) -> Completion:
     """One request, in a cache that has no slot too many, checked after each cycle."""
     draft = draft or Draft(target.model)
-    controller = Fixed(k) if isinstance(k, int) else k
+    controller = Controller(k) if isinstance(k, int) else k
     cache = target.model.new_cache(len(request.tokens) + request.max_new_tokens - 1)
     scheduler = Scheduler(Speculation(target, draft, gate, controller, LongestPrefix()), cache)
     scheduler.submit(request)
@@ -140,7 +138,7 @@ class TestCounts:
                 return Proposal([tree])
 
         cache = model.new_cache(len(PROMPT) + 8)
-        made = Speculation(whole(model), Bushy(model), OPEN, Fixed(3), LongestPrefix())
+        made = Speculation(whole(model), Bushy(model), OPEN, Controller(3), LongestPrefix())
         (got,) = Scheduler(made, cache).run([Request(PROMPT, 4)])
         (cycle,) = got.cycles
         assert got.tokens == plain
@@ -198,7 +196,7 @@ class TestCounts:
 
         four, three = (EarlyExit(model, depth, RawExit(model)) for depth in (4, EXIT))
         chosen = accepted(three, Choosing(3))
-        assert chosen == accepted(four, Fixed(3)) != accepted(three, Fixed(3))
+        assert chosen == accepted(four, Controller(3)) != accepted(three, Controller(3))
 
 
 class TestStops:
@@ -280,7 +278,7 @@ class TestObserve:
             def observe(self, row: Seq, index: int, tokens: Sequence[int], new: Tensor, cache: KVCache) -> None:
                 states.append(new)
 
-        made = Speculation(whole(model), Siblings(model), OPEN, Fixed(3), LongestPrefix())
+        made = Speculation(whole(model), Siblings(model), OPEN, Controller(3), LongestPrefix())
         (got,) = Scheduler(made, model.new_cache(len(PROMPT) + 12 + 7)).run([Request(PROMPT, 12)])
         assert got.tokens == plain and [cycle.accepted for cycle in got.cycles] == [3, 3, 2]
         wanted = model.norm(stream(model, PROMPT + plain[:-1]))
@@ -305,12 +303,15 @@ class TestSharing:
         monkeypatch.setattr(Llama, "run", counting)
         return passes
 
-    @pytest.mark.parametrize("gate_name", [GateName.none, GateName.maxp])
+    @pytest.mark.parametrize("gate_name", ["none", "maxp"])
     @pytest.mark.parametrize("k", [1, 3, 8])
     def test_each_layer_runs_once_for_a_token(
-        self, model: Llama, passes: list[tuple[int, int, int, int]], k: int, gate_name: GateName
+        self, model: Llama, passes: list[tuple[int, int, int, int]], k: int, gate_name: str
     ) -> None:
-        draft, doubts = EarlyExit(model, EXIT, RawExit(model)), gate.make(GateConfig(gate_name, 0.3))
+        draft, doubts = (
+            EarlyExit(model, EXIT, RawExit(model)),
+            GATE.new(gate_name, **({"threshold": 0.3} if gate_name != "none" else {})).make(),
+        )
         got = run(whole(model), Request(PROMPT, 24), draft, k, doubts)
         assert passes.pop(0) == (0, len(PROMPT), 0, LAYERS)
         at = len(PROMPT)
@@ -323,10 +324,10 @@ class TestSharing:
             assert mine[:-1] == [(before + i, 1, 0, EXIT) for i in range(cycle.proposed + 1)]
             assert mine[-1] == (before, cycle.proposed + 1, EXIT, LAYERS)
         assert not passes
-        assert gate_name is GateName.none or any(c.proposed < c.k_asked for c in got.cycles)
+        assert gate_name == "none" or any(c.proposed < c.k_asked for c in got.cycles)
 
     def test_signals_are_those_of_the_tokens_looked_at(self, model: Llama) -> None:
-        reading = gate.make(GateConfig(GateName.maxp, 0.3))
+        reading = GATE.new("maxp", threshold=0.3).make()
         draft = EarlyExit(model, EXIT, RawExit(model))
         for cycle in run(whole(model), Request(PROMPT, 24), draft, 3, reading).cycles:
             *sure, last = cycle.signals or (1.0,)

@@ -9,20 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import Gate as GateConfig
-from selfspec.config import GateName
+from selfspec.axes import DRAFT, GATE
 from selfspec.engine.torch.session import Scheduler
 from selfspec.errors import AssetError, ConfigError
 from selfspec.model.llama import Llama
-from selfspec.speculation import gate
-from selfspec.speculation.controller import Fixed
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft import draft_model
 from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.draft.draft_model import DraftModel
-from selfspec.speculation.gate import Gate
-from selfspec.speculation.policy import LongestPrefix, Policy, Rejection
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.policy.base import Policy
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.policy.rejection import Rejection
 from selfspec.types import Completion, Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -59,7 +58,7 @@ class Bench:
         model = self.target
         cache = model.new_cache(60 + draft.nodes(k), rows, draft.layers)
         target = Target(model, model.shape.layers, model.norm)
-        speculation = Speculation(target, draft, gate or Gate(), Fixed(k), policy or LongestPrefix())
+        speculation = Speculation(target, draft, gate or Gate(), Controller(k), policy or LongestPrefix())
         return Scheduler(speculation, cache).run(requests or self.requests)
 
 
@@ -130,8 +129,8 @@ def test_embeddings_may_be_padded_differently(bench: Bench) -> None:
         got = bench.decode(DraftModel(bench.target, small), 3, 3)
         assert [run.tokens for run in got] == [run.tokens for run in bench.plain]
         assert any(cycle.accepted for run in got for cycle in run.cycles)
-        for name in (GateName.entropy, GateName.varH):
-            runs = bench.decode(DraftModel(bench.target, small), 1, 3, gate.make(GateConfig(name, 1.0)))
+        for name in ("entropy", "varH"):
+            runs = bench.decode(DraftModel(bench.target, small), 1, 3, GATE.new(name, threshold=1.0).make())
             assert all(signal >= 0 for run in runs for cycle in run.cycles for signal in cycle.signals)
 
 
@@ -153,7 +152,7 @@ def test_a_model_just_long_enough_will_do(bench: Bench, rows: int) -> None:
 
 class TestMake:
     def test_the_same_vocabulary_will_do(self, bench: Bench, tiny_folder: Path) -> None:
-        made = draft_model.make(DraftConfig("draft_model", source=f"file:{tiny_folder}"), bench.target, None)
+        made = DRAFT.new("draft_model", source=f"file:{tiny_folder}").make(bench.target, None)
         assert made.small.dtype is torch.float32 and made.small is not bench.target
 
     def test_another_vocabulary_of_the_same_size_is_refused(
@@ -166,13 +165,13 @@ class TestMake:
         vocab["tokens"], vocab["drafts"] = vocab["drafts"], vocab["tokens"]
         (other / "tokenizer.json").write_text(json.dumps(file))
         with pytest.raises(ConfigError, match=r"^draft\.source=file:.*other: .* vocabulary") as refused:
-            draft_model.make(DraftConfig("draft_model", source=f"file:{other}"), bench.target, None)
+            DRAFT.new("draft_model", source=f"file:{other}").make(bench.target, None)
         assert "\n" not in str(refused.value)
 
     def test_no_tokenizer_is_refused(self, bench: Bench, tiny_folder: Path, tmp_path: Path) -> None:
         shutil.copytree(tiny_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
         with pytest.raises(AssetError, match=r"bare: has no tokenizer\.json"):
-            draft_model.make(DraftConfig("draft_model", source=f"file:{tmp_path / 'bare'}"), bench.target, None)
+            DRAFT.new("draft_model", source=f"file:{tmp_path / 'bare'}").make(bench.target, None)
 
 
 @pytest.mark.parametrize("entries", [{"a": 0, "b": 1}, [["a", -1.0], ["b", -2.0]]], ids=["mapping", "unigram"])

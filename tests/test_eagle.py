@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from selfspec import config
-from selfspec.config import Draft, GateName, HeadForm
+from selfspec.axes import DRAFT, GATE
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.speculation import fit, gate
+from selfspec.speculation import fit
 from selfspec.speculation.draft import eagle
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.head import Head, features
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.head import Head, HeadForm, features
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")
 
-EAGLE = Draft("eagle", form=HeadForm.affine, ridge=1e-6)
+EAGLE = DRAFT.new("eagle", form=HeadForm.affine, ridge=1e-6)
 
 
 @pytest.fixture
@@ -60,14 +60,14 @@ def random_head(vocab: int | None = None) -> Head:
     return Head(tensors | ({"ids": torch.arange(vocab)} if vocab else {}), {})
 
 
-def propose(draft: eagle.Eagle, rows: list[Seq], ks: list[int], doubt: gate.Gate | None = None) -> list[Tree]:
-    return draft.propose(rows, ks, doubt or gate.Gate(), draft.model.new_cache(0)).trees
+def propose(draft: eagle.Eagle, rows: list[Seq], ks: list[int], doubt: Gate | None = None) -> list[Tree]:
+    return draft.propose(rows, ks, doubt or Gate(), draft.model.new_cache(0)).trees
 
 
 class TestExtrapolation:
     def test_it_goes_on_in_a_straight_line(self, model: Llama) -> None:
         for alpha in (0.0, 0.5, 2.0):
-            draft = eagle.make(Draft("eagle", alpha=alpha), model, None)
+            draft = DRAFT.new("eagle", alpha=alpha).make(model, None)
             at, (before, h) = row(7), torch.randn(2, 32, generator=torch.Generator().manual_seed(8))
             draft.observe(at, 0, [1, 2, 3], torch.stack((torch.ones(32), before, h)), model.new_cache(0))
             wanted = [7]
@@ -77,7 +77,7 @@ class TestExtrapolation:
             assert propose(draft, [at], [4])[0].tokens == wanted
 
     def test_it_remembers_the_last_two_verified_states(self, model: Llama) -> None:
-        draft, at = eagle.make(Draft("eagle", alpha=1.0), model, None), row(7)
+        draft, at = DRAFT.new("eagle", alpha=1.0).make(model, None), row(7)
         states = torch.randn(6, 32, generator=torch.Generator().manual_seed(9))
         draft.observe(at, 0, [1], states[:1], model.new_cache(0))
         assert torch.equal(at.memory, torch.cat((states[0], states[0]))[None]), "of one token there is one"
@@ -88,10 +88,10 @@ class TestExtrapolation:
 
     def test_its_agreement_is_that_of_its_drafts(self, model: Llama, traces: list[Trace]) -> None:
         """Nothing but a vocabulary is fitted."""
-        config = Draft("eagle", alpha=0.3, vocab=60)
-        made = eagle.fit(model, *fit.split(traces), config, 0)
+        config = DRAFT.new("eagle", alpha=0.3, vocab=60)
+        made = config.fit(model, *fit.split(traces), 0)
         assert list(made.tensors) == ["ids"] and made.facts["parameters"] == 0
-        draft, right = eagle.make(config, model, made), [0] * 6
+        draft, right = config.make(model, made), [0] * 6
         for trace in fit.split(traces)[1]:
             for root in trace.at.tolist():
                 at = row(int(trace.tokens[root]))
@@ -105,30 +105,28 @@ class TestExtrapolation:
 
 class TestRegression:
     def test_what_is_an_affine_map_is_foretold_for_ever(self, model: Llama, traces: list[Trace]) -> None:
-        head = eagle.fit(model, *fit.split(traces), EAGLE, 0)
+        head = EAGLE.fit(model, *fit.split(traces), 0)
         assert head.facts["agreement_by_position"] == [1.0] * 5
         assert head.facts["parameters"] == 32 * 65
         follows = model.logits(model.norm(model.embedding)).argmax(-1).tolist()
-        (tree,) = propose(eagle.make(EAGLE, model, head), [row(7)], [9])
+        (tree,) = propose(EAGLE.make(model, head), [row(7)], [9])
         assert tree.tokens[1:] == [follows[token] for token in tree.tokens[:-1]] and tree.is_chain
 
     def test_training_holds_over_its_own_states(self, model: Llama, traces: list[Trace]) -> None:
         """Planted: of so low a rank the closed form is poor, and cross-entropy is what counts."""
         draft = replace(EAGLE, form=HeadForm.low_rank, rank=4, vocab=70)
-        before = eagle.fit(model, *fit.split(traces), draft, 0).facts
-        after = eagle.fit(model, *fit.split(traces), replace(draft, sgd_epochs=20), 0)
+        before = draft.fit(model, *fit.split(traces), 0).facts
+        after = replace(draft, sgd_epochs=20).fit(model, *fit.split(traces), 0)
         assert after.facts["sgd_gain"] == pytest.approx(after.facts["agreement"] - before["agreement"])
         assert after.facts["sgd_gain"] > 0.05
         lengths = [sum(torch.tensor(facts["agreement_by_position"]).cumprod(0)) for facts in (before, after.facts)]
         assert lengths[1] > lengths[0] + 0.1
-        again = eagle.fit(model, *fit.split(traces), replace(draft, sgd_epochs=20), 0)
+        again = replace(draft, sgd_epochs=20).fit(model, *fit.split(traces), 0)
         assert all(torch.equal(t, after.tensors[name]) for name, t in again.tensors.items())
 
     def test_short_answers_are_passed_over(self, model: Llama, traces: list[Trace]) -> None:
         short = fit.trace(model, [3, 4], [5, 6], None)
-        assert (
-            eagle.fit(model, [short, *traces[:9]], traces[9:], replace(EAGLE, sgd_epochs=1), 0).facts["agreement"] > 0
-        )
+        assert replace(EAGLE, sgd_epochs=1).fit(model, [short, *traces[:9]], traces[9:], 0).facts["agreement"] > 0
 
 
 class TestTrees:
@@ -138,7 +136,7 @@ class TestTrees:
         """Every path is followed by itself; at each depth the likeliest go on; of all, the likeliest are proposed."""
         head, k = random_head(vocab), 3
         rows = [row(7, 1), row(20, 2), row(3, 3)]
-        trees = propose(eagle.make(replace(EAGLE, width=width, budget=budget), model, head), rows, [k, 1, 2])
+        trees = propose(replace(EAGLE, width=width, budget=budget).make(model, head), rows, [k, 1, 2])
         for at, depth, tree in zip(rows, [k, 1, 2], trees, strict=True):
             paths, pool = {(at.tokens[-1],): (0.0, at.state)}, {}
             for _ in range(depth):
@@ -157,15 +155,15 @@ class TestTrees:
             assert (
                 len(tree)
                 == len(wanted) + 1
-                <= eagle.make(replace(EAGLE, width=width, budget=budget), model, head).nodes(depth)
+                <= replace(EAGLE, width=width, budget=budget).make(model, head).nodes(depth)
             )
 
     @pytest.mark.parametrize("width", [1, 3])
     def test_the_gate_judges_the_likeliest_path(self, model: Llama, width: int) -> None:
         """Each row stops where its own likeliest path is doubted; what was proposed before stays."""
-        rows, draft = [row(t, t) for t in range(8)], eagle.make(replace(EAGLE, width=width), model, random_head())
-        free = propose(draft, rows, [4] * 8, gate.make(config.Gate(GateName.maxp, 0.0)))
-        doubt = gate.make(config.Gate(GateName.maxp, 0.9))
+        rows, draft = [row(t, t) for t in range(8)], replace(EAGLE, width=width).make(model, random_head())
+        free = propose(draft, rows, [4] * 8, GATE.new("maxp", threshold=0.0).make())
+        doubt = GATE.new("maxp", threshold=0.9).make()
         stopped = propose(draft, rows, [4] * 8, doubt)
         depths = set()
         for at, whole, cut in zip(rows, free, stopped, strict=True):
@@ -181,7 +179,7 @@ class TestTrees:
     def test_a_drawn_chain_goes_on_from_what_was_drawn(self, model: Llama) -> None:
         head, at = random_head(50), row(7)
         at.request = replace(at.request, sampling=Sampling(60.0, seed=5))
-        (tree,) = propose(eagle.make(replace(EAGLE, sample=True), model, head), [at], [4])
+        (tree,) = propose(replace(EAGLE, sample=True).make(model, head), [at], [4])
         state, greedy = at.state, 0
         assert tree.drawn_from is not None and len(tree.drawn_from) == 4
         for token, drawn, q in zip(tree.tokens, tree.tokens[1:], tree.drawn_from, strict=False):
@@ -193,11 +191,11 @@ class TestTrees:
         assert greedy < 4
 
     def test_a_chain_may_be_cut_by_its_budget(self, model: Llama) -> None:
-        (tree,) = propose(eagle.make(replace(EAGLE, budget=2), model, random_head()), [row(7)], [4])
+        (tree,) = propose(replace(EAGLE, budget=2).make(model, random_head()), [row(7)], [4])
         assert len(tree) == 3 and tree.is_chain
 
     def test_of_nothing_asked_nothing_comes(self, model: Llama) -> None:
-        trees = propose(eagle.make(EAGLE, model, random_head()), [row(7), row(9)], [0, 0])
+        trees = propose(EAGLE.make(model, random_head()), [row(7), row(9)], [0, 0])
         assert [tree.tokens for tree in trees] == [[7], [9]]
 
 

@@ -2,17 +2,17 @@
 
 import importlib
 import inspect
+from typing import get_type_hints
 
 import pytest
 
-from selfspec.config import EngineName
+from selfspec.axes import ENGINE, EngineOptions
 from selfspec.engine.base import Engine, Fits, Opens, Probes, Scores
-from selfspec.engine.factory import KINDS
 
 
-@pytest.mark.parametrize("name", EngineName)
-def test_what_an_engine_can_do_is_what_its_class_says(name: EngineName) -> None:
-    module, kind = KINDS[name].where.split(":")
-    bases = inspect.getmro(getattr(importlib.import_module(module), kind))
-    assert KINDS[name].can == tuple(able for able in (Opens, Fits, Scores, Probes) if able in bases)
+@pytest.mark.parametrize("option", ENGINE.options.values(), ids=ENGINE.options)
+def test_what_an_engine_can_do_is_what_its_class_says(option: type[EngineOptions]) -> None:
+    module = importlib.import_module(f"{option.__module__}.engine")
+    bases = inspect.getmro(get_type_hints(option.make, vars(module))["return"])
+    assert set(option.can) == {able for able in (Opens, Fits, Scores, Probes) if able in bases}
     assert Engine in bases

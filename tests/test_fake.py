@@ -10,8 +10,8 @@ from benchmarks.regret import ARMS, COST, fixed, number, stream
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import config, plan
-from selfspec.config import ControllerName, GateName
+from selfspec import plan
+from selfspec.axes import CONTROLLER, GATE
 from selfspec.engine.base import Engine
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.fake.session import World, growth
@@ -21,17 +21,17 @@ from selfspec.types import Completion, Cycle, Request
 
 REQUESTS = stream(8, 60)
 GATES = {
-    "none": config.Gate(),
-    "maxp": config.Gate(GateName.maxp, 0.5),
-    "entropy": config.Gate(GateName.entropy, 2.0),
-    "varH": config.Gate(GateName.varH, 4.0),
-    "bandit": config.Gate(GateName.bandit, arms=ARMS),
+    "none": GATE.new("none"),
+    "maxp": GATE.new("maxp", threshold=0.5),
+    "entropy": GATE.new("entropy", threshold=2.0),
+    "varH": GATE.new("varH", threshold=4.0),
+    "bandit": GATE.new("bandit", arms=ARMS),
 }
 CONTROLLERS = {
     "fixed": fixed(4),
-    "adaptive": config.Controller(ControllerName.adaptive, 4, low=0, high=8, step=1, window=4, target=0.5),
+    "adaptive": CONTROLLER.new("adaptive", K=4, low=0, high=8, step=1, window=4, target=0.5),
     "cost": COST,
-    "autotune": config.Controller(ControllerName.autotune, 4, exits=[2, 4]),
+    "autotune": CONTROLLER.new("autotune", K=4, exits=[2, 4]),
 }
 
 
@@ -80,7 +80,7 @@ def test_the_acceptance_asked_for(blank: Plan, acceptance: float) -> None:
 
 def test_the_draft_knows_how_sure_to_be(blank: Plan) -> None:
     """Of the tokens that a threshold lets through, so many stand as their mean probability says."""
-    made = replace(blank, controller=fixed(1), gate=config.Gate(GateName.maxp, 0.0))
+    made = replace(blank, controller=fixed(1), gate=GATE.new("maxp", threshold=0.0))
     looked = [c for c in cycles(FakeEngine(made, World(0.5)).generate(stream(40, 100))) if c.k_asked]
     for low, high in ((0.0, 0.3), (0.3, 0.7), (0.7, 1.0)):
         within = [c for c in looked if low <= c.signals[0] < high]
@@ -149,7 +149,7 @@ def test_a_world_may_differ_by_request_layer_and_hour(blank: Plan) -> None:
         def pace(self, now: float) -> float:
             return 2.0 if now > 800 else 1.0  # the first answer takes 772 ms
 
-    made = replace(blank, controller=config.Controller(ControllerName.autotune, 3, exits=[4]))
+    made = replace(blank, controller=CONTROLLER.new("autotune", K=3, exits=[4]))
     engine = FakeEngine(made, Odd(0.0, draft_ms=1.0))
     even, odd = engine.generate(REQUESTS[:2])
     assert {c.accepted for c in even.cycles} == {0} and {c.accepted for c in odd.cycles[:-1]} == {3}

@@ -1,5 +1,6 @@
 """fit: traces, agreement, vocabulary by their definitions, the closed-form solutions against planted maps, and SGD."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from selfspec.config import Draft, HeadForm
+from selfspec.axes import DRAFT, DraftOptions
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation import fit
-from selfspec.speculation.draft import layerskip, lsq
+from selfspec.speculation.draft import layerskip
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.head import FittedExit, RawExit, features, linear
+from selfspec.speculation.head import FittedExit, HeadForm, RawExit, features, linear
 from selfspec.speculation.readout import Readout
 
 pytestmark = pytest.mark.usefixtures("inference")
 
 D, N = 12, 4000
-AFFINE = Draft("lsq", 3, HeadForm.affine, ridge=1e-9)
+AFFINE = DRAFT.new("lsq", exit_layer=3, form=HeadForm.affine, ridge=1e-9)
 LOW_RANK = replace(AFFINE, form=HeadForm.low_rank, rank=4)
 
 
@@ -102,10 +103,10 @@ class TestVocabulary:
     def test_the_most_frequent_tokens_of_the_answers(self, model: Llama) -> None:
         traces = [stub([9, 9, 9, 9, 7, 5, 7, 30], first=3), stub([9, 9, 7, 5, 30, 70])]
         for size, wanted in ((1, [7]), (3, [7, 5, 30]), (6, [7, 5, 30, 70, 0, 1])):
-            ids = fit.vocabulary(model, traces, Draft("lsq", vocab=size))["ids"]
+            ids = fit.vocabulary(model, traces, size)["ids"]
             assert (ids.tolist(), ids.dtype) == (wanted, torch.int64)
-        assert len(fit.vocabulary(model, traces, Draft("lsq", vocab=10**6))["ids"]) == 80, "no more than there are"
-        assert fit.vocabulary(model, traces, Draft("lsq")) == {}
+        assert len(fit.vocabulary(model, traces, 10**6)["ids"]) == 80, "no more than there are"
+        assert fit.vocabulary(model, traces, None) == {}
 
 
 class TestAgreement:
@@ -158,18 +159,22 @@ def with_exit(trace: Trace) -> Trace:
     return replace(trace, exit=trace.final)
 
 
+def ridge(parts: Iterable[tuple[Tensor, Tensor]], draft: DraftOptions) -> dict[str, Tensor]:
+    return fit.ridge(parts, draft.get("ridge"), draft.get("rank"))
+
+
 class TestClosedForm:
     def test_a_planted_map_is_recovered(self) -> None:
         exit, _, final, weight, bias = planted()
-        tensors = fit.ridge([(features(exit), final)], AFFINE)
+        tensors = ridge([(features(exit), final)], AFFINE)
         assert_close(tensors["weight"], weight[:, :D], atol=2e-3, rtol=2e-3)
         assert_close(tensors["bias"], bias, atol=2e-3, rtol=2e-3)
 
     @pytest.mark.parametrize("draft", [AFFINE, LOW_RANK, replace(LOW_RANK, rank=D)], ids=["affine", "4", "full"])
-    def test_a_second_state_is_used(self, draft: Draft) -> None:
+    def test_a_second_state_is_used(self, draft: DraftOptions) -> None:
         exit, before, final, weight, _ = planted(previous=1.0)
         both = features(exit, before)
-        blind, seeing = fit.ridge([(features(exit), final)], draft), fit.ridge([(both, final)], draft)
+        blind, seeing = ridge([(features(exit), final)], draft), ridge([(both, final)], draft)
         assert loss(seeing, both, final) < 0.6 * loss(blind, features(exit), final)
         if draft is AFFINE:
             assert_close(seeing["weight"], weight, atol=2e-3, rtol=2e-3)
@@ -186,31 +191,31 @@ class TestClosedForm:
         root = (strength * x.square().sum() / x.shape[1]).sqrt()
         rows = torch.cat((x, root * torch.eye(x.shape[1])))
         wanted = torch.linalg.lstsq(rows, torch.cat((final.double(), torch.zeros(x.shape[1], D)))).solution
-        got = fit.ridge([(seen, final)], replace(AFFINE, ridge=strength))
+        got = ridge([(seen, final)], replace(AFFINE, ridge=strength))
         assert_close(torch.cat((got["weight"], got["bias"][:, None]), 1), wanted.T.float(), atol=1e-3, rtol=1e-3)
 
     @pytest.mark.parametrize("block", [1, 100, 10**6])
     def test_parts_add_up(self, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
         exit, _, final, *_ = planted(noise=1.0)
-        whole = fit.ridge([(features(exit), final)], AFFINE)
+        whole = ridge([(features(exit), final)], AFFINE)
         monkeypatch.setattr(fit, "_BLOCK", block)
         parts = zip(features(exit).split(37), final.split(37), strict=True)
-        for name, tensor in fit.ridge(parts, AFFINE).items():
+        for name, tensor in ridge(parts, AFFINE).items():
             assert_close(tensor, whole[name], atol=1e-3, rtol=1e-3)
 
     def test_states_in_half_width_are_summed_in_float32(self) -> None:
         exit, _, final, *_ = planted(noise=0.1)
-        half = fit.ridge([(features(exit).bfloat16(), final.bfloat16())], AFFINE)
+        half = ridge([(features(exit).bfloat16(), final.bfloat16())], AFFINE)
         assert loss(half, features(exit), final) < 1.05 * loss(
-            fit.ridge([(features(exit), final)], AFFINE), features(exit), final
+            ridge([(features(exit), final)], AFFINE), features(exit), final
         )
 
     def test_more_may_be_foretold_than_a_state(self) -> None:
         exit, before, final, *_ = planted(noise=1.0)
         x, wide = features(exit), torch.cat((final, before, exit), 1)
-        got = fit.ridge([(x, wide)], AFFINE)
+        got = ridge([(x, wide)], AFFINE)
         assert got["weight"].shape == (3 * D, D)
-        assert_close(linear(got, x)[:, :D], linear(fit.ridge([(x, final)], AFFINE), x), atol=1e-3, rtol=1e-3)
+        assert_close(linear(got, x)[:, :D], linear(ridge([(x, final)], AFFINE), x), atol=1e-3, rtol=1e-3)
 
 
 class TestLowRank:
@@ -220,7 +225,7 @@ class TestLowRank:
         """Beside the fitted scale: reduced-rank regression by its textbook, in float64 and by SVD."""
         exit, before, final, *_ = planted(noise=0.3, previous=1.0)
         seen = features(exit, before if two else None)
-        t = fit.ridge([(seen, final)], replace(LOW_RANK, rank=rank))
+        t = ridge([(seen, final)], replace(LOW_RANK, rank=rank))
         assert t["up"].shape == (D, rank) and t["down"].shape == (rank, 2 * D if two else D)
         x = seen.double()
         y = final.double() - x[:, :D] * t["scale"]
@@ -229,19 +234,19 @@ class TestLowRank:
         leading = torch.linalg.svd(fitted, full_matrices=False).Vh[:rank]
         best = float((y - fitted @ leading.T @ leading).square().sum())
         assert loss(t, seen, final) == pytest.approx(best, rel=1e-5)
-        assert best > loss(fit.ridge([(seen, final)], AFFINE), seen, final) + N / 10, "rank matters here"
+        assert best > loss(ridge([(seen, final)], AFFINE), seen, final) + N / 10, "rank matters here"
 
     @pytest.mark.parametrize("two", [False, True])
     def test_full_rank_is_the_affine_map(self, two: bool) -> None:
         exit, before, final, *_ = planted(noise=1.0, previous=1.0)
         seen = features(exit, before if two else None)
-        affine, full = (fit.ridge([(seen, final)], draft) for draft in (AFFINE, replace(LOW_RANK, rank=D)))
+        affine, full = (ridge([(seen, final)], draft) for draft in (AFFINE, replace(LOW_RANK, rank=D)))
         assert_close(linear(full, seen[:50]), linear(affine, seen[:50]), atol=2e-3, rtol=2e-3)
 
     def test_a_planted_scale_needs_no_rank(self) -> None:
         """Late exits: the final state is nearly a rescaled exit state."""
         x, scale = features(3 * random(N, D)), random(D, seed=1)
-        made = fit.ridge([(x, x * scale)], replace(LOW_RANK, rank=1))
+        made = ridge([(x, x * scale)], replace(LOW_RANK, rank=1))
         assert_close(made["scale"], scale, atol=1e-3, rtol=1e-3)
         assert loss(made, x, x * scale) < 1e-3 * N
 
@@ -256,10 +261,10 @@ def traces(model: Llama) -> list[Trace]:
 class TestLeastSquaresExit:
     @pytest.mark.parametrize("vocab", [None, 20])
     @pytest.mark.parametrize("draft", [AFFINE, LOW_RANK, replace(AFFINE, previous=True)], ids=["affine", "low", "prev"])
-    def test_facts(self, model: Llama, traces: list[Trace], draft: Draft, vocab: int | None) -> None:
+    def test_facts(self, model: Llama, traces: list[Trace], draft: DraftOptions, vocab: int | None) -> None:
         traces = [replace(t, tokens=torch.cat((t.tokens[:1], told(model, t.final[:-1])))) for t in traces]
         train, heldout = fit.split(traces)
-        made = lsq.fit(model, train, heldout, replace(draft, ridge=1e-3, vocab=vocab), seed=0)
+        made = replace(draft, ridge=1e-3, vocab=vocab).fit(model, train, heldout, 0)
         facts, ids = made.facts, made.tensors.get("ids", torch.arange(80))
         assert (facts["previous"], facts["form"]) == (draft.previous, "low_rank" if draft.rank else "affine")
         assert (facts["train_tokens"], facts["heldout_tokens"]) == (48 * 20, 12 * 20)
@@ -280,7 +285,7 @@ class TestLeastSquaresExit:
 
     def test_the_raw_exit_learns_a_vocabulary_only(self, model: Llama, traces: list[Trace]) -> None:
         train, heldout = fit.split(traces)
-        made = layerskip.fit(model, train, heldout, Draft("layerskip", 3, vocab=20), seed=0)
+        made = DRAFT.new("layerskip", exit_layer=3, vocab=20).fit(model, train, heldout, 0)
         assert list(made.tensors) == ["ids"] and made.facts["parameters"] == 0
         readout = Readout(model, made.tensors["ids"])
         assert made.facts["agreement_by_position"] == layerskip.agreement(model, readout, RawExit(model), heldout)
@@ -303,13 +308,15 @@ class TestLeastSquaresExit:
                 Trace(torch.cat((torch.zeros(1, dtype=torch.int64), told(model, own)[:-1])), own, exit[i::5], 1)
             )
         rank = 16 if form is HeadForm.low_rank else None
-        draft = Draft("lsq", 3, form, rank, previous, ridge=1e-3, sgd_epochs=8, vocab=vocab)
-        made = lsq.fit(model, *fit.split(parts), draft, seed=0)
-        closed = lsq.fit(model, *fit.split(parts), replace(draft, sgd_epochs=0), seed=0)
+        draft = DRAFT.new(
+            "lsq", exit_layer=3, form=form, rank=rank, previous=previous, ridge=1e-3, sgd_epochs=8, vocab=vocab
+        )
+        made = draft.fit(model, *fit.split(parts), 0)
+        closed = replace(draft, sgd_epochs=0).fit(model, *fit.split(parts), 0)
         assert made.facts["sgd_gain"] == pytest.approx(made.facts["agreement"] - closed.facts["agreement"])
         assert made.facts["sgd_gain"] > 0.05
         assert {t.requires_grad for t in made.tensors.values()} == {False}
-        again = lsq.fit(model, *fit.split(parts), draft, seed=0)
+        again = draft.fit(model, *fit.split(parts), 0)
         for name, tensor in again.tensors.items():
             assert torch.equal(tensor, made.tensors[name]), "the seed settles it"
         assert made.facts["parameters"] == closed.facts["parameters"]

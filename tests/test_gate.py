@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfspec.config import Gate as GateConfig
-from selfspec.config import GateName
+from selfspec.axes import GATE, GateOptions
 from selfspec.speculation.bandit import Arms
-from selfspec.speculation.gate import Bandit, Gate, Threshold, entropy, make, max_prob, var_entropy
+from selfspec.speculation.gate.bandit import Bandit
+from selfspec.speculation.gate.base import Gate, Threshold
+from selfspec.speculation.gate.entropy import entropy
+from selfspec.speculation.gate.maxp import max_prob
+from selfspec.speculation.gate.varH import var_entropy
 from selfspec.types import Cycle
 
 Signal = Callable[[Tensor], Tensor]
@@ -68,33 +71,33 @@ def test_a_uniform_distribution(vocab: int) -> None:
 @pytest.mark.parametrize(
     ("name", "stops"),
     [
-        (GateName.maxp, (True, False, False)),
-        (GateName.entropy, (False, False, True)),
-        (GateName.varH, (False, False, True)),
+        ("maxp", (True, False, False)),
+        ("entropy", (False, False, True)),
+        ("varH", (False, False, True)),
     ],
 )
-def test_thresholds(name: GateName, stops: tuple[bool, ...]) -> None:
+def test_thresholds(name: str, stops: tuple[bool, ...]) -> None:
     """Below, at and above: what is as sure as the threshold asks is proposed."""
-    gate = make(GateConfig(name, 0.4))
+    gate = GATE.new(name, threshold=0.4).make()
     assert tuple(gate.stops(value) for value in (0.39, 0.4, 0.41)) == stops
 
 
 @pytest.mark.parametrize(
     ("gate", "signal"),
     [
-        (GateConfig(GateName.maxp, 0.4), max_prob),
-        (GateConfig(GateName.entropy, 0.4), entropy),
-        (GateConfig(GateName.varH, 0.4), var_entropy),
-        (GateConfig(GateName.bandit, arms=[0.4]), max_prob),
+        (GATE.new("maxp", threshold=0.4), max_prob),
+        (GATE.new("entropy", threshold=0.4), entropy),
+        (GATE.new("varH", threshold=0.4), var_entropy),
+        (GATE.new("bandit", arms=[0.4]), max_prob),
     ],
 )
-def test_a_gate_reads_its_own_signal(gate: GateConfig, signal: Signal) -> None:
-    made, rows = make(gate), torch.stack([random(50, 3, seed) for seed in range(4)])
+def test_a_gate_reads_its_own_signal(gate: GateOptions, signal: Signal) -> None:
+    made, rows = gate.make(), torch.stack([random(50, 3, seed) for seed in range(4)])
     assert made.reads and made.signals(rows) == signal(rows).tolist()
 
 
 def test_none_never_stops() -> None:
-    gate = make(GateConfig())
+    gate = GATE.new("none").make()
     assert type(gate) is Gate and not gate.reads and gate.signals(torch.zeros(2, 5)) == []
     assert not any(gate.stops(value) for value in (-math.inf, 0.0, math.inf, math.nan))
 
@@ -104,7 +107,7 @@ def cycle(new_tokens: int, ms: float, signals: tuple[float, ...] = (0.5,)) -> Cy
 
 
 def bandit(seed: int = 0) -> Bandit:
-    made = make(GateConfig(GateName.bandit, arms=[0.2, 0.5, 0.8]), seed)
+    made = GATE.new("bandit", arms=[0.2, 0.5, 0.8]).make(seed)
     assert isinstance(made, Bandit)
     return made
 

@@ -10,22 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import Layers
+from selfspec.axes import DRAFT
 from selfspec.engine.torch.session import Scheduler
 from selfspec.errors import AssetError, ConfigError
 from selfspec.model import hf
-from selfspec.model.base import Model
+from selfspec.model.base import Layers, Model
 from selfspec.model.cache import KVCache
 from selfspec.model.hf import HFModel
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.speculation.controller import Fixed
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft import layerskip
 from selfspec.speculation.draft.base import Draft, Proposal
-from selfspec.speculation.gate import Gate
-from selfspec.speculation.policy import LongestPrefix
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Request
 
@@ -114,7 +112,7 @@ def decode(model: Model, draft: Draft, rows: int, k: int, new: int = NEW) -> lis
     target = Target(model, model.shape.layers, model.norm)
     cache = model.new_cache(max(map(len, PROMPTS)) + new + draft.nodes(k), rows=rows)
     requests = [Request(prompt, new, ignore_eos=True) for prompt in PROMPTS]
-    return Scheduler(Speculation(target, draft, Gate(), Fixed(k), LongestPrefix()), cache).run(requests)
+    return Scheduler(Speculation(target, draft, Gate(), Controller(k), LongestPrefix()), cache).run(requests)
 
 
 def tokens(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
@@ -123,7 +121,7 @@ def tokens(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
 
 def check_drafts(model: Model, wanted: list[tuple[int, ...]]) -> None:
     """Plain, early exit and trees, alone and three at once, all give the wanted tokens."""
-    early = layerskip.make(DraftConfig("layerskip", EXIT), model, None)
+    early = DRAFT.new("layerskip", exit_layer=EXIT).make(model, None)
     oracle = Oracle(model, [prompt + answer for prompt, answer in zip(PROMPTS, wanted, strict=True)])
     for draft, k in ((Draft(model), 0), (early, 3), (oracle, 4)):
         for rows in (1, 3):

@@ -11,13 +11,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import config as schema
 from selfspec import plan
-from selfspec.config import Draft, EngineName, Layers
+from selfspec.axes import CONTROLLER, DRAFT, ENGINE, GATE, POLICY, DraftOptions
 from selfspec.engine import factory
-from selfspec.engine.hf import HFEngine
+from selfspec.engine.hf.engine import HFEngine
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import ConfigError
+from selfspec.model.base import Layers
 from selfspec.model.hf import HFModel
 from selfspec.run import CONF
 from selfspec.types import Request, Sampling
@@ -49,21 +49,21 @@ def prompts(*lengths: int) -> list[tuple[int, ...]]:
 
 REQUESTS = [Request(prompt, NEW, ignore_eos=True) for prompt in prompts(3, 12, 20)]
 DRAFTS = {
-    "none": Draft("none"),
-    "ngram": Draft("ngram", max_match=3, min_match=1),
-    "layerskip": Draft("layerskip", exit_layer=3),
-    "draft_model": Draft("draft_model"),
+    "none": DRAFT.new("none"),
+    "ngram": DRAFT.new("ngram", max_match=3, min_match=1),
+    "layerskip": DRAFT.new("layerskip", exit_layer=3),
+    "draft_model": DRAFT.new("draft_model"),
 }
 
 
-def draft(name: str, folder: Path) -> Draft:
-    return replace(DRAFTS[name], source=f"file:{folder}" if name == "draft_model" else None)
+def draft(name: str, folder: Path) -> DraftOptions:
+    return replace(DRAFTS[name], source=f"file:{folder}") if name == "draft_model" else DRAFTS[name]
 
 
 @pytest.mark.parametrize("name", DRAFTS)
 def test_tokens_and_cycles(plain: plan.Plan, tiny_folder: Path, name: str) -> None:
     """Ours are theirs; and what they say of their cycles adds up."""
-    ours = TorchEngine(replace(plain, engine=schema.Engine(EngineName.torch))).generate(REQUESTS)
+    ours = TorchEngine(replace(plain, engine=ENGINE.new("torch"))).generate(REQUESTS)
     theirs = HFEngine(replace(plain, draft=draft(name, tiny_folder)))
     lm, passes = theirs._lm, list[int]()
     lm.register_forward_hook(lambda *_: passes.append(lm.config.num_hidden_layers))
@@ -134,11 +134,11 @@ def test_tokens_are_drawn_by_the_requests_own_seed(plain: plan.Plan) -> None:
 def test_references_share_weights_and_nothing_else(plain: plan.Plan, tiny_folder: Path) -> None:
     configured = replace(
         plain,
-        engine=schema.Engine(EngineName.torch, layers=Layers.hf),
+        engine=ENGINE.new("torch", layers=Layers.hf),
         draft=draft("layerskip", tiny_folder),
-        gate=schema.Gate(schema.GateName.maxp, threshold=0.5),
-        controller=schema.Controller(schema.ControllerName.cost, K=K, window=4),
-        policy=schema.Policy(schema.PolicyName.topk_agree, k=2),
+        gate=GATE.new("maxp", threshold=0.5),
+        controller=CONTROLLER.new("cost", K=K, window=4),
+        policy=POLICY.new("topk_agree", k=2),
     )
     assisted = replace(configured, draft=draft("draft_model", tiny_folder))
     references = {
@@ -169,24 +169,30 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"draft": Draft("lsq", exit_layer=3)}, r"^draft=lsq: engine=hf cannot run it; it runs none, ngram, "),
-            ({"draft": Draft("layerskip", exit_layer=3, vocab=40)}, "^draft.vocab=40: means nothing to engine=hf$"),
-            ({"draft": Draft("ngram", max_match=3, min_match=2)}, "^draft.min_match=2: .* must be 1$"),
-            ({"policy": schema.Policy(schema.PolicyName.topk_agree, k=2)}, "^policy=topk_agree: engine=hf decodes ex"),
-            ({"policy": schema.Policy(verify=False)}, "^policy=longest_prefix: engine=hf decodes exactly, and verif"),
-            ({"gate": schema.Gate(schema.GateName.maxp, 0.5)}, "^gate=maxp: engine=hf asks no gate"),
-            ({"engine": schema.Engine(EngineName.hf, max_batch=8)}, "^engine.max_batch=8: .* one request at a time$"),
+            ({"draft": DRAFT.new("lsq", exit_layer=3)}, r"^draft=lsq: engine=hf cannot run it; it runs draft_model, l"),
+            ({"draft": DRAFT.new("layerskip", exit_layer=3, vocab=40)}, "^draft.vocab=40: means nothing to engine=hf$"),
+            ({"draft": DRAFT.new("ngram", max_match=3, min_match=2)}, "^draft.min_match=2: .* must be 1$"),
+            ({"policy": POLICY.new("topk_agree", k=2)}, "^policy=topk_agree: engine=hf decodes ex"),
+            (
+                {"policy": POLICY.new("longest_prefix", verify=False)},
+                "^policy=longest_prefix: engine=hf decodes exactly, and verif",
+            ),
+            (
+                {"draft": DRAFT.new("ngram", max_match=3, min_match=1), "gate": GATE.new("maxp", threshold=0.5)},
+                "^gate=maxp: engine=hf asks no gate",
+            ),
+            ({"engine": ENGINE.new("hf", max_batch=8)}, "^engine.max_batch=8: .* one request at a time$"),
             (
                 {
-                    "draft": Draft("ngram", max_match=3, min_match=1),
-                    "controller": schema.Controller(schema.ControllerName.cost, K=4),
+                    "draft": DRAFT.new("ngram", max_match=3, min_match=1),
+                    "controller": CONTROLLER.new("cost", K=4),
                 },
                 "^controller=cost: engine=hf drafts K tokens always",
             ),
             (
                 {
-                    "draft": Draft("layerskip", exit_layer=3),
-                    "policy": schema.Policy(schema.PolicyName.rejection, temperature=0.7),
+                    "draft": DRAFT.new("layerskip", exit_layer=3),
+                    "policy": POLICY.new("rejection", temperature=0.7),
                 },
                 r"^policy\.temperature=0\.7: engine=hf drafts greedily",
             ),
@@ -202,4 +208,4 @@ class TestRefusals:
 
     def test_too_late_an_exit(self, plain: plan.Plan) -> None:
         with pytest.raises(ConfigError, match="must be from 1 to 5"):
-            HFEngine(replace(plain, draft=Draft("layerskip", exit_layer=6))).generate(REQUESTS)
+            HFEngine(replace(plain, draft=DRAFT.new("layerskip", exit_layer=6))).generate(REQUESTS)

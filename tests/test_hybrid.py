@@ -10,28 +10,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import Gate as GateConfig
-from selfspec.config import GateName
+from selfspec.axes import DRAFT, GATE
 from selfspec.engine.torch.session import Scheduler
 from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.speculation import controller, gate, policy
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft import hybrid
 from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.draft.hybrid import Hybrid, merged
 from selfspec.speculation.fit import split, trace
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
 
 EXIT = 3
-NGRAM = DraftConfig("hybrid", EXIT, lookup="ngram", learned="layerskip", max_match=4, min_match=2)
-SUFFIX = DraftConfig("hybrid", EXIT, lookup="suffix", learned="layerskip", max_match=4, min_match=1, width=3)
+NGRAM = DRAFT.new("hybrid", exit_layer=EXIT, lookup="ngram", learned="layerskip", max_match=4, min_match=2)
+SUFFIX = DRAFT.new("hybrid", exit_layer=EXIT, lookup="suffix", learned="layerskip", max_match=4, min_match=1, width=3)
 HYBRIDS = {
     "ngram or layerskip": NGRAM,
     "ngram and layerskip": replace(NGRAM, budget=9),
@@ -69,7 +68,7 @@ def decoded(
         evict(row)
 
     cache.evict = checked  # type: ignore[method-assign]
-    speculation = Speculation(target, draft, doubts or Gate(), controller.Fixed(k), policy.LongestPrefix())
+    speculation = Speculation(target, draft, doubts or Gate(), Controller(k), LongestPrefix())
     return Scheduler(speculation, cache).run(requests)
 
 
@@ -78,20 +77,22 @@ def plain(model: Llama, requests: list[Request]) -> list[Completion]:
     return decoded(Draft(model), requests, 0, 1)
 
 
-@pytest.mark.parametrize("gate_name", [GateName.none, GateName.maxp])
+@pytest.mark.parametrize("gate_name", ["none", "maxp"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("k", [1, 6])
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_tokens_are_those_of_plain_decoding(
-    model: Llama, requests: list[Request], plain: list[Completion], name: str, k: int, rows: int, gate_name: GateName
+    model: Llama, requests: list[Request], plain: list[Completion], name: str, k: int, rows: int, gate_name: str
 ) -> None:
-    draft = hybrid.make(HYBRIDS[name], model, None)
-    got = decoded(draft, requests, k, rows, gate.make(GateConfig(gate_name, 0.5)))
+    draft = HYBRIDS[name].make(model, None)
+    got = decoded(
+        draft, requests, k, rows, GATE.new(gate_name, **({"threshold": 0.5} if gate_name != "none" else {})).make()
+    )
     assert [c.tokens for c in got] == [c.tokens for c in plain]
     cycles: list[Cycle] = [cycle for completion in got for cycle in completion.cycles]
     assert 0 < sum(c.accepted for c in cycles) < sum(c.proposed for c in cycles), "else nothing is proven"
     assert all(c.depth <= c.k_asked and c.proposed < draft.nodes(k) for c in cycles)
-    if gate_name is GateName.maxp:
+    if gate_name == "maxp":
         asked = [c for c in cycles if c.signals]
         assert asked and (len(asked) < len([c for c in cycles if c.k_asked])) == (draft.budget is None)
 
@@ -187,7 +188,7 @@ def test_layers_run_once_where_all_rows_are_served_alike(
         return real(self, hidden, cache, at, first, last)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Llama, "run", counting)
-    (got,) = decoded(hybrid.make(NGRAM, model, None), requests[2:3], 4, 1)
+    (got,) = decoded(NGRAM.make(model, None), requests[2:3], 4, 1)
     passes.pop(0)
     kinds = set()
     for cycle in got.cycles:
@@ -206,8 +207,8 @@ def test_both_find_what_the_fit_stage_made_for_them(
     traces = [
         trace(model, request.tokens, answer.tokens, EXIT) for request, answer in zip(requests, plain, strict=True)
     ]
-    head = hybrid.fit(model, *split(traces * 5), config, 0)
+    head = config.fit(model, *split(traces * 5), 0)
     assert len(head.tensors["ids"]) == 40 and "corpus" in head.tensors and "agreement" in head.facts
-    got = decoded(hybrid.make(config, model, head), requests, 6, 3)
+    got = decoded(config.make(model, head), requests, 6, 3)
     assert [c.tokens for c in got] == [c.tokens for c in plain]
-    assert len(hybrid.fit(model, *split(traces * 5), replace(config, corpus=False), 0).tensors) == 1
+    assert len(replace(config, corpus=False).fit(model, *split(traces * 5), 0).tensors) == 1

@@ -13,9 +13,11 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 TIERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "types"),
-    ("config", "heads", "interrupt", "metrics", "progress"),
-    ("files", "provenance", "refusal", "sweep.compose", "vllm_rules"),
+    ("errors", "lazy", "types"),
+    ("options",),
+    ("axes", "heads", "interrupt", "metrics", "progress", "quality.config"),
+    ("config",),
+    ("files", "provenance", "refusal", "sweep.compose"),
     ("data",),
     ("checkpoint", "rules", "sweep_context", "tracking"),
     ("plan",),
@@ -35,14 +37,11 @@ TIERS: tuple[tuple[str, ...], ...] = (
 TORCH_MAY = tuple(
     f"selfspec.{name}"
     for name in (
-        *("model.", "speculation.", "vllm_plugin."),
-        *("engine.torch.", "engine.hf", "engine.vllm.", "engine.openai."),
+        *("lazy", "model.", "speculation.", "vllm_plugin."),
+        *("engine.torch.", "engine.hf.", "engine.vllm.", "engine.openai."),
     )
 )
-TORCHLESS = (
-    *("bandit", "controller", "controller.base", "controller.adaptive", "controller.autotune", "controller.cost"),
-    "sequence",
-)
+TORCHLESS = ("bandit", "controller", "sequence")
 """Of ``speculation``: what the fake engine runs, too."""
 STAGES_MAY = ("selfspec.engine.base", "selfspec.engine.factory")
 """Of the engine: a stage knows its protocol, and who makes one."""
@@ -98,7 +97,9 @@ def place(module: str) -> tuple[int, str] | None:
 
 def broken(module: str, source: str, known: Mapping[str, str]) -> Iterator[str]:
     """What one module's imports break, in words."""
-    torchless = not module.startswith(TORCH_MAY) or module.removeprefix("selfspec.speculation.") in TORCHLESS
+    torchless = (
+        not module.startswith(TORCH_MAY) or module.removeprefix("selfspec.speculation.").split(".")[0] in TORCHLESS
+    )
     for target in imports(module, source):
         top = target.split(".")[0]
         if target == "hydra.main" and module not in FRONT_DOORS:

@@ -1,24 +1,25 @@
 """Learned drafts through the real loop: whatever was fitted, tokens are plain decoding's, one by one or in a batch."""
 
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from selfspec import config
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import GateName, HeadForm, HeadInit, PolicyName
+from selfspec.axes import DRAFT, GATE, POLICY, DraftOptions
 from selfspec.engine.torch.session import Scheduler
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.speculation import controller, fit, gate, policy
+from selfspec.speculation import fit
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft
+from selfspec.speculation.draft.medusa import HeadInit
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.head import Head
-from selfspec.speculation.policy import Policy
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.head import Head, HeadForm
+from selfspec.speculation.policy.base import Policy
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.sampling import Purpose, draw, uniform
 from selfspec.types import Completion, Request, Sampling
 
@@ -26,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("inference")
 
 K, EXIT, NEW = 4, 3, 16
 DRAFTS = {
-    "raw": DraftConfig("layerskip", EXIT),
-    "lsq": DraftConfig("lsq", EXIT, HeadForm.affine, ridge=1e-3, previous=True),
-    "low rank": DraftConfig("lsq", EXIT, HeadForm.low_rank, rank=8, ridge=1e-3, sgd_epochs=1),
-    "medusa": DraftConfig("medusa", heads=3, init=HeadInit.lsq, ridge=1e-3),
-    "medusa block": DraftConfig("medusa", heads=5, init=HeadInit.copy, sgd_epochs=2),
-    "extrapolated": DraftConfig("eagle", alpha=0.2),
-    "eagle": DraftConfig("eagle", form=HeadForm.affine, ridge=1e-3),
+    "raw": DRAFT.new("layerskip", exit_layer=EXIT),
+    "lsq": DRAFT.new("lsq", exit_layer=EXIT, form=HeadForm.affine, ridge=1e-3, previous=True),
+    "low rank": DRAFT.new("lsq", exit_layer=EXIT, form=HeadForm.low_rank, rank=8, ridge=1e-3, sgd_epochs=1),
+    "medusa": DRAFT.new("medusa", heads=3, init=HeadInit.lsq, ridge=1e-3),
+    "medusa block": DRAFT.new("medusa", heads=5, init=HeadInit.copy, sgd_epochs=2),
+    "extrapolated": DRAFT.new("eagle", alpha=0.2),
+    "eagle": DRAFT.new("eagle", form=HeadForm.affine, ridge=1e-3),
 }
 
 
@@ -59,25 +60,23 @@ class Bench:
         requests: list[Request],
         rows: int,
         k: int = K,
-        doubt: gate.Gate | None = None,
+        doubt: Gate | None = None,
         judge: Policy | None = None,
     ) -> list[Completion]:
         target = Target(self.model, 6, self.model.norm)
-        speculation = Speculation(
-            target, draft, doubt or gate.Gate(), controller.Fixed(k), judge or policy.LongestPrefix()
-        )
+        speculation = Speculation(target, draft, doubt or Gate(), Controller(k), judge or LongestPrefix())
         capacity = max(len(r.tokens) + r.max_new_tokens for r in requests) + draft.nodes(k)
         return Scheduler(speculation, self.model.new_cache(capacity, rows, draft.layers)).run(requests)
 
-    def make(self, draft: DraftConfig) -> Draft:
+    def make(self, draft: DraftOptions) -> Draft:
         """Fitted where it is to be, saved and loaded."""
-        module, head = import_module(f"selfspec.speculation.draft.{draft.name}"), None
+        head = None
         if draft.fitted:
             shaped = replace(draft, width=1, budget=None, sample=False)
             if str(shaped) not in self.fitted:
-                self.fitted[str(shaped)] = module.fit(self.model, *fit.split(self.traces), shaped, 0)
+                self.fitted[str(shaped)] = shaped.fit(self.model, *fit.split(self.traces), 0)
             head = self.fitted[str(shaped)]
-        made: Draft = module.make(draft, self.model, head)
+        made: Draft = draft.make(self.model, head)
         return made
 
 
@@ -95,11 +94,11 @@ def test_tokens_are_plain_decodings(
     bench: Bench, name: str, width: int, budget: int | None, vocab: int | None, rows: int
 ) -> None:
     draft = bench.make(replace(DRAFTS[name], vocab=vocab, width=width, budget=budget))
-    for doubt in (gate.Gate(), gate.make(config.Gate(GateName.maxp, 0.4))):
+    for doubt in (Gate(), GATE.new("maxp", threshold=0.4).make()):
         got = bench.run(draft, bench.requests[:4], rows, doubt=doubt)
         assert [a.tokens for a in got] == [a.tokens for a in bench.plain[:4]]
         cycles = [cycle for answer in got for cycle in answer.cycles]
-        heads = DRAFTS[name].heads or K
+        heads = DRAFTS[name].get("heads", K)
         for cycle in cycles:
             depth = min(cycle.k_asked, heads)
             assert cycle.accepted <= cycle.depth <= depth and cycle.depth <= cycle.proposed
@@ -123,15 +122,13 @@ def test_a_comb_by_its_definition(bench: Bench, width: int, budget: int | None) 
     """The exit's likeliest tokens as a chain, the next likeliest as leaves beside each, the first positions first."""
     model, ks = bench.model, [4, 2, 0]
     draft = bench.make(replace(DRAFTS["raw"], width=width, budget=budget))
-    speculation = Speculation(
-        Target(model, 6, model.norm), draft, gate.Gate(), controller.Fixed(K), policy.LongestPrefix()
-    )
+    speculation = Speculation(Target(model, 6, model.norm), draft, Gate(), Controller(K), LongestPrefix())
     session = Scheduler(speculation, model.new_cache(60, 3))
     for request in bench.requests[:3]:
         session.submit(request)
     session.step()
     rows = session.running
-    for row, k, tree in zip(rows, ks, draft.propose(rows, ks, gate.Gate(), session.cache).trees, strict=True):
+    for row, k, tree in zip(rows, ks, draft.propose(rows, ks, Gate(), session.cache).trees, strict=True):
         said, chain, leaves = list(row.tokens), [], []
         for step in range(min(k, budget or k)):
             alone = model.new_cache(len(said))
@@ -162,7 +159,7 @@ def test_a_tree_accepts_more_than_its_chain(bench: Bench, name: str) -> None:
 def test_sampled_chains(bench: Bench, name: str, vocab: int | None) -> None:
     """Each token is drawn from what its tree says; and what a row says does not depend on its neighbours."""
     draft = bench.make(replace(DRAFTS[name], vocab=vocab, sample=True))
-    judge = policy.make(config.Policy(PolicyName.rejection, temperature=1.5))
+    judge = POLICY.new("rejection", temperature=1.5).make()
     trees = []
     propose = draft.propose
 

@@ -10,27 +10,28 @@ import caches
 import pytest
 import torch
 
-from selfspec.config import Draft as DraftConfig
+from selfspec.axes import DRAFT
 from selfspec.engine.torch.session import Scheduler
 from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.speculation import controller, policy
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft import ngram, suffix
+from selfspec.speculation.draft import suffix
 from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.draft.ngram import Latest, copied
 from selfspec.speculation.draft.suffix import Counts, Suffix
 from selfspec.speculation.fit import split, trace
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
 
-NGRAM = DraftConfig("ngram", max_match=4, min_match=1)
-SUFFIX = DraftConfig("suffix", max_match=5, min_match=1, width=3, budget=9)
+NGRAM = DRAFT.new("ngram", max_match=4, min_match=1)
+SUFFIX = DRAFT.new("suffix", max_match=5, min_match=1, width=3, budget=9)
 UNUSED: Any = None
 """Lookups look at neither model, gate, states nor cache."""
 
@@ -97,14 +98,14 @@ class TestPromptLookup:
 
     @pytest.mark.parametrize("k", [0, 1, 3, 8])
     def test_it_proposes_a_chain_of_k_or_nothing(self, k: int) -> None:
-        draft = ngram.make(NGRAM, UNUSED, None)
+        draft = NGRAM.make(UNUSED, None)
         for text in texts(50, alphabet=8):
             tree = tree_of(draft, row_of(draft, *in_steps(text)), k)
             start = self.searched(text, 4, 1)
             assert tree.is_chain and tree.tokens == [text[-1], *([] if start is None else copied(text, start, k))]
 
     def test_each_row_looks_into_its_own_text(self) -> None:
-        draft = ngram.make(NGRAM, UNUSED, None)
+        draft = NGRAM.make(UNUSED, None)
         rows = [row_of(draft, [1, 2, 3, 1]), row_of(draft, [1, 5, 1]), row_of(draft, [9, 8])]
         trees, _, _ = draft.propose(rows, [2, 1, 4], UNUSED, UNUSED)
         assert [tree.tokens for tree in trees] == [[1, 2, 3], [1, 5], [8]]
@@ -186,7 +187,7 @@ class TestSuffix:
     ) -> None:
         monkeypatch.setattr(suffix, "WORTH", 0.04)  # so that the limits are reached
         limited = Suffix(
-            UNUSED, DraftConfig("suffix", max_match=5, min_match=1, width=width, budget=budget), draft.others[0]
+            UNUSED, DRAFT.new("suffix", max_match=5, min_match=1, width=width, budget=budget), draft.others[0]
         )
         sizes, widths = set(), set()
         for text in texts(30, alphabet=6):
@@ -227,7 +228,7 @@ class TestSuffix:
             assert len(tree) == draft.nodes(30) or not left_out
 
     def test_a_match_that_is_too_short_is_not_believed(self) -> None:
-        believing, doubting = (Suffix(UNUSED, DraftConfig("suffix", max_match=4, min_match=n)) for n in (1, 2))
+        believing, doubting = (Suffix(UNUSED, DRAFT.new("suffix", max_match=4, min_match=n)) for n in (1, 2))
         text = [1, 2, 3, 1]
         assert tree_of(believing, row_of(believing, text), 2).tokens[:2] == [1, 2]
         assert tree_of(doubting, row_of(doubting, text), 2).tokens == [1]
@@ -236,7 +237,7 @@ class TestSuffix:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(suffix, "SHARED_TOKENS", 50)
-        config = DraftConfig("suffix", max_match=4, min_match=1, cross_request=True)
+        config = DRAFT.new("suffix", max_match=4, min_match=1, cross_request=True)
         first, second = Suffix(UNUSED, config), Suffix(UNUSED, config)
         row_of(first, [40, 41, 50], [51, 52])
         assert tree_of(first, row_of(first, [9, 50]), 2).tokens == [50, 51]  # a third is too unlikely: 1/9 of 1/9
@@ -269,7 +270,7 @@ def decoded(draft: Draft, requests: Sequence[Request], k: int, rows: int) -> lis
     model = draft.model
     target = Target(model, model.shape.layers, model.norm)
     cache = Checked(model.new_cache(42 + 30 + draft.nodes(k), rows, draft.layers), model.shape.layers)
-    speculation = Speculation(target, draft, Gate(), controller.Fixed(k), policy.LongestPrefix())
+    speculation = Speculation(target, draft, Gate(), Controller(k), LongestPrefix())
     return Scheduler(speculation, cache.cache).run(requests)
 
 
@@ -296,7 +297,7 @@ def corpus(model: Llama, requests: Sequence[Request], plain: Sequence[Completion
     traces = [
         trace(model, request.tokens, answer.tokens, None) for request, answer in zip(requests, plain, strict=True)
     ]
-    return suffix.fit(model, *split(traces * 5), DraftConfig("suffix", max_match=5, min_match=1, corpus=True), 0)
+    return DRAFT.new("suffix", max_match=5, min_match=1, corpus=True).fit(model, *split(traces * 5), 0)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -308,12 +309,12 @@ def test_tokens_are_those_of_plain_decoding(
     draft: Draft
     match name:
         case "suffix":
-            draft = suffix.make(SUFFIX, model, None)
+            draft = SUFFIX.make(model, None)
         case "suffix corpus":
-            config = DraftConfig("suffix", max_match=5, min_match=1, width=3, budget=9, corpus=True)
-            draft = suffix.make(config, model, corpus(model, requests[:2], plain[:2]))
+            config = DRAFT.new("suffix", max_match=5, min_match=1, width=3, budget=9, corpus=True)
+            draft = config.make(model, corpus(model, requests[:2], plain[:2]))
         case _:
-            draft = suffix.make(DraftConfig("suffix", max_match=5, min_match=1), model, None)
+            draft = DRAFT.new("suffix", max_match=5, min_match=1).make(model, None)
     got = decoded(draft, requests, k, rows)
     assert [c.tokens for c in got] == [c.tokens for c in plain]
     cycles: list[Cycle] = [cycle for completion in got for cycle in completion.cycles]
@@ -329,7 +330,7 @@ def test_a_corpus_foretells_its_own_answers(model: Llama, requests: list[Request
     lengths = head.tensors["corpus_lengths"].tolist()
     assert lengths == [1 + len(answer.tokens) for answer in plain] * 5 and len(head.tensors["corpus"]) == sum(lengths)
     assert set(head.tensors["corpus"].tolist()) >= set(tokens)
-    draft = suffix.make(DraftConfig("suffix", max_match=5, min_match=1, width=2, budget=9, corpus=True), model, head)
+    draft = DRAFT.new("suffix", max_match=5, min_match=1, width=2, budget=9, corpus=True).make(model, head)
     knowing = sum(len(c.cycles) for c in decoded(draft, requests, 9, 1))
-    blank = suffix.make(DraftConfig("suffix", max_match=5, min_match=1, width=2, budget=9), model, None)
+    blank = DRAFT.new("suffix", max_match=5, min_match=1, width=2, budget=9).make(model, None)
     assert knowing < 0.7 * sum(len(c.cycles) for c in decoded(blank, requests, 9, 1))

@@ -6,9 +6,9 @@ every draft x K without a gate too. Nightly: what is left of the products.
 A new draft is one line in ``DRAFTS``.
 """
 
-import importlib
 import itertools
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,23 +24,24 @@ from devices import CAPTURES, DEVICE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import Gate as GateConfig
-from selfspec.config import GateName, HeadForm, HeadInit, Order
+from selfspec.axes import DRAFT, GATE
+from selfspec.config import Order
 from selfspec.engine.torch.session import Scheduler
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.cache import KVCache
 from selfspec.model.graphs import Graphs
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.speculation import fit, gate
-from selfspec.speculation.controller import Fixed
+from selfspec.speculation import fit
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.draft.layerskip import EarlyExit
-from selfspec.speculation.gate import Gate
-from selfspec.speculation.head import Head, RawExit
-from selfspec.speculation.policy import Choice, LongestPrefix, Policy, Verdict
+from selfspec.speculation.draft.medusa import HeadInit
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.head import Head, HeadForm, RawExit
+from selfspec.speculation.policy.base import Choice, Policy, Verdict
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
@@ -50,27 +51,27 @@ EXIT, NEW, POSITIONS, ROOMY = 3, 19, 64, 512
 CHUNK = 3
 """Under ``chunked_prefill``: prompts of 3, 12, 1 and 45 tokens are read whole, in even pieces, and in uneven ones."""
 OPEN = Gate()
-_LSQ = DraftConfig("lsq", EXIT, HeadForm.affine, ridge=1e-3)
-_BLOCK = DraftConfig(form=HeadForm.block, ridge=1e-3, sgd_epochs=1)
+_LSQ = DRAFT.new("lsq", exit_layer=EXIT, form=HeadForm.affine, ridge=1e-3)
+_BLOCK = DRAFT.new("eagle", form=HeadForm.block, ridge=1e-3, sgd_epochs=1)
 DRAFTS = {
-    "none": DraftConfig("none"),
-    "layerskip": DraftConfig("layerskip", EXIT),
+    "none": DRAFT.new("none"),
+    "layerskip": DRAFT.new("layerskip", exit_layer=EXIT),
     "lsq": _LSQ,
     "lsq low rank": replace(_LSQ, form=HeadForm.low_rank, rank=8),
     "lsq previous": replace(_LSQ, previous=True),
     "lsq tree": replace(_LSQ, width=3, budget=9),
     "lsq vocab": replace(_LSQ, vocab=60),
-    "adapter": replace(_BLOCK, name="adapter", exit_layer=EXIT),
-    "medusa": DraftConfig("medusa", heads=4, init=HeadInit.lsq, ridge=1e-3),
-    "medusa tree": DraftConfig("medusa", heads=4, init=HeadInit.copy, ridge=1e-3, sgd_epochs=1, width=3, budget=9),
-    "eagle alpha": DraftConfig("eagle", alpha=0.3),
-    "eagle": replace(_LSQ, name="eagle", exit_layer=None),
-    "eagle block": replace(_BLOCK, name="eagle"),
-    "eagle tree": replace(_BLOCK, name="eagle", width=2, budget=9),
-    "draft_model": DraftConfig("draft_model", source="file:{folder}/small"),
-    "ngram": DraftConfig("ngram", max_match=4, min_match=1),
-    "suffix": DraftConfig("suffix", max_match=4, min_match=1, cross_request=True, width=2, budget=9),
-    "hybrid": DraftConfig("hybrid", EXIT, lookup="ngram", learned="layerskip", max_match=4, min_match=2),
+    "adapter": DRAFT.new("adapter", exit_layer=EXIT, ridge=1e-3, sgd_epochs=1),
+    "medusa": DRAFT.new("medusa", heads=4, init=HeadInit.lsq, ridge=1e-3),
+    "medusa tree": DRAFT.new("medusa", heads=4, init=HeadInit.copy, ridge=1e-3, sgd_epochs=1, width=3, budget=9),
+    "eagle alpha": DRAFT.new("eagle", alpha=0.3),
+    "eagle": DRAFT.new("eagle", form=HeadForm.affine, ridge=1e-3),
+    "eagle block": _BLOCK,
+    "eagle tree": replace(_BLOCK, width=2, budget=9),
+    "draft_model": DRAFT.new("draft_model", source="file:{folder}/small"),
+    "ngram": DRAFT.new("ngram", max_match=4, min_match=1),
+    "suffix": DRAFT.new("suffix", max_match=4, min_match=1, cross_request=True, width=2, budget=9),
+    "hybrid": DRAFT.new("hybrid", exit_layer=EXIT, lookup="ngram", learned="layerskip", max_match=4, min_match=2),
 }
 LOOKUPS = {"ngram", "suffix"}
 """Drafts without a distribution: no gate has anything to say to them."""
@@ -78,11 +79,11 @@ KS = (1, 3, 8)
 BATCHES = (1, 3)
 
 
-def tier(gate_name: GateName, k: int) -> list[pytest.MarkDecorator]:
+def tier(gate_name: str, k: int) -> list[pytest.MarkDecorator]:
     """When a case is run, with every draft and batch size: at every save, daily or nightly."""
     if k == 3:
         return []
-    return [pytest.mark.slow] if gate_name is GateName.none else [pytest.mark.nightly]
+    return [pytest.mark.slow] if gate_name == "none" else [pytest.mark.nightly]
 
 
 def unruly(tiny_folder: Path, folder: Path, positions: int) -> Path:
@@ -142,7 +143,7 @@ class Bench:
             self.model._graphs[cache] = Graphs(self.model._static_run(), s.hidden, torch.float32, CAPTURES)
         target = Target(self.model, s.layers, self.model.norm)
         scheduler = Scheduler(
-            Speculation(target, draft, gate, Fixed(k), policy or LongestPrefix()), cache, order, CHUNK
+            Speculation(target, draft, gate, Controller(k), policy or LongestPrefix()), cache, order, CHUNK
         )
         numbers = [scheduler.submit(request) for request in requests]
         done = dict[int, Completion]()
@@ -162,39 +163,38 @@ class Bench:
 
     def draft(self, name: str) -> Draft:
         """A new one: some remember what they have seen."""
-        config, module = DRAFTS[name], importlib.import_module(f"selfspec.speculation.draft.{DRAFTS[name].name}")
-        if config.source:
+        config = DRAFTS[name]
+        if config.name == "draft_model":
             config = replace(config, source=config.source.format(folder=self.folder))
-        made: Draft = module.make(config, self.model, self.head(name) if config.fitted else None)
+        made: Draft = config.make(self.model, self.head(name) if config.fitted else None)
         return made
 
     def head(self, name: str) -> Head:
         config = DRAFTS[name]
-        module = importlib.import_module(f"selfspec.speculation.draft.{config.learned or config.name}")
         chance = torch.Generator().manual_seed(7)
         traces = []
         for _ in range(40):
             prompt = tuple(torch.randint(80, (6,), generator=chance).tolist())
             answer = self.plain(Request(prompt, 20, ignore_eos=True)).tokens
-            traces.append(fit.trace(self.model, prompt, answer, config.exit_layer))
-        head: Head = module.fit(self.model, *fit.split(traces), config, 0)
+            traces.append(fit.trace(self.model, prompt, answer, config.get("exit_layer")))
+        head: Head = config.fit(self.model, *fit.split(traces), 0)
         return head
 
-    def threshold(self, name: str, gate_name: GateName) -> float:
+    def threshold(self, name: str, gate_name: str) -> float:
         """The doubtful quartile of the ungated draft's signals: a gate set there stops at every fourth or so."""
-        reading = gate.make(GateConfig(gate_name))  # without a threshold: it never stops
+        reading = GATE.new(gate_name, threshold=math.nan).make()  # which no signal is above or below: it never stops
         runs = self.decode(self.requests[:4], self.draft(name), reading, 4)
         signals = [signal for run in runs for cycle in run.cycles for signal in cycle.signals]
-        return quantiles(signals or [0.0, 0.0], n=4)[0 if gate_name is GateName.maxp else 2]
+        return quantiles(signals or [0.0, 0.0], n=4)[0 if gate_name == "maxp" else 2]
 
-    def gate(self, name: str, gate_name: GateName) -> Gate:
+    def gate(self, name: str, gate_name: str) -> Gate:
         match gate_name:
-            case GateName.none:
+            case "none":
                 return OPEN
-            case GateName.bandit:
-                return gate.make(GateConfig(gate_name, arms=[0.0, self.threshold(name, GateName.maxp), 0.9]))
+            case "bandit":
+                return GATE.new("bandit", arms=[0.0, self.threshold(name, "maxp"), 0.9]).make()
             case _:
-                return gate.make(GateConfig(gate_name, self.threshold(name, gate_name)))
+                return GATE.new(gate_name, threshold=self.threshold(name, gate_name)).make()
 
 
 @pytest.fixture(scope="module")
@@ -213,11 +213,11 @@ def roomy(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     ("name", "gate_name", "k", "rows"),
     [
         pytest.param(name, gate_name, k, rows, marks=tier(gate_name, k))
-        for name, gate_name, k, rows in itertools.product(DRAFTS, GateName, KS, BATCHES)
+        for name, gate_name, k, rows in itertools.product(DRAFTS, GATE.options, KS, BATCHES)
     ],
 )
 def test_tokens_are_those_of_plain_decoding(
-    bench: Bench, ticking: None, name: str, gate_name: GateName, k: int, rows: int
+    bench: Bench, ticking: None, name: str, gate_name: str, k: int, rows: int
 ) -> None:
     cycles: list[Cycle] = []
     draft = bench.draft(name)
@@ -236,12 +236,12 @@ def test_tokens_are_those_of_plain_decoding(
         assert 1 <= c.new_tokens <= c.accepted + 1 and c.proposed < draft.nodes(k)
     accepted, proposed = sum(c.accepted for c in cycles), sum(c.proposed for c in cycles)
     assert 0 < accepted < proposed, "else nothing is proven"
-    reads = gate_name is not GateName.none and name.split()[0] not in LOOKUPS
+    reads = gate_name != "none" and name.split()[0] not in LOOKUPS
     assert any(c.signals for c in cycles) == reads
-    if reads and gate_name is not GateName.bandit:  # which may come to prefer a threshold that never stops
+    if reads and gate_name != "bandit":  # which may come to prefer a threshold that never stops
         assert 0 < sum(c.depth < c.k_asked for c in cycles) < len(cycles)
     learned = name.split()[0] not in LOOKUPS | {"hybrid"}
-    if learned and gate_name is GateName.none and DRAFTS[name].width == 1 and k <= (DRAFTS[name].heads or k):
+    if learned and gate_name == "none" and DRAFTS[name].get("width", 1) == 1 and k <= DRAFTS[name].get("heads", k):
         assert all(c.depth == c.k_asked for c in cycles), "nothing else stops a chain"
 
 

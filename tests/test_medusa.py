@@ -9,19 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from selfspec import config
-from selfspec.config import Draft, GateName, HeadInit
+from selfspec.axes import DRAFT, GATE
 from selfspec.model.llama import Llama
-from selfspec.speculation import fit, gate
+from selfspec.speculation import fit
 from selfspec.speculation.draft import medusa
+from selfspec.speculation.draft.medusa import HeadInit
 from selfspec.speculation.fit import Trace
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("inference")
 
-MEDUSA = Draft("medusa", heads=3, init=HeadInit.lsq, ridge=1e-6)
+MEDUSA = DRAFT.new("medusa", heads=3, init=HeadInit.lsq, ridge=1e-6)
 
 
 @pytest.fixture
@@ -66,19 +67,19 @@ def planted(model: Llama, tokens: list[int]) -> Head:
 
 class TestPropose:
     def test_head_j_says_position_j(self, model: Llama) -> None:
-        draft = medusa.make(MEDUSA, model, planted(model, [11, 22, 33]))
+        draft = MEDUSA.make(model, planted(model, [11, 22, 33]))
         rows = [row(model, 7), row(model, 8), row(model, 9), row(model, 10)]
-        trees = draft.propose(rows, [2, 0, 3, 9], gate.Gate(), model.new_cache(0)).trees
+        trees = draft.propose(rows, [2, 0, 3, 9], Gate(), model.new_cache(0)).trees
         assert [tree.tokens for tree in trees] == [[7, 11, 22], [8], [9, 11, 22, 33], [10, 11, 22, 33]]
         assert all(tree.is_chain for tree in trees)
         assert draft.nodes(2) == 3 and draft.nodes(9) == 4
 
     def test_every_row_is_read_from_its_own_state_and_token(self, model: Llama, traces: list[Trace]) -> None:
-        head = medusa.fit(model, *fit.split(traces), MEDUSA, 0)
-        draft = medusa.make(replace(MEDUSA, width=3), model, head)
+        head = MEDUSA.fit(model, *fit.split(traces), 0)
+        draft = replace(MEDUSA, width=3).make(model, head)
         rows = [row(model, 7, 1), row(model, 7, 2), row(model, 50, 1)]
-        together = draft.propose(rows, [3] * 3, gate.Gate(), model.new_cache(0)).trees
-        alone = [draft.propose([r], [3], gate.Gate(), model.new_cache(0)).trees[0] for r in rows]
+        together = draft.propose(rows, [3] * 3, Gate(), model.new_cache(0)).trees
+        alone = [draft.propose([r], [3], Gate(), model.new_cache(0)).trees[0] for r in rows]
         assert [(t.tokens, t.parents) for t in together] == [(t.tokens, t.parents) for t in alone]
         assert len({tuple(tree.tokens[1:]) for tree in together}) == 3
 
@@ -99,8 +100,8 @@ class TestPropose:
         head = planted(model, [11, 22, 33])
         head.tensors["bias"][32:64] = 0  # of the second position, it is not sure
         for width, wanted in ((1, [7, 11]), (2, [7, 11])):
-            draft = medusa.make(replace(MEDUSA, width=width), model, head)
-            doubt = gate.make(config.Gate(GateName.maxp, 0.99))
+            draft = replace(MEDUSA, width=width).make(model, head)
+            doubt = GATE.new("maxp", threshold=0.99).make()
             seq = row(model, 7)
             seq.state = torch.zeros(1, 32)
             (tree,) = draft.propose([seq], [3], doubt, model.new_cache(0)).trees
@@ -108,8 +109,8 @@ class TestPropose:
             assert len(tree.signals) == 2 and tree.signals[0] > 0.99 > tree.signals[1]
 
     def test_every_row_is_judged_by_itself(self, model: Llama, traces: list[Trace]) -> None:
-        draft = medusa.make(MEDUSA, model, medusa.fit(model, *fit.split(traces), MEDUSA, 0))
-        rows, ks, doubt = [row(model, t, t) for t in range(12)], [3, 1] * 6, gate.make(config.Gate(GateName.maxp, 0.6))
+        draft = MEDUSA.make(model, MEDUSA.fit(model, *fit.split(traces), 0))
+        rows, ks, doubt = [row(model, t, t) for t in range(12)], [3, 1] * 6, GATE.new("maxp", threshold=0.6).make()
         together = draft.propose(rows, ks, doubt, model.new_cache(0)).trees
         for r, k, tree in zip(rows, ks, together, strict=True):
             (alone,) = draft.propose([r], [k], doubt, model.new_cache(0)).trees
@@ -118,11 +119,11 @@ class TestPropose:
         assert len({len(tree) for tree in together}) > 2
 
     def test_each_position_is_drawn_from_its_own_head(self, model: Llama, traces: list[Trace]) -> None:
-        head = medusa.fit(model, *fit.split(traces), replace(MEDUSA, vocab=50), 0)
-        draft = medusa.make(replace(MEDUSA, sample=True), model, head)
+        head = replace(MEDUSA, vocab=50).fit(model, *fit.split(traces), 0)
+        draft = replace(MEDUSA, sample=True).make(model, head)
         at = row(model, 7)
         at.request = replace(at.request, sampling=Sampling(2.0))
-        (tree,) = draft.propose([at], [3], gate.Gate(), model.new_cache(0)).trees
+        (tree,) = draft.propose([at], [3], Gate(), model.new_cache(0)).trees
         t, ids = head.tensors, head.tensors["ids"]
         later = medusa.estimate(t["weight"], t["bias"], False, at.state, model.embedding[[7]], 3)[0]
         wanted = torch.zeros(3, 80)
@@ -137,12 +138,12 @@ class TestFit:
     ) -> None:
         """Planted: a head that reads f only could not know; the later ones have more to guess."""
         train, heldout = fit.split([own(model, trace) for trace in traces])
-        facts = medusa.fit(model, train, heldout, MEDUSA, 0).facts
+        facts = MEDUSA.fit(model, train, heldout, 0).facts
         assert facts["agreement_by_position"][0] == 1 and len(facts["agreement_by_position"]) == 3
         assert facts["parameters"] == 3 * 32 * 65 and facts["agreement"] == 1
 
     def test_each_later_state_is_regressed_on(self, model: Llama, traces: list[Trace]) -> None:
-        t = medusa.fit(model, *fit.split(traces), MEDUSA, 0).tensors
+        t = MEDUSA.fit(model, *fit.split(traces), 0).tensors
         residuals: list[list[Tensor]] = [[], [], []]
         seen = []
         for trace in fit.split(traces)[0]:
@@ -161,15 +162,15 @@ class TestFit:
     def test_untrained_every_head_reads_the_state_itself(
         self, model: Llama, traces: list[Trace], init: HeadInit
     ) -> None:
-        head = medusa.fit(model, *fit.split(traces), replace(MEDUSA, init=init, ridge=None), 0)
+        head = replace(MEDUSA, init=init, ridge=None).fit(model, *fit.split(traces), 0)
         assert head.facts["block"] == (init is HeadInit.copy)
         at = row(model, 7)
-        (tree,) = medusa.make(MEDUSA, model, head).propose([at], [3], gate.Gate(), model.new_cache(0)).trees
+        (tree,) = MEDUSA.make(model, head).propose([at], [3], Gate(), model.new_cache(0)).trees
         assert tree.tokens == [7] + [int(model.logits(at.state).argmax())] * 3
 
     def test_random_heads_begin_by_the_seed(self, model: Llama, traces: list[Trace]) -> None:
         draft = replace(MEDUSA, init=HeadInit.random)
-        one, again, other = (medusa.fit(model, *fit.split(traces), draft, seed).tensors["weight"] for seed in (1, 1, 2))
+        one, again, other = (draft.fit(model, *fit.split(traces), seed).tensors["weight"] for seed in (1, 1, 2))
         assert torch.equal(one, again) and not torch.equal(one, other)
         assert 0.12 < float(one.max()) <= 64**-0.5 and float(one.min()) < -0.12
 
@@ -179,20 +180,20 @@ class TestFit:
         """What follows what follows is no affine map of it."""
         draft = replace(MEDUSA, init=init, vocab=70)
         train, heldout = fit.split([own(model, trace) for trace in traces])
-        before = medusa.fit(model, train, heldout, draft, 0)
-        after = medusa.fit(model, train, heldout, replace(draft, sgd_epochs=30), 0)
+        before = draft.fit(model, train, heldout, 0)
+        after = replace(draft, sgd_epochs=30).fit(model, train, heldout, 0)
         gained = after.facts["agreement"] - before.facts["agreement"]
         assert after.facts["sgd_gain"] == pytest.approx(gained)
         expected = [sum(torch.tensor(h.facts["agreement_by_position"]).cumprod(0)) for h in (before, after)]
         assert expected[1] > expected[0] + 0.05
-        again = medusa.fit(model, train, heldout, replace(draft, sgd_epochs=30), 0)
+        again = replace(draft, sgd_epochs=30).fit(model, train, heldout, 0)
         assert all(torch.equal(t, after.tensors[name]) for name, t in again.tensors.items())
 
     def test_answers_shorter_than_the_heads_are_passed_over(self, model: Llama, traces: list[Trace]) -> None:
         short = fit.trace(model, [3, 4], [5, 6], None)
         with_it, without = ([*[short] * n, *traces[:30]] for n in (3, 0))
         draft = replace(MEDUSA, sgd_epochs=1)
-        one, other = (medusa.fit(model, parts, traces[30:35], draft, 0).tensors for parts in (with_it, without))
+        one, other = (draft.fit(model, parts, traces[30:35], 0).tensors for parts in (with_it, without))
         assert all(torch.equal(t, other[name]) for name, t in one.items())
 
 

@@ -7,20 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfspec.config import Policy, PolicyName
+from selfspec.axes import POLICY, PolicyOptions
 from selfspec.model.tree import Tree
-from selfspec.speculation import policy
-from selfspec.speculation.policy import Choice, LongestPrefix, Rejection, Verdict, longest_prefix, make
+from selfspec.speculation.policy import rejection
+from selfspec.speculation.policy.base import Choice, Policy, Verdict
+from selfspec.speculation.policy.longest_prefix import LongestPrefix, longest_prefix
+from selfspec.speculation.policy.rejection import Rejection
 from selfspec.speculation.sampling import Purpose, distribution, draw, uniform
 from selfspec.types import GREEDY, Sampling
 
 RELAXED = {
-    "conf_threshold": Policy(PolicyName.conf_threshold, threshold=0.25),
-    "topk_agree": Policy(PolicyName.topk_agree, k=2),
-    "typical": Policy(PolicyName.typical, epsilon=0.3, delta=0.5),
+    "conf_threshold": POLICY.new("conf_threshold", threshold=0.25),
+    "topk_agree": POLICY.new("topk_agree", k=2),
+    "typical": POLICY.new("typical", epsilon=0.3, delta=0.5),
 }
-STRICT = [LongestPrefix(), Rejection(), *map(make, (RELAXED["conf_threshold"], RELAXED["typical"]))]
-STRICT.append(make(Policy(PolicyName.topk_agree, k=1)))
+STRICT = [LongestPrefix(), Rejection(), *(RELAXED[name].make() for name in ("conf_threshold", "typical"))]
+STRICT.append(POLICY.new("topk_agree", k=1).make())
 """Those that let nothing but the argmax stand where the target is certain of it."""
 ANY = Choice(GREEDY, 0)
 
@@ -51,7 +53,7 @@ def wants(*tokens: int) -> Tensor:
 )
 @pytest.mark.parametrize("judge", STRICT)
 def test_of_a_chain_all_policies_take_the_prefix_the_target_is_certain_of(
-    judge: policy.Policy, drafted: list[int], wanted: list[int], accepted: int
+    judge: Policy, drafted: list[int], wanted: list[int], accepted: int
 ) -> None:
     (verdict,) = judge([Tree.chain([8, *drafted])], wants(*wanted), [ANY])
     assert verdict == Verdict([*range(accepted + 1)], wanted[accepted])
@@ -70,13 +72,13 @@ def test_of_a_chain_all_policies_take_the_prefix_the_target_is_certain_of(
 )
 @pytest.mark.parametrize("judge", STRICT)
 def test_of_a_tree_all_policies_take_the_path_the_target_is_certain_of(
-    judge: policy.Policy, wanted: list[int], verdict: tuple[list[int], int]
+    judge: Policy, wanted: list[int], verdict: tuple[list[int], int]
 ) -> None:
     assert judge([bush()], wants(*wanted), [ANY]) == [verdict]
 
 
 @pytest.mark.parametrize("judge", STRICT)
-def test_every_row_is_judged_by_its_own_logits(judge: policy.Policy) -> None:
+def test_every_row_is_judged_by_its_own_logits(judge: Policy) -> None:
     trees = [bush(), Tree.chain([4]), Tree.chain([1, 3, 5, 2]), bush()]
     logits = wants(2, 7, 3, 7, 7, 4, 7, 6, 3, 5, 4, 7, 1, 4, 7, 7, 5, 7, 6)
     together = judge(trees, logits, [ANY] * 4)
@@ -84,7 +86,7 @@ def test_every_row_is_judged_by_its_own_logits(judge: policy.Policy) -> None:
 
 
 @pytest.mark.parametrize("judge", [LongestPrefix(), Rejection()])
-def test_of_equal_logits_the_first_is_wanted_as_in_plain_decoding(judge: policy.Policy) -> None:
+def test_of_equal_logits_the_first_is_wanted_as_in_plain_decoding(judge: Policy) -> None:
     logits = torch.zeros(2, 8)
     logits[:, [2, 5]] = 1
     assert judge([Tree.chain([0, 2])], logits, [ANY]) == [([0, 1], 2)]
@@ -136,7 +138,7 @@ def test_a_token_drawn_from_q_stands_with_probability_p_over_q() -> None:
 
 
 def test_a_token_that_the_target_rules_out_never_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "uniform", lambda *where: 0.0)
+    monkeypatch.setattr(rejection, "uniform", lambda *where: 0.0)
     logits, q = torch.tensor([0.0, -torch.inf]).expand(2, -1), torch.tensor([0.5, 0.5])
     assert Rejection()([drafted(q, 1)], logits, [Choice(Sampling(1.0), 5)]) == [([0], 0)]
 
@@ -164,7 +166,7 @@ def test_distributions_are_computed_for_visited_nodes_only(monkeypatch: pytest.M
         seen.append(logits)
         return distribution(logits, sampling)
 
-    monkeypatch.setattr(policy, "distribution", counting)
+    monkeypatch.setattr(rejection, "distribution", counting)
     logits = wants(3, 5, 4, 7, 7, 7)
     tree = drafted(torch.full((10,), 0.1), 3, 5, 2, 1, 1) if sampled else Tree.chain([8, 3, 5, 2, 1, 1])
     (verdict,) = Rejection()([tree], logits, [Choice(Sampling(0.5), 9)])
@@ -179,27 +181,27 @@ MILD = torch.tensor([0.5, 0.3, 0.1, 0.1]).log()
 @pytest.mark.parametrize(
     ("asked", "allowed"),
     [
-        (Policy(PolicyName.conf_threshold, threshold=0.4), {0}),
-        (Policy(PolicyName.conf_threshold, threshold=0.29), {0, 1}),
-        (Policy(PolicyName.conf_threshold, threshold=0.09), {0, 1, 2, 3}),
-        (Policy(PolicyName.topk_agree, k=1), {0}),
-        (Policy(PolicyName.topk_agree, k=2), {0, 1}),
-        (Policy(PolicyName.topk_agree, k=3), {0, 1, 2, 3}),  # 2 and 3 are equally likely
-        (Policy(PolicyName.topk_agree, k=1000), {0, 1, 2, 3}),
-        (Policy(PolicyName.typical, epsilon=0.29, delta=1.0), {0, 1}),  # exp(-H) = 0.3109
-        (Policy(PolicyName.typical, epsilon=0.31, delta=1.0), {0}),
-        (Policy(PolicyName.typical, epsilon=1.0, delta=0.97), {0}),  # 0.97 exp(-H) = 0.3015
-        (Policy(PolicyName.typical, epsilon=1.0, delta=0.96), {0, 1}),  # 0.2984
-        (Policy(PolicyName.typical, epsilon=1.0, delta=0.3), {0, 1, 2, 3}),
-        (Policy(PolicyName.typical, epsilon=0.05, delta=1.0), {0, 1, 2, 3}),
+        (POLICY.new("conf_threshold", threshold=0.4), {0}),
+        (POLICY.new("conf_threshold", threshold=0.29), {0, 1}),
+        (POLICY.new("conf_threshold", threshold=0.09), {0, 1, 2, 3}),
+        (POLICY.new("topk_agree", k=1), {0}),
+        (POLICY.new("topk_agree", k=2), {0, 1}),
+        (POLICY.new("topk_agree", k=3), {0, 1, 2, 3}),  # 2 and 3 are equally likely
+        (POLICY.new("topk_agree", k=1000), {0, 1, 2, 3}),
+        (POLICY.new("typical", epsilon=0.29, delta=1.0), {0, 1}),  # exp(-H) = 0.3109
+        (POLICY.new("typical", epsilon=0.31, delta=1.0), {0}),
+        (POLICY.new("typical", epsilon=1.0, delta=0.97), {0}),  # 0.97 exp(-H) = 0.3015
+        (POLICY.new("typical", epsilon=1.0, delta=0.96), {0, 1}),  # 0.2984
+        (POLICY.new("typical", epsilon=1.0, delta=0.3), {0, 1, 2, 3}),
+        (POLICY.new("typical", epsilon=0.05, delta=1.0), {0, 1, 2, 3}),
     ],
 )
-def test_a_relaxed_policy_lets_stand_what_it_says(asked: Policy, allowed: set[int]) -> None:
+def test_a_relaxed_policy_lets_stand_what_it_says(asked: PolicyOptions, allowed: set[int]) -> None:
     entropy = -sum(p * math.log(p) for p in (0.5, 0.3, 0.1, 0.1))
     assert math.exp(-entropy) == pytest.approx(0.3109, abs=1e-4)
     logits = (MILD + 3).expand(3, -1)
     for token in range(4):
-        (verdict,) = make(asked)([Tree.chain([7, token, token])], logits, [ANY])
+        (verdict,) = asked.make()([Tree.chain([7, token, token])], logits, [ANY])
         assert verdict == ([0, 1, 2] if token in allowed else [0], 0), token
 
 
@@ -208,7 +210,7 @@ def test_a_relaxed_policy_lets_stand_what_it_says(asked: Policy, allowed: set[in
 def test_of_several_allowed_children_the_argmax_comes_first_then_the_drafts_order(
     name: str, dtype: torch.dtype
 ) -> None:
-    judge = make(RELAXED[name])
+    judge = RELAXED[name].make()
 
     def path(*tokens: int) -> list[int]:
         tree = Tree([7, *tokens], [-1, *[0] * len(tokens)])
@@ -225,21 +227,14 @@ def test_a_relaxed_policy_goes_on_below_what_it_let_stand() -> None:
     logits = wants(0, 0, 3, 0, 0, 6, 0)
     logits[0] = torch.tensor([0.5, 0.1, 0.4, *[1e-9] * 7]).log()  # the argmax, 0, was not drafted; 2 is allowed
     for asked in RELAXED.values():
-        assert make(asked)([bush()], logits, [ANY]) == [([0, 2, 5], 6)]
+        assert asked.make()([bush()], logits, [ANY]) == [([0, 2, 5], 6)]
 
 
 def test_the_target_is_asked_for_no_more_than_the_path() -> None:
     assert longest_prefix(Tree.chain([8, 3, 5]), [4]) == ([0], 4)
 
 
-@pytest.mark.parametrize("name", PolicyName)
-def test_a_config_asks_for_it_by_name(name: PolicyName) -> None:
-    numbers = Policy(name, temperature=0.5, threshold=0.25, k=2, epsilon=0.3, delta=0.5)
-    kinds = {PolicyName.longest_prefix: LongestPrefix, PolicyName.rejection: Rejection}
-    assert type(make(numbers)) is kinds.get(name, policy.Relaxed)
-
-
-@pytest.mark.parametrize("name", RELAXED)
-def test_a_policy_without_its_numbers_is_not_made(name: str) -> None:
-    with pytest.raises(AssertionError, match=name):
-        make(Policy(PolicyName[name]))
+def test_they_are_what_they_say_they_are() -> None:
+    assert isinstance(POLICY.new("longest_prefix").make(), LongestPrefix)
+    assert isinstance(POLICY.new("rejection", temperature=0.5).make(), Rejection)
+    assert {name for name, option in POLICY.options.items() if option.lossy} == set(RELAXED)

@@ -15,12 +15,14 @@ import test_report
 from plans import planned, run_job
 
 from selfspec import job
+from selfspec.axes import ENGINE
 from selfspec.checkpoint import Journal
-from selfspec.config import EngineName, Resume, TaskData
+from selfspec.config import Resume
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import AssetError, ConfigError
 from selfspec.plan import Plan
 from selfspec.quality import gates, perplexity, plot, tasks
+from selfspec.quality.config import TaskData
 from selfspec.quality.perplexity import Conversation, Nats
 from selfspec.report import quality as tables
 from selfspec.report import tables as report
@@ -332,8 +334,8 @@ def test_what_is_not_there_is_refused_before_anything_is_written(
 
 def test_an_engine_that_scores_nothing_is_refused(make: Make) -> None:
     made = make()
-    made = replace(made, engine=replace(made.engine, name=EngineName.openai))
-    with pytest.raises(ConfigError, match=r"engine=openai: stages=\[quality\] needs one of torch, hf, fake"):
+    made = replace(made, engine=ENGINE.new("openai"))
+    with pytest.raises(ConfigError, match=r"engine=openai: stages=\[quality\] needs one of fake, hf, torch"):
         Quality(made).check()
 
 

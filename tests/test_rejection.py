@@ -18,13 +18,15 @@ from selfspec.engine.torch.session import Scheduler
 from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.speculation import policy
 from selfspec.speculation import sampling as chance
-from selfspec.speculation.controller import Fixed
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft, Proposal
-from selfspec.speculation.gate import Gate
-from selfspec.speculation.policy import Choice, LongestPrefix, Policy, Rejection, Verdict
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.policy import rejection
+from selfspec.speculation.policy.base import Choice, Policy, Verdict
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.policy.rejection import Rejection
 from selfspec.speculation.sampling import Purpose, distribution, draw, uniform
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Request, Sampling
@@ -136,7 +138,7 @@ class Bench:
     ) -> list[Completion]:
         drafting = DRAFTS[draft](self.model)
         target = Target(self.model, self.model.shape.layers, self.model.norm)
-        speculation = Speculation(target, drafting, Gate(), Fixed(k), judge or Rejection())
+        speculation = Speculation(target, drafting, Gate(), Controller(k), judge or Rejection())
         kv = self.model.new_cache(max(len(r.tokens) for r in requests) + NEW + drafting.nodes(k), rows)
         return Scheduler(speculation, kv).run(requests)
 
@@ -190,7 +192,7 @@ def test_tokens_have_the_targets_joint_distribution(bench: Bench, draft: str, sa
 
 def by_the_target_alone(patch: pytest.MonkeyPatch) -> Policy:
     """The wrong residual: after a rejection, the target's own distribution."""
-    patch.setattr(policy, "residual", lambda p, q: p)
+    patch.setattr(rejection, "residual", lambda p, q: p)
     return Rejection()
 
 
@@ -218,13 +220,13 @@ def by_the_node_before(patch: pytest.MonkeyPatch) -> Policy:
 
 def by_the_number_before(patch: pytest.MonkeyPatch) -> Policy:
     """Off by one: two positions share a number."""
-    patch.setattr(policy, "uniform", lambda seed, position, purpose: uniform(seed, position // 2, purpose))
+    patch.setattr(rejection, "uniform", lambda seed, position, purpose: uniform(seed, position // 2, purpose))
     return Rejection()
 
 
 def by_the_number_that_drew_it(patch: pytest.MonkeyPatch) -> Policy:
     """One number draws the draft token and judges it."""
-    patch.setattr(policy, "uniform", lambda seed, position, purpose: uniform(seed, position, Purpose.draft))
+    patch.setattr(rejection, "uniform", lambda seed, position, purpose: uniform(seed, position, Purpose.draft))
     patch.setattr(chance, "uniform", lambda seed, position, purpose, ahead: uniform(seed, position, Purpose.draft))
     return Rejection()
 

@@ -9,19 +9,18 @@ import caches
 import pytest
 import torch
 
-from selfspec.config import Gate as GateConfig
+from selfspec.axes import GATE
 from selfspec.engine.base import RequestOutput
 from selfspec.engine.torch.session import Scheduler
 from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
-from selfspec.speculation import gate
-from selfspec.speculation.controller import Controller, Fixed
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.draft.layerskip import EarlyExit
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import RawExit
-from selfspec.speculation.policy import LongestPrefix
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion, Cycle, Request
 
@@ -43,8 +42,8 @@ def model(tiny_folder: Path) -> Llama:
 
 def speculation(model: Llama, draft: Draft | None = None, controller: Controller | None = None) -> Speculation:
     target = Target(model, LAYERS, model.norm)
-    open_gate = gate.make(GateConfig())
-    return Speculation(target, draft or Draft(model), open_gate, controller or Fixed(0), LongestPrefix())
+    open_gate = GATE.new("none").make()
+    return Speculation(target, draft or Draft(model), open_gate, controller or Controller(0), LongestPrefix())
 
 
 class Checked(Scheduler):

@@ -11,7 +11,7 @@ import pytest
 from plans import planned
 from serving import Gated, request
 
-from selfspec.config import PolicyName
+from selfspec.axes import POLICY
 from selfspec.engine.base import Engine
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.torch.engine import TorchEngine
@@ -212,7 +212,7 @@ class TestTinyModel:
             replace(GREEDY, prompt=(7, 9, 11), temperature=1.0, top_p=0.0, max_tokens=20),
         ]
         engine = TorchEngine(real)
-        rejecting = TorchEngine(replace(real, policy=replace(real.policy, name=PolicyName.rejection, temperature=1.0)))
+        rejecting = TorchEngine(replace(real, policy=POLICY.new("rejection", temperature=1.0)))
 
         def generated(tokens: list[int], new: int, sampling: Sampling) -> str:
             (done,) = rejecting.generate([Request(tuple(tokens), new, sampling=sampling)], plain=True)

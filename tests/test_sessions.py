@@ -25,13 +25,14 @@ from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.run import CONF
-from selfspec.speculation.controller import Fixed
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.draft.layerskip import EarlyExit
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import RawExit
-from selfspec.speculation.policy import LongestPrefix, Mixed, Rejection
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.policy.rejection import Mixed, Rejection
 from selfspec.speculation.sequence import Seq, Status
 from selfspec.types import Completion, Request, Sampling
 
@@ -78,7 +79,7 @@ def speculation(model: Llama, k: int = 3) -> Watched:
         Target(model, LAYERS, model.norm),
         EarlyExit(model, 3, RawExit(model)) if k else Draft(model),
         Gate(),
-        Fixed(k),
+        Controller(k),
         Mixed(LongestPrefix()),
     )
     object.__setattr__(made, "noted", [])

@@ -20,7 +20,8 @@ from test_hf import build
 from vllm_inside import leave_unswept, look_at
 
 from selfspec import job, plan
-from selfspec.config import EngineName, Order
+from selfspec.axes import ENGINE
+from selfspec.config import Order
 from selfspec.data import workload
 from selfspec.engine import factory
 from selfspec.engine.torch.engine import TorchEngine
@@ -72,7 +73,7 @@ def engine() -> VLLMEngine:
 @pytest.fixture(scope="module")
 def ours() -> TorchEngine:
     asked = made()
-    return TorchEngine(replace(asked, engine=replace(asked.engine, name=EngineName.torch)))
+    return TorchEngine(replace(asked, engine=ENGINE.new("torch")))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ class TestScout:
     def test_tokens_are_those_of_its_layers(self, scout: Path) -> None:
         asked = self.plan(scout)
         theirs = factory.make(asked)
-        ours = TorchEngine(replace(asked, engine=replace(asked.engine, name=EngineName.torch)))
+        ours = TorchEngine(replace(asked, engine=ENGINE.new("torch")))
         requests = [Request(tuple(range(5, 5 + n)), 16, ignore_eos=True) for n in (3, 25)]
         wanted = [one.tokens for one in ours.generate(requests, plain=True)]
         assert [one.tokens for one in theirs.generate(requests)] == wanted
@@ -163,7 +164,7 @@ def test_an_early_exit_has_our_decoders_cycles(requests: list[Request]) -> None:
     """By our plugin inside vLLM, and by our own decoder: drafted, gated, verified and counted alike."""
     asked = made(*EARLY)
     theirs = factory.make(asked)
-    ours = TorchEngine(replace(asked, engine=replace(asked.engine, name=EngineName.torch)))
+    ours = TorchEngine(replace(asked, engine=ENGINE.new("torch")))
     pairs = list(zip(theirs.generate(requests[:4], max_batch=2), ours.generate(requests[:4]), strict=True))
     equal = [one for one, other in pairs if (one.tokens, counts(one)) == (other.tokens, counts(other))]
     assert len(equal) >= len(pairs) - 1, "a logit or a probability may lie just on the other side"

@@ -1,6 +1,7 @@
 """engine=vllm before there is a vLLM: what is refused, what vLLM is asked for, and what its records come to."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -8,15 +9,16 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 
-from selfspec import job, plan
-from selfspec.config import EngineName
+from selfspec import job, plan, refusal
 from selfspec.engine import factory
 from selfspec.engine.vllm import args as vllm_args
 from selfspec.engine.vllm import cycles as vllm_cycles
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.run import CONF
+from selfspec.speculation.draft import vllm_suffix
 from selfspec.stages.quality import Quality
 from selfspec.vllm_plugin import settings, versions
 
@@ -38,15 +40,18 @@ def made(*overrides: str) -> Plan:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["draft=hybrid"], "draft=hybrid: engine=vllm cannot run it; it runs none, ngram"),
-        (["draft=suffix"], "draft.width=8: means nothing to vLLM's draft=suffix; see draft=vllm_suffix"),
-        (["draft=medusa"], "draft.ridge=0.001: means nothing to vLLM's draft=medusa; see draft=vllm_medusa"),
-        (["draft=ngram", "draft.max_match=null"], "draft.max_match=null: vLLM's draft=ngram needs a number"),
+        (
+            ["draft=hybrid"],
+            "draft=hybrid: engine=vllm cannot run it; it runs draft_model, layerskip, l",
+        ),
+        (["draft=suffix"], "draft=suffix: engine=vllm cannot run it; .* vllm_suffix"),
+        (["draft=medusa"], "draft=medusa: engine=vllm cannot run it; .* vllm_medusa"),
+        (["draft=ngram", "draft.max_match=null"], "draft.max_match=null: must have a value"),
         (
             ["draft=draft_model", "draft.source=null"],
-            "draft.source=null: vLLM's draft=draft_model needs the model that drafts",
+            "draft.source=null: must have a value",
         ),
-        (["draft=vllm_eagle"], "draft.source=null: vLLM's draft=eagle needs the model that drafts, or a ch"),
+        (["draft=vllm_eagle"], "draft.source=null: draft=vllm_eagle needs a checkpoint of heads"),
         (["draft=ngram", "gate=varH"], "gate=varH: vLLM's draft=ngram asks no gate; layerskip and lsq do"),
         (["draft=ngram", "controller=cost"], "controller=cost: vLLM's draft=ngram has one K, use fixed; layerskip"),
         (["draft=ngram", "policy=typical"], "policy=typical: engine=vllm verifies what it drafts, and decodes exactly"),
@@ -67,31 +72,29 @@ def made(*overrides: str) -> Plan:
         ),
         (["draft=layerskip", "exit_layer=30"], "exit_layer=30: SmolLM2-135M-Instruct has 30 layers"),
         (["draft=none", "hardware.device=mps"], "hardware.device=mps: engine=vllm runs on auto, cpu, cuda"),
-        (["draft=none", "engine.weights=int8"], "engine.weights=int8: means nothing to engine=vllm"),
-        (["draft=none", "engine.kv_gib=null"], "engine.kv_gib=null: engine=vllm needs to know how much room"),
+        (["draft=none", "engine.weights=int8"], "engine.weights: means nothing to engine=vllm; .* engine=torch has it"),
+        (["draft=none", "engine.kv_gib=null"], "engine.kv_gib=null: must have a value"),
         (["draft=none", "engine.kv_gib=0"], "engine.kv_gib=0.0: must be >= 0.01"),
         (["draft=none", "engine.tensor_parallel=0"], "engine.tensor_parallel=0: must be >= 1"),
-        (["engine=torch", "engine.kv_gib=2"], "engine.kv_gib=2.0: means nothing to engine=torch"),
-        (["engine=torch", "engine.eager=false"], "engine.eager=False: means nothing to engine=torch"),
-        (["engine=torch", "draft=vllm_medusa", "draft.source=hf:a/b"], "draft.heads=null: draft=medusa needs one"),
+        (["engine=torch", "engine.kv_gib=2"], "engine.kv_gib: means nothing to engine=torch; .* engine=vllm has it"),
+        (["engine=torch", "engine.eager=false"], "engine.eager: means nothing to engine=torch"),
+        (
+            ["engine=torch", "draft=vllm_medusa", "draft.source=hf:a/b"],
+            "draft=vllm_medusa: engine=torch cannot run it",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_line(overrides: list[str], says: str) -> None:
-    with pytest.raises(ConfigError, match=says) as refused:
+    with pytest.raises((ConfigError, HydraException)) as refused:
         made(*overrides)
-    assert "\n" not in str(refused.value)
+    said = refusal.sentence(refused.value)
+    assert re.search(says, said) and "\n" not in said
 
 
 def test_gates_have_nothing_to_look_at() -> None:
     asked = made("draft=ngram", "stages=[quality]", "quality.prompts=4", "quality.gate_prompts=4")
     with pytest.raises(ConfigError, match="shows no states"):
         Quality(asked).check()
-
-
-@pytest.mark.parametrize("engine", ["torch", "hf", "fake"])
-def test_other_engines_plans_are_what_they_were(engine: str) -> None:
-    asked = plan.make(compose("config", [f"engine={engine}", "draft=none"]))
-    assert set(asked._engine) & {"kv_gib", "quantization", "tensor_parallel", "eager"} == set()
 
 
 def test_the_room_is_part_of_the_plan() -> None:
@@ -223,8 +226,8 @@ class TestVersions:
 
     def test_suffix_decoding_is_a_package_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(versions, "installed", lambda: "0.32.0")
-        monkeypatch.setattr(factory, "find_spec", lambda name: None)
-        with pytest.raises(ConfigError, match="draft=suffix: vLLM's needs arctic-inference"):
+        monkeypatch.setattr(vllm_suffix, "find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match="draft=vllm_suffix: needs arctic-inference"):
             factory.check(made("draft=vllm_suffix"))
 
 
@@ -232,4 +235,3 @@ def test_the_drafts_own_model(tiny_folder: Path) -> None:
     assert factory.drafter(made("draft=ngram")) is None
     asked = made("draft=draft_model", f"draft.source=file:{tiny_folder}", "draft.sha256=null")
     assert factory.drafter(asked) == tiny_folder
-    assert asked.engine.name is EngineName.vllm

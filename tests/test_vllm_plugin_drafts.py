@@ -12,32 +12,31 @@ import pytest
 import torch
 from vllm_inside import VOCABULARY, Inside, model_folder, prompts, take_all
 
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import Gate as GateConfig
-from selfspec.config import GateName, HeadForm
+from selfspec.axes import DRAFT, GATE, DraftOptions
 from selfspec.engine.torch.session import Scheduler
 from selfspec.engine.vllm.session import VLLMSession
 from selfspec.errors import HeadError
 from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.speculation import controller as controllers
-from selfspec.speculation import fit, gate, policy, sampling
-from selfspec.speculation.controller import Fixed
+from selfspec.speculation import fit, sampling
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft import layerskip, lsq
 from selfspec.speculation.draft.base import Draft
-from selfspec.speculation.head import Head
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.head import Head, HeadForm
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
 from selfspec.types import Completion, Cycle, Request, Sampling
 from selfspec.vllm_plugin import early_exit
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; .ci/vllm has it in an environment of its own")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 EXIT, K, LONGEST, NEW = 3, 4, 6, 30
-_LSQ = DraftConfig("lsq", EXIT, HeadForm.affine, ridge=1e-3)
+_LSQ = DRAFT.new("lsq", exit_layer=EXIT, form=HeadForm.affine, ridge=1e-3)
 HEADS = {
-    "raw": DraftConfig("layerskip", EXIT),
-    "raw vocab": DraftConfig("layerskip", EXIT, vocab=24),
+    "raw": DRAFT.new("layerskip", exit_layer=EXIT),
+    "raw vocab": DRAFT.new("layerskip", exit_layer=EXIT, vocab=24),
     "affine": _LSQ,
     "low rank": replace(_LSQ, form=HeadForm.low_rank, rank=8),
     "previous": replace(_LSQ, previous=True),
@@ -52,17 +51,17 @@ class Ours:
         self.folder = folder
         self.model = Llama.load(folder, torch.device("cpu"), torch.float32)
 
-    def decode(self, draft: Draft, k: int, asked: list[list[int]], reading: gate.Gate) -> list[Completion]:
+    def decode(self, draft: Draft, k: int, asked: list[list[int]], reading: Gate) -> list[Completion]:
         shape = self.model.shape
         requests = [Request(tuple(prompt), NEW, ignore_eos=True) for prompt in asked]
         cache = KVCache(shape.layers, 1, shape.kv_heads, 256, shape.head_dim, torch.float32, torch.device("cpu"), 512)
         target = Target(self.model, shape.layers, self.model.norm)
-        return Scheduler(Speculation(target, draft, reading, Fixed(k), policy.LongestPrefix()), cache).run(requests)
+        return Scheduler(Speculation(target, draft, reading, Controller(k), LongestPrefix()), cache).run(requests)
 
-    def head(self, config: DraftConfig) -> Head | None:
+    def head(self, config: DraftOptions) -> Head | None:
         if not config.fitted:
             return None
-        answers = self.decode(Draft(self.model), 0, prompts(16), gate.Gate())
+        answers = self.decode(Draft(self.model), 0, prompts(16), Gate())
         traces = [
             fit.trace(self.model, prompt, answer.tokens, EXIT)
             for prompt, answer in zip(prompts(16), answers, strict=True)
@@ -97,11 +96,11 @@ def test_drafts_are_those_of_our_own_engine(
         head.facts |= {"exit_layer": EXIT, "draft": config.name}
         (tmp_path / "head").write_bytes(head.to_bytes())
         settings["head"] = str(tmp_path / "head")
-    asked = GateConfig(GateName.maxp, 0.2) if gated else GateConfig()
+    asked = GATE.new("maxp", threshold=0.2) if gated else GATE.new("none")
     if gated:
         settings["gate"] = {"name": "maxp", "threshold": 0.2}
     draft = (lsq if config.name == "lsq" else layerskip).make(config, ours.model, head)
-    wanted = ours.decode(draft, K, prompts(), gate.make(asked))
+    wanted = ours.decode(draft, K, prompts(), asked.make())
 
     inside = early.drafting(settings)
     assert inside(prompts(), NEW) == [list(done.tokens) for done in wanted] == plain(prompts(), NEW)
@@ -152,7 +151,7 @@ def test_controllers_choose_k(
     monkeypatch.setattr(early_exit, "time", SimpleNamespace(perf_counter=clock))
     assert inside(prompts(), 80) == plain(prompts(), 80)
     learned = inside.runner.drafter.controller.state()
-    assert learned != controllers.make(inside.runner.drafter.settings.controller).state()
+    assert learned != inside.runner.drafter.settings.controller.make().state()
     assert 0 < inside.totals["proposed"] < 5 * inside.totals["cycles"]
 
 
@@ -169,7 +168,7 @@ def test_controllers_are_not_told_that_they_asked_for_what_there_was_no_room_for
 def test_a_bandit_is_paid(plain: Inside, early: Inside) -> None:
     inside = early.drafting({"exit_layer": EXIT, "gate": {"name": "bandit", "arms": [0.1, 0.9]}})
     assert inside(prompts(), NEW) == plain(prompts(), NEW)
-    assert inside.runner.drafter.gate.state() != gate.make(GateConfig(GateName.bandit, arms=[0.1, 0.9])).state()
+    assert inside.runner.drafter.gate.state() != GATE.new("bandit", arms=[0.1, 0.9]).make().state()
 
 
 GREEDY = {"temperature": 1.0, "top_p": 1e-6}, {"temperature": 1.0, "top_k": 1}

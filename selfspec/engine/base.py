@@ -1,7 +1,8 @@
 """What a stage may ask of whatever runs the model: an :class:`Engine`, and what some engines can do besides.
 
 An engine names what it can do among its bases (:class:`Opens`, :class:`Fits`, :class:`Scores`, :class:`Probes`); who
-needs one of these asks ``isinstance(engine, Scores)``, and before an engine is made ``factory.KINDS`` says it too.
+needs one of these asks ``isinstance(engine, Scores)``; before an engine is made, its options say it too
+(``EngineOptions.can``).
 """
 
 from abc import abstractmethod
@@ -204,6 +205,7 @@ class Engine(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes up what an earlier process had learned."""
+        return None
 
     def usage(self) -> Usage:
         """Memory and device; where none is ours to see, nothing."""

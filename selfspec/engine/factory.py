@@ -1,46 +1,15 @@
 """Plan -> engine, imported when it is made; and the references that a bench decodes beside its own plan."""
 
-import importlib
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 from selfspec import config as schema
-from selfspec.config import EngineName
-from selfspec.engine.base import Engine, Fits, Opens, Probes, Scores, Tokenizer
+from selfspec.axes import CONTROLLER, ENGINE, GATE, POLICY
+from selfspec.engine.base import Engine, Tokenizer
 from selfspec.engine.openai.client import Server
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.rules import REFERENCES
-
-
-class Kind(NamedTuple):
-    """An engine before it is imported.
-
-    Attributes:
-        where: its class.
-        can: what it can do besides decoding; the class has these among its bases.
-        model: whether it reads the plan's model.
-    """
-
-    where: str
-    can: tuple[type, ...]
-    model: bool = True
-
-
-KINDS = {
-    EngineName.torch: Kind("selfspec.engine.torch.engine:TorchEngine", (Opens, Fits, Scores, Probes)),
-    EngineName.hf: Kind("selfspec.engine.hf:HFEngine", (Scores, Probes)),
-    EngineName.fake: Kind("selfspec.engine.fake.engine:FakeEngine", (Opens, Scores, Probes), model=False),
-    EngineName.openai: Kind("selfspec.engine.openai.engine:OpenAIEngine", ()),
-    EngineName.vllm: Kind("selfspec.engine.vllm.engine:VLLMEngine", (Opens, Fits, Scores)),
-}
-
-
-def kind(plan: Plan) -> Kind:
-    """What is known of the plan's engine without importing it."""
-    return KINDS[plan.engine.name]
 
 
 def require(plan: Plan, what: type, says: str) -> None:
@@ -52,31 +21,24 @@ def require(plan: Plan, what: type, says: str) -> None:
     Raises:
         ConfigError: with those that can.
     """
-    if what not in kind(plan).can:
-        allowed = ", ".join(name.name for name, one in KINDS.items() if what in one.can)
-        raise ConfigError(f"engine={plan.engine.name.name}: {says} {allowed}")
+    if what not in plan.engine.can:
+        allowed = ", ".join(name for name, option in ENGINE.options.items() if what in option.can)
+        raise ConfigError(f"engine={plan.engine.name}: {says} {allowed}")
 
 
 def check(plan: Plan) -> None:
-    """Refuses, without loading it, an engine that is not installed here.
+    """Refuses, without loading it, an engine or a draft that is not installed here.
 
     Raises:
         ConfigError: with what is needed.
     """
-    if plan.engine.name is EngineName.vllm:
-        from selfspec.vllm_plugin import versions
-
-        versions.check_engine()
-        if plan.draft.name == "suffix" and find_spec("arctic_inference") is None:
-            raise ConfigError(
-                "draft=suffix: vLLM's needs arctic-inference; pip install arctic-inference (it is built on the spot)"
-            )
+    plan.engine.check_here()
+    plan.draft.check_here()
 
 
 def make(plan: Plan) -> Engine:
     """The plan's engine; nothing is loaded before it is asked for something."""
-    module, name = kind(plan).where.split(":")
-    engine: Engine = getattr(importlib.import_module(module), name)(plan)
+    engine: Engine = plan.engine.make(plan)
     return engine
 
 
@@ -88,11 +50,11 @@ def reference(name: str, plan: Plan) -> Engine:
     return make(
         replace(
             plan,
-            engine=schema.Engine(EngineName.hf, max_batch=plan.engine.max_batch),
+            engine=ENGINE.new("hf", max_batch=plan.engine.max_batch),
             draft=REFERENCES[name](plan.draft),
-            gate=schema.Gate(),
-            controller=schema.Controller(K=plan.controller.K),
-            policy=plan.policy if plan.exact else schema.Policy(),
+            gate=GATE.new("none"),
+            controller=CONTROLLER.new("fixed", K=plan.controller.K),
+            policy=plan.policy if plan.exact else POLICY.new("longest_prefix"),
         )
     )
 
@@ -113,5 +75,5 @@ def drafter(plan: Plan) -> Path | None:
     """The folder of the draft's own model, or of heads that somebody trained; ``None``: it has none."""
     from selfspec.model import gguf
 
-    draft = plan.draft
-    return None if draft.source is None else gguf.model_folder(schema.Model("draft", draft.source, draft.sha256))
+    source, sha256 = plan.draft.get("source"), plan.draft.get("sha256")
+    return None if source is None else gguf.model_folder(schema.Model("draft", source, sha256))

@@ -4,14 +4,17 @@ Shapes: R rows, N new tokens of all rows together, T new tokens of the widest ro
 H query heads, G key-value heads, d head size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from selfspec.lazy import F, torch
 from selfspec.model.tree import Tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AttentionMetadata:

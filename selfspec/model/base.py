@@ -1,15 +1,29 @@
 """The contract of a model: a stack of frozen layers that can be run from i to j on our own cache."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-import torch
-from torch import Tensor
-
+from selfspec.lazy import torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.cache import KVCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Layers = Enum("Layers", "auto fast hf")
+"""Whose decoder layers run: our own, Hugging Face's, or ours where they know the architecture (``auto``)."""
+Width = Enum("Width", "full int8")
+"""Of weights: the model's own, or 8 bits."""
+Kernels = Enum("Kernels", "auto native triton torch")
+"""Our own, ``native`` on a CPU and ``triton`` within graphs on a GPU, or torch's operators."""
+Graphs = Enum("Graphs", "auto on off")
+"""Whether passes over our own layers are captured as graphs, on a GPU; ``auto``: where they can be."""
 
 
 @dataclass(frozen=True, slots=True)

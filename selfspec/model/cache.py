@@ -7,13 +7,17 @@ A slot is where a token's keys and values lie; its position is what the model is
 among the nodes of a draft tree, where siblings share a position, and only until the tree is verified.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from selfspec.lazy import torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.tree import Tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class KVCache:
@@ -61,7 +65,7 @@ class KVCache:
         self.lengths.append(0)
         return len(self.lengths) - 1
 
-    def copy_from(self, other: "KVCache") -> int:
+    def copy_from(self, other: KVCache) -> int:
         """A new row that holds what row 0 of another cache, of as many layers, holds: its index.
 
         Raises:

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from selfspec.config import Layers
 from selfspec.errors import AssetError, ConfigError, one_line
 from selfspec.model.attention import AttentionMetadata
-from selfspec.model.base import Model, Shape
+from selfspec.model.base import Layers, Model, Shape
 from selfspec.model.cache import KVCache
 from selfspec.model.gguf import silence
 from selfspec.model.llama import Llama

@@ -9,12 +9,16 @@ so that what a token comes to does not depend on its neighbours in a pass, and s
 what it brings.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from selfspec.lazy import F, torch
 from selfspec.model.kernels import native
 from selfspec.model.weights import Int8, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rounded(weight: Weight) -> Int8:

@@ -4,11 +4,16 @@ A chain is a tree whose nodes have one child each. Nodes are in an order in whic
 children; node i is run at cache slot ``length + i`` and at position ``length + depth(i)``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from selfspec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -29,7 +34,7 @@ class Tree:
     signals: list[float] = field(default_factory=list)
 
     @classmethod
-    def chain(cls, tokens: Sequence[int]) -> "Tree":
+    def chain(cls, tokens: Sequence[int]) -> Tree:
         """The root, then tokens that follow each other."""
         return cls(list(tokens), list(range(-1, len(tokens) - 1)))
 

@@ -1,9 +1,12 @@
 """What a decoder layer is made of, as our own layers and kernels hold it."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Int8(NamedTuple):
@@ -13,7 +16,7 @@ class Int8(NamedTuple):
     scale: Tensor
 
 
-Weight = Tensor | Int8
+Weight: TypeAlias = "Tensor | Int8"
 
 
 @dataclass(slots=True)

@@ -17,10 +17,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from selfspec.config import Quality
 from selfspec.data import assets
 from selfspec.engine.base import Scores
 from selfspec.errors import AssetError, ConfigError, one_line
+from selfspec.quality.config import Quality
 
 SEED = 1234
 """lm-eval's own."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_origin, get_type_hints
 
+from selfspec.axes import POLICY
 from selfspec.config import flatten
 from selfspec.errors import UserError, one_line
 from selfspec.files import storing, write_atomic
@@ -15,8 +16,6 @@ from selfspec.plan import Plan
 VERSION = 1
 """Of the form of ``result.json``."""
 FILE = "result.json"
-EXACT = ("longest_prefix", "rejection")
-"""The policies under which nothing but speed changes."""
 
 _VERDICTS = {"no": "NO", "lossy": "LOSSY", None: "not checked"}
 """What is said otherwise than it is written."""
@@ -172,7 +171,8 @@ def lossy(result: Result) -> bool:
     """Whether the tokens are not those of plain decoding, by design or by mistake."""
     drafts = result["settings"].get("draft", {}).get("name", "none") != "none"
     policy = result["settings"].get("policy", {})
-    relaxed = not policy.get("verify", True) or policy.get("name", "longest_prefix") not in EXACT
+    option = POLICY.options.get(policy.get("name", "longest_prefix"))
+    relaxed = not policy.get("verify", True) or option is None or option.lossy
     return result["lossless"] in ("lossy", "no") or (drafts and relaxed)
 
 

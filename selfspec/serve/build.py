@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from selfspec import fitting
-from selfspec.config import BackendConfig, CacheMode, ControllerName, Weights
+from selfspec.config import BackendConfig, CacheMode
 from selfspec.engine import factory
 from selfspec.engine.base import Opens, Tokenizer
 from selfspec.errors import ConfigError, one_line
@@ -37,8 +37,9 @@ def check(plan: Plan) -> None:
         ConfigError: with the setting, and what can.
     """
     factory.require(plan, Opens, "cannot be served; allowed are")
-    if plan.controller.name is ControllerName.autotune and plan.serve.max_batch > 1:
-        raise ConfigError(f"serve.max_batch={plan.serve.max_batch}: controller=autotune decodes one request at a time")
+    if plan.controller.chosen_exits and plan.serve.max_batch > 1:
+        asked = f"serve.max_batch={plan.serve.max_batch}"
+        raise ConfigError(f"{asked}: controller={plan.controller.name} decodes one request at a time")
     for backend in plan.serve.backends:
         if backend.key_env is not None and not os.environ.get(backend.key_env):
             raise ConfigError(f"serve.backends: {backend.name}: key_env={backend.key_env}: the environment has none")
@@ -54,13 +55,13 @@ def local(plan: Plan, metrics: Metrics) -> Local:
     return Local("local", lambda: engine(plan), plan.serve, plan.draft.name, metrics)
 
 
-def engine(plan: Plan, weights: Weights | None = None) -> Opens:
+def engine(plan: Plan) -> Opens:
     """The plan's engine with its head in place, fitted if need be, and warm.
 
     Raises:
         UserError: something it needs cannot be had.
     """
-    made = factory.make(replace(plan, engine=replace(plan.engine, weights=weights or plan.engine.weights)))
+    made = factory.make(plan)
     assert isinstance(made, Opens), "checked above"
     fitting.install(made, plan)
     made.generate([Request(tuple(made.tokenizer.encode("Hello", chat=False)), 4, ignore_eos=True)])
@@ -102,7 +103,7 @@ def backend(plan: Plan, config: BackendConfig, local: Local, metrics: Metrics) -
     def quantised() -> Opens:
         """The same engine in int8, once the other has loaded; it drafts by the same head."""
         local.ready.result()
-        return engine(plan, Weights.int8)
+        return engine(replace(plan, engine=plan.engine.int8()))
 
     def tell(loaded: Future[Opens]) -> None:
         if error := loaded.exception():

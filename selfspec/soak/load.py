@@ -91,15 +91,15 @@ def calling(plan: Plan, url: str, prompts: Sequence[Prompt], folder: Path) -> It
 
 def body(plan: Plan) -> dict[str, Any]:
     """What every request asks for, less its prompt."""
-    policy = plan.policy
+    sampling = plan.policy.sampling
     asked: dict[str, Any] = {
         "model": plan.serve.model_name or plan.model.name,
         "max_tokens": plan.soak.new_tokens,
-        "temperature": policy.temperature if policy.samples else 0.0,
+        "temperature": sampling.temperature,
         "seed": plan.seed,
         "stream": True,
         "stream_options": {"include_usage": True},
         "ignore_eos": plan.workload.ignore_eos,
     }
-    asked |= {key: value for key in ("top_k", "top_p") if (value := getattr(policy, key)) is not None}
+    asked |= {key: value for key in ("top_k", "top_p") if (value := getattr(sampling, key)) is not None}
     return asked | ({"selfspec": {"stats": True}} if plan.soak.server is SoakServer.selfspec else {})

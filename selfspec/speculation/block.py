@@ -14,16 +14,15 @@ Shapes: N new tokens of all rows (see ``cache.py``), P features, D hidden size, 
 d head size.
 """
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from selfspec.config import Draft as DraftConfig
+from selfspec.lazy import F, torch
 from selfspec.model.attention import AttentionMetadata, attend
 from selfspec.model.base import Model, Shape
 from selfspec.model.cache import KVCache
@@ -31,6 +30,9 @@ from selfspec.speculation import fit as fitting
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.head import Head, features, linear
 from selfspec.speculation.readout import Readout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _THETA = 10000.0
 _EXPANSION = 8 / 3
@@ -144,22 +146,31 @@ def begin(linear_map: dict[str, Tensor], s: Shape, seed: int) -> dict[str, Tenso
     return linear_map | layer
 
 
-def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
-    """Least squares for the linear map, then ``draft.sgd_epochs`` of AdamW on the cross-entropy to the model's tokens.
+def fit(
+    model: Model,
+    train: list[Trace],
+    heldout: list[Trace],
+    seed: int,
+    *,
+    ridge: float,
+    sgd_epochs: int,
+    vocab: int | None,
+) -> Head:
+    """Least squares for the linear map, then ``sgd_epochs`` of AdamW on the cross-entropy to the model's tokens.
 
     Returns:
         The head in float32; its facts hold, on held-out answers, the top-1 agreement with the full model by
         drafted position, and what training added to the first of the linear map alone (``sgd_gain``).
     """
     began = time.perf_counter()
-    previous = draft.exit_layer is None
+    previous = train[0].exit is None
     pairs = ((whole(model, trace, previous)[trace.at].cpu(), trace.final[trace.at]) for trace in train)
-    tensors = begin(fitting.ridge(pairs, draft), model.shape, seed)
+    tensors = begin(fitting.ridge(pairs, ridge), model.shape, seed)
     solved = time.perf_counter() - began
-    ids = fitting.vocabulary(model, train, draft)
+    ids = fitting.vocabulary(model, train, vocab)
     readout = Readout(model, ids["ids"].to(model.device) if ids else None)
     measure = partial(agreement, model, readout, heldout, previous)
-    further = partial(_descend, model, readout, train, draft, seed, previous)
+    further = partial(_descend, model, readout, train, sgd_epochs, seed, previous)
     tensors, by_position, gain = fitting.refine(tensors, measure, further)
     facts = {"form": "block", "solve_s": round(solved, 3)} | gain
     return Head(tensors | ids, facts | fitting.facts(train, heldout, tensors, by_position))
@@ -169,7 +180,7 @@ def _descend(
     model: Model,
     readout: Readout,
     traces: list[Trace],
-    draft: DraftConfig,
+    epochs: int,
     seed: int,
     previous: bool,
     tensors: dict[str, Tensor],
@@ -185,7 +196,7 @@ def _descend(
             return fitting.cross_entropy(states, weight, readout.indices(wanted).to(model.device))
 
     there = {name: t.to(model.device) for name, t in tensors.items()}
-    learned = fitting.descend(there, [readout.weight], loss, len(traces), draft.sgd_epochs, seed, _RATE, _BATCH)
+    learned = fitting.descend(there, [readout.weight], loss, len(traces), epochs, seed, _RATE, _BATCH)
     return {name: t.cpu() for name, t in learned.items()}
 
 

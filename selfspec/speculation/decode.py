@@ -16,10 +16,10 @@ from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation import clock as clocks
-from selfspec.speculation.controller import Controller
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.draft.base import Draft
-from selfspec.speculation.gate import Gate
-from selfspec.speculation.policy import Choice, Policy, Verdict
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.policy.base import Choice, Policy, Verdict
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Cycle, Logprob, Request
 

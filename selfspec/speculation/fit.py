@@ -8,18 +8,18 @@ B'(X'X + lambda I) B, the best map of that rank under the same loss (Mukherjee a
 All in float32 on the CPU, the solution itself in float64.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import HeadForm
+from selfspec.lazy import F, torch
 from selfspec.model.base import Model
 from selfspec.model.tree import Tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 AHEAD = 5
 """How many positions ahead agreement is measured, unless a draft looks less far."""
@@ -73,19 +73,19 @@ def split(traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace]]:
     return [trace for i, trace in enumerate(traces) if i % 5 != 4], list(traces[4::5])
 
 
-def vocabulary(model: Model, traces: Sequence[Trace], draft: DraftConfig) -> dict[str, Tensor]:
+def vocabulary(model: Model, traces: Sequence[Trace], size: int | None) -> dict[str, Tensor]:
     """The draft's vocabulary as a head's tensor ``ids``, int64 ``[V]``; nothing where it has the model's.
 
     The most frequent tokens of the answers; among those as frequent, the lowest ids (early merges of a BPE).
     """
-    if draft.vocab is None:
+    if size is None:
         return {}
     counts = torch.bincount(torch.cat([trace.tokens[trace.at + 1] for trace in traces]), minlength=model.shape.vocab)
     # `clone`: a slice would keep the order of the whole vocabulary in memory.
-    return {"ids": counts.sort(descending=True, stable=True).indices[: draft.vocab].clone()}
+    return {"ids": counts.sort(descending=True, stable=True).indices[:size].clone()}
 
 
-Guess = Callable[[Trace, Tensor, int, Tensor], tuple[Tensor, Tensor]]
+Guess: TypeAlias = "Callable[[Trace, Tensor, int, Tensor], tuple[Tensor, Tensor]]"
 """One step of a draft on m starts at once: (trace, int64 ``[m]`` positions of the last token drafted, step >= 0,
 states ``[m, D]`` of the step before) -> (the tokens drafted next ``[m]``, states to carry on with)."""
 
@@ -145,39 +145,39 @@ def refine(
     return trained, by_position, {"sgd_gain": by_position[0] - closed_form[0]}
 
 
-def ridge(parts: Iterable[tuple[Tensor, Tensor]], draft: DraftConfig) -> dict[str, Tensor]:
-    """The solution from parts of X ``[n, P]`` and Y ``[n, D]``, for :func:`~selfspec.speculation.head.linear`."""
+def ridge(parts: Iterable[tuple[Tensor, Tensor]], strength: float, rank: int | None = None) -> dict[str, Tensor]:
+    """The solution from parts of X ``[n, P]`` and Y ``[n, D]``, for :func:`~selfspec.speculation.head.linear`.
+
+    Args:
+        strength: lambda, in units of the mean diagonal of X'X.
+        rank: of the low-rank form; ``None``: the affine one.
+    """
     gram, cross = _moments(parts)
-    if draft.form is not HeadForm.low_rank:
-        solution = _solve(gram, cross, draft)
+    penalty = strength * gram.diagonal().mean()
+    if rank is None:
+        solution = _solve(gram, cross, penalty)
         return {"weight": solution[:-1].T.float().contiguous(), "bias": solution[-1].float()}
-    assert draft.rank is not None, "checked by the plan"
     size = cross.shape[1]
     # The first D features are the exit state: feature i and output i are the same coordinate.
     scale = cross.diagonal() / gram.diagonal()[:size]
-    solution = _solve(gram, cross - gram[:, :size] * scale, draft)
+    solution = _solve(gram, cross - gram[:, :size] * scale, penalty)
     weight, bias = solution[:-1].T, solution[-1]
     # The last feature is the constant: its row of the moments holds the sums, and its own entry the count.
     mean = gram[-1, :-1] / gram[-1, -1]
     centred = gram[:-1, :-1] - gram[-1, -1] * torch.outer(mean, mean)
-    penalised = centred + _strength(gram, draft) * torch.eye(len(centred), dtype=gram.dtype)
-    top = torch.linalg.eigh(weight @ penalised @ weight.T).eigenvectors[:, -draft.rank :]  # [D, r]
+    penalised = centred + penalty * torch.eye(len(centred), dtype=gram.dtype)
+    top = torch.linalg.eigh(weight @ penalised @ weight.T).eigenvectors[:, -rank:]  # [D, r]
     down = top.T @ weight
     bias = bias + weight @ mean - top @ (down @ mean)  # the fit still goes through the means
     tensors = {"scale": scale, "up": top, "down": down, "bias": bias}
     return {name: t.float().contiguous() for name, t in tensors.items()}
 
 
-def _solve(gram: Tensor, cross: Tensor, draft: DraftConfig) -> Tensor:
+def _solve(gram: Tensor, cross: Tensor, penalty: Tensor) -> Tensor:
     """Ridge regression from moments: ``[P + 1, D]``, the last row the bias."""
     eye = torch.eye(len(gram), dtype=gram.dtype)
-    solution: Tensor = torch.linalg.solve(gram + _strength(gram, draft) * eye, cross)
+    solution: Tensor = torch.linalg.solve(gram + penalty * eye, cross)
     return solution
-
-
-def _strength(gram: Tensor, draft: DraftConfig) -> Tensor:
-    assert draft.ridge is not None, "checked by the plan"
-    return draft.ridge * gram.diagonal().mean()
 
 
 def _moments(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -189,13 +189,14 @@ def _moments(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         # float32 is exact enough within a block; over all blocks it would lose what one more of them adds.
         gram = gram + (x.T @ x).double()
         cross = cross + (x.T @ torch.cat([y for _, y in block]).float()).double()
-    assert isinstance(gram, Tensor) and isinstance(cross, Tensor), "at least one part"
+    assert isinstance(gram, torch.Tensor) and isinstance(cross, torch.Tensor), "at least one part"
     return gram, cross
 
 
 def _blocks(parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """As many parts at a time as make a block: adding up in float64 costs more than the products of a few rows."""
-    block, rows = list[tuple[Tensor, Tensor]](), 0
+    block: list[tuple[Tensor, Tensor]] = []
+    rows = 0
     for part in parts:
         block.append(part)
         rows += len(part[0])

@@ -4,20 +4,24 @@ The file is safetensors. Its metadata holds one JSON object of *facts*: what the
 (model, draft, exit layer), on how much, and how well it agrees with the full model on held-out tokens.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
+from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from selfspec import heads
 from selfspec.errors import HeadError, one_line
+from selfspec.lazy import F, torch
 from selfspec.model.base import Model
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HeadForm = Enum("HeadForm", "affine low_rank block")
+"""What a head computes: a full affine map, one of low rank, or a trained transformer block."""
 _CHECK = "sha256"
 """Key of the fact that guards the tensors; only in the file."""
 
@@ -28,23 +32,27 @@ class Head:
     def __init__(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         self.tensors, self.facts = tensors, facts
 
-    def to(self, dtype: torch.dtype, device: torch.device) -> "Head":
+    def to(self, dtype: torch.dtype, device: torch.device) -> Head:
         """The same head, ready to run beside a model of that dtype and device; whole numbers stay whole."""
         return Head({name: t.to(device, _like(t, dtype)) for name, t in self.tensors.items()}, self.facts)
 
     def to_bytes(self) -> bytes:
         """The head as a safetensors file, float32, facts in its metadata."""
         tensors = {name: t.to("cpu", _like(t, torch.float32)).contiguous() for name, t in self.tensors.items()}
+        from safetensors.torch import save
+
         facts = self.facts | {_CHECK: _digest(tensors)}
         return save(tensors, metadata={heads.FACTS: json.dumps(facts, sort_keys=True)})
 
     @classmethod
-    def load(cls, path: Path) -> "Head":
+    def load(cls, path: Path) -> Head:
         """Reads a head file (float32, CPU).
 
         Raises:
             HeadError: it is missing or corrupt.
         """
+        from safetensors.torch import load
+
         facts = heads.facts(path)
         try:
             tensors = load(path.read_bytes())

@@ -4,13 +4,18 @@ Reading all rows is a large share of a small model's pass. Most drafts that stan
 leaving out the others costs the target nothing (FR-Spec, 2502.14856).
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from selfspec.lazy import torch
 from selfspec.model.base import Model
 from selfspec.model.linear import linear, packed
 from selfspec.speculation import sampling
 from selfspec.types import Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Readout:

@@ -4,15 +4,18 @@ All of it happens on the CPU, one position at a time: of a draft's positions few
 CPU a softmax over all of them would cost a quarter of the target's own pass.
 """
 
+from __future__ import annotations
+
 from enum import Enum
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from selfspec.lazy import np, torch
 from selfspec.model.kernels import has_triton, native
 from selfspec.types import Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Purpose = Enum("Purpose", "target accept draft")
 

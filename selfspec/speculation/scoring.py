@@ -11,9 +11,11 @@ from torch import Tensor
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
-from selfspec.speculation import gate
 from selfspec.speculation.decode import Target
 from selfspec.speculation.draft.layerskip import EarlyExit
+from selfspec.speculation.gate.entropy import entropy
+from selfspec.speculation.gate.maxp import max_prob
+from selfspec.speculation.gate.varH import var_entropy
 from selfspec.speculation.head import RawExit
 from selfspec.speculation.readout import Readout
 from selfspec.types import Score, Signals
@@ -107,8 +109,6 @@ def probe(
 
 def _signals(layer: int, head: str, readout: Readout, states: Tensor, emitted: Tensor) -> Signals:
     logits = readout(states)
-    max_prob, entropy, var_entropy = (
-        tuple(signal(logits).tolist()) for signal in (gate.max_prob, gate.entropy, gate.var_entropy)
-    )
+    largest, entropies, variances = (tuple(f(logits).tolist()) for f in (max_prob, entropy, var_entropy))
     accepted = readout.likeliest(logits)[:, 0] == emitted
-    return Signals(layer, head, max_prob, entropy, var_entropy, tuple(accepted.tolist()))
+    return Signals(layer, head, largest, entropies, variances, tuple(accepted.tolist()))

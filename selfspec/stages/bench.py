@@ -10,6 +10,7 @@ import io
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import collect
 from selfspec.stages.base import Stage, Unit, Units
-from selfspec.types import GREEDY, Completion, Cycle, Measurements, Prompt, Request, Sampling
+from selfspec.types import GREEDY, Completion, Cycle, Measurements, Prompt, Request
 
 Verdict = Literal["yes", "ties", "no", "sampled", "lossy", "reference"]
 Way = Callable[[list[Request]], list[Completion]]
@@ -193,7 +194,7 @@ def request(plan: Plan, prompt: Prompt) -> Request:
     policy, sampling = plan.policy, GREEDY
     if policy.samples:
         seed = zlib.crc32(prompt.id.encode(), plan.seed)
-        sampling = Sampling(policy.temperature, policy.top_k, policy.top_p, seed)
+        sampling = replace(policy.sampling, seed=seed)
     return Request(prompt.tokens, plan.workload.new_tokens, plan.workload.ignore_eos, sampling)
 
 

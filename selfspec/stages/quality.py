@@ -41,8 +41,8 @@ class Quality(Stage):
     def check(self) -> None:
         """Refuses an engine that scores no text, or shows no states."""
         factory.require(self.plan, Scores, "stages=[quality] needs one of")
-        gate_prompts, engine = self.plan.quality.gate_prompts, self.plan.engine.name.name
-        if gate_prompts and Probes not in factory.kind(self.plan).can:
+        gate_prompts, engine = self.plan.quality.gate_prompts, self.plan.engine.name
+        if gate_prompts and Probes not in self.plan.engine.can:
             silent = f"engine={engine} shows no states for gates to look at; use quality.gate_prompts=0"
             raise ConfigError(f"quality.gate_prompts={gate_prompts}: {silent}")
 
@@ -141,7 +141,10 @@ class Quality(Stage):
             files["quality_conversations.csv"] = perplexity.table(rows)
         if signals:
             made = gates.curves(signals)
-            files |= {"gate_roc.csv": gates.table(made), "gate_roc.png": plot.roc(made, self.plan.draft.exit_layer)}
+            files |= {
+                "gate_roc.csv": gates.table(made),
+                "gate_roc.png": plot.roc(made, self.plan.draft.get("exit_layer")),
+            }
         if self.plan.quality.tasks:
             files["lm_eval.json"] = json.dumps(_data(journal, "tasks"), indent=1)
         for name, content in files.items():

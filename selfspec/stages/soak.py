@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selfspec.checkpoint import Journal, Record
-from selfspec.config import EngineName, SoakServer
+from selfspec.config import SoakServer
 from selfspec.data import workload
 from selfspec.engine import factory
 from selfspec.engine.base import LazyEngine, Opens
@@ -55,8 +55,8 @@ class Soak(Stage):
             if wanted > most and soak.server is SoakServer.selfspec:
                 raise ConfigError(f"soak.{asked}={wanted}: serve.{limit}={most} would refuse it")
         if soak.server is SoakServer.vllm:
-            alone = plan.draft.name == "none" and plan.engine.name is EngineName.torch
-            if plan.engine.name is not EngineName.vllm and not alone:
+            alone = plan.draft.name == "none" and plan.engine.name == "torch"
+            if plan.engine.name != "vllm" and not alone:
                 raise ConfigError("soak.server=vllm: use engine=vllm; or engine=torch draft=none, the model alone")
 
     def installed(self) -> None:

@@ -16,8 +16,10 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from selfspec.axes import AXES
 from selfspec.config import HANDLES
 
 _MOST = 32
@@ -68,6 +70,36 @@ def job(loader: ConfigLoader, sweep: DictConfig, overrides: Sequence[str], numbe
     with open_dict(config):
         config.hydra.job.id, config.hydra.job.num = str(number), number
     return config, Path(sweep.hydra.sweep.dir) / config.hydra.sweep.subdir
+
+
+def per_job(argv: Sequence[str]) -> list[str]:
+    """A sweep's command line, on which settings of an option that is swept over are sweeps of one value.
+
+    Hydra composes a config of the sweep's own first, without what is swept; there ``draft.max_match=5`` would be
+    applied to the default draft, which may not have it, in the place of those of ``draft=ngram,suffix``.
+    """
+    parsed = {word: override for word in argv if (override := _override(word)) is not None}
+    swept = {o.key_or_group for o in parsed.values() if o.is_sweep_override()} & AXES.keys()
+    if not swept or not {"-m", "--multirun"} & {*argv}:
+        return list(argv)
+    return [_once(word, parsed[word]) if word in parsed and _group(parsed[word]) in swept else word for word in argv]
+
+
+def _override(word: str) -> Override | None:
+    try:
+        return None if word.startswith("-") else _parsed(word)
+    except HydraException:  # it says so itself, in time
+        return None
+
+
+def _group(override: Override) -> str:
+    return override.key_or_group.partition(".")[0] if "." in override.key_or_group else ""
+
+
+def _once(word: str, override: Override) -> str:
+    """The override as a sweep over its one value, if it is none."""
+    key, _, value = word.partition("=")
+    return word if override.is_sweep_override() else f"{key}=choice({value})"
 
 
 def given(overrides: ListConfig) -> list[str]:

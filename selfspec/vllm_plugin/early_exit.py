@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from selfspec import heads
 from selfspec.errors import ConfigError
-from selfspec.speculation import controller as controllers
-from selfspec.speculation import gate as gates
+from selfspec.speculation.controller.base import Controller
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head, features, linear
 from selfspec.vllm_plugin import hooks, versions
 from selfspec.vllm_plugin.layers import FirstLayers, Readout
 from selfspec.vllm_plugin.record import Drafted, Record
-from selfspec.vllm_plugin.settings import KEY, parse
+from selfspec.vllm_plugin.settings import KEY, early, parse
 from selfspec.vllm_plugin.slots import Slots
-from selfspec.vllm_rules import EARLY
 
 
 class EarlyExit(hooks.Proposer):
@@ -49,8 +48,8 @@ class EarlyExit(hooks.Proposer):
 
     def reset(self) -> None:
         """Gate, controller and record as they were before anything was drafted."""
-        self.gate = gates.make(self.settings.gate, self.settings.seed)
-        self.controller = controllers.make(self.settings.controller, self.settings.seed)
+        self.gate: Gate = self.settings.gate.make(self.settings.seed)
+        self.controller: Controller = self.settings.controller.make(self.settings.seed)
         self.record = Record()
 
     def load_model(self, model: nn.Module) -> None:
@@ -190,9 +189,9 @@ class EarlyExit(hooks.Proposer):
             return {}, False
         path = Path(self.settings.head)
         facts = heads.check(path, {"exit_layer": self.settings.exit_layer})
-        if facts.get("draft") not in EARLY:
+        if facts.get("draft") not in early():
             fitted = f"fitted for draft={facts.get('draft')}"
-            raise ConfigError(f"{KEY}.head={path}: {fitted}; inside vLLM run {', '.join(EARLY)}")
+            raise ConfigError(f"{KEY}.head={path}: {fitted}; inside vLLM run {', '.join(early())}")
         model = self.config.model_config
         head = Head.load(path).to(model.dtype, self.config.device_config.device)
         size = head.tensors["bias"].shape[0] if "bias" in head.tensors else self.layers.size

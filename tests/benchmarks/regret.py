@@ -14,8 +14,8 @@ from functools import cache, lru_cache
 
 from hydra import compose, initialize_config_dir
 
-from selfspec import config, plan
-from selfspec.config import ControllerName, GateName
+from selfspec import plan
+from selfspec.axes import CONTROLLER, GATE, ControllerOptions, GateOptions
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.fake.session import World
 from selfspec.plan import Plan
@@ -125,12 +125,12 @@ def _blank() -> Plan:
 def rate(
     environment: Environment,
     requests: Sequence[Request],
-    controller: config.Controller,
-    gate: config.Gate | None = None,
+    controller: ControllerOptions,
+    gate: GateOptions | None = None,
     seed: int = 0,
 ) -> float:
     """Decode tokens per virtual second of a configuration, what it spends on learning included."""
-    made = replace(_blank(), controller=controller, gate=gate or config.Gate(), seed=seed)
+    made = replace(_blank(), controller=controller, gate=gate or GATE.new("none"), seed=seed)
     engine = FakeEngine(made, environment.world)
     done = engine.generate(requests, max_batch=environment.batch)
     cycles = [cycle for completion in done for cycle in completion.cycles]
@@ -138,19 +138,19 @@ def rate(
     return 1e3 * sum(cycle.new_tokens for cycle in cycles) / spent
 
 
-def fixed(k: int) -> config.Controller:
+def fixed(k: int) -> ControllerOptions:
     """K in every cycle."""
-    return config.Controller(ControllerName.fixed, k)
+    return CONTROLLER.new("fixed", K=k)
 
 
-def autotune(*exits: int) -> config.Controller:
+def autotune(*exits: int) -> ControllerOptions:
     """A choice of these exit layers."""
-    return config.Controller(ControllerName.autotune, 4, exits=[*exits])
+    return CONTROLLER.new("autotune", K=4, exits=[*exits])
 
 
-ADAPTIVE = config.Controller(ControllerName.adaptive, 4, low=0, high=MOST, step=1, window=16, target=0.6)
-COST = config.Controller(ControllerName.cost, MOST, window=32)
-BANDIT = config.Gate(GateName.bandit, arms=ARMS)
+ADAPTIVE = CONTROLLER.new("adaptive", K=4, low=0, high=MOST, step=1, window=16, target=0.6)
+COST = CONTROLLER.new("cost", K=MOST, window=32)
+BANDIT = GATE.new("bandit", arms=ARMS)
 
 
 def main() -> None:
@@ -169,7 +169,7 @@ def main() -> None:
         environment = ENVIRONMENTS[name]
         by_k = {k: rate(environment, requests, fixed(k)) for k in range(MOST + 1)}
         plain, best = by_k[0], max(by_k, key=by_k.__getitem__)
-        by_arm = {arm: rate(environment, requests, fixed(MOST), config.Gate(GateName.maxp, arm)) for arm in ARMS}
+        by_arm = {arm: rate(environment, requests, fixed(MOST), GATE.new("maxp", threshold=arm)) for arm in ARMS}
         arm = max(by_arm, key=by_arm.__getitem__)
         learners = [rate(environment, requests, learner) for learner in (ADAPTIVE, COST)]
         bandit, both = (rate(environment, requests, control, BANDIT) for control in (fixed(MOST), COST))

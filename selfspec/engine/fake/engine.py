@@ -20,13 +20,13 @@ from selfspec.engine.fake.session import (
     Parts,
     World,
     chances,
-    entropy,
     next_token,
-    var_entropy,
 )
 from selfspec.plan import Plan
-from selfspec.speculation import controller, gate
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.controller.base import Controller
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.gate.entropy import Entropy
+from selfspec.speculation.gate.varH import VarEntropy
 from selfspec.types import Completion, Request, Score, Signals
 
 
@@ -65,10 +65,9 @@ class FakeEngine(Opens, Scores, Probes):
 
     def __init__(self, plan: Plan, world: World | None = None) -> None:
         self.plan = plan
-        acceptance = plan.engine.acceptance if plan.engine.acceptance is not None else 0.5
-        self.world = world or World(acceptance)
-        self.gate = gate.make(plan.gate, plan.seed)
-        self.controller = controller.make(plan.controller, plan.seed)
+        self.world = world or World(plan.engine.get("acceptance"))
+        self.gate: Gate = plan.gate.make(plan.seed)
+        self.controller: Controller = plan.controller.make(plan.seed)
         self._fixed_gates: dict[int, Gate] = {}
         self.clock = Clock()
 
@@ -92,11 +91,11 @@ class FakeEngine(Opens, Scores, Probes):
     ) -> FakeSession:
         control, stops = self.controller, self.gate
         if k is not None:
-            control = controller.Fixed(k)
-            stops = self._fixed_gates.setdefault(k, gate.make(self.plan.gate, self.plan.seed))
+            control = Controller(k)
+            stops = self._fixed_gates.setdefault(k, self.plan.gate.make(self.plan.seed))
         if plain or not self.plan.speculative:
-            control, stops = controller.Fixed(0), gate.Gate()
-        return FakeSession(Parts(self.world, self.clock, control, stops, self.plan.gate.name), rows, positions, order)
+            control, stops = Controller(0), Gate()
+        return FakeSession(Parts(self.world, self.clock, control, stops), rows, positions, order)
 
     def state(self) -> Mapping[str, Any]:
         """What gate and controller have learned so far."""
@@ -123,11 +122,11 @@ class FakeEngine(Opens, Scores, Probes):
     def probe(self, prompt: Sequence[int], answer: Sequence[int], exits: Sequence[int] | None = None) -> list[Signals]:
         """As sure, and as often right, as drafts of this engine are."""
         request, found = Request(tuple(prompt), len(answer)), list[Signals]()
-        for layer in exits or [self.plan.draft.exit_layer or 1]:
+        for layer in exits or [self.plan.draft.get("exit_layer", 1)]:
             luck_of = [chances(request, answer, position) for position in range(1, len(answer))]
             odds = [self.world.acceptance(request, position, layer) for position in range(1, len(answer))]
             sure = [s ** (1 / a - 1) if a else 0.0 for (_, s), a in zip(luck_of, odds, strict=True)]
-            entropies, variances = tuple(map(entropy, sure)), tuple(map(var_entropy, sure))
+            entropies, variances = (tuple(g.signal_at(s, VOCAB - 1) for s in sure) for g in (Entropy(0), VarEntropy(0)))
             accepted = tuple(luck < s for (luck, _), s in zip(luck_of, sure, strict=True))
             found.append(Signals(layer, "raw", tuple(sure), entropies, variances, accepted))
         return found

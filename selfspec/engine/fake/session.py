@@ -2,16 +2,15 @@
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
-from selfspec.config import GateName
 from selfspec.engine.admission import Admission
 from selfspec.engine.batching import Batching
-from selfspec.speculation.controller import Controller
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.controller.base import Controller
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Cycle, Logprob, Request
 
@@ -60,13 +59,12 @@ class Clock:
 
 
 class Parts(NamedTuple):
-    """What a session is made of, and the gate whose signals it shows."""
+    """What a session is made of."""
 
     world: World
     clock: Clock
     control: Controller
     stops: Gate
-    gate_name: GateName
 
 
 class FakeSession(Batching):
@@ -74,8 +72,7 @@ class FakeSession(Batching):
 
     def __init__(self, parts: Parts, rows: int, positions: int, admission: Admission) -> None:
         super().__init__(rows, positions, admission)
-        self.world, self.clock, self.control, self.stops, gate_name = parts
-        self._signal = _SIGNALS[gate_name]
+        self.world, self.clock, self.control, self.stops = parts
         self._ms = 0.0
 
     def _now(self) -> float:
@@ -123,7 +120,7 @@ class FakeSession(Batching):
             luck, sure = chances(seq.request, seq.memory, said + j)
             sure = sure ** (1 / acceptance - 1) if acceptance else 0.0
             if self.stops.reads:
-                signals.append(self._signal(sure))
+                signals.append(self.stops.signal_at(sure, VOCAB - 1))
                 if self.stops.stops(signals[-1]):
                     return j, accepted, tuple(signals)
             right = right and luck < sure
@@ -177,29 +174,3 @@ def chances(request: Request, answer: Sequence[int], position: int) -> tuple[flo
     before = (*request.tokens[-8:], *answer[max(position - 8, 0) : position])[-8:]
     digest = blake2b(bytes(t % VOCAB for t in before), digest_size=16, salt=position.to_bytes(8, "big")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:], "big") / 2**64
-
-
-def entropy(p: float) -> float:
-    """In nats, where one token has probability p and the others share the rest."""
-    best, other = _surprisals(p)
-    return p * best + (1 - p) * other
-
-
-def var_entropy(p: float) -> float:
-    """The variance of surprisal there, in nats squared: small where p is, too, as then nearly all tokens are alike."""
-    best, other = _surprisals(p)
-    return p * (1 - p) * (best - other) ** 2
-
-
-def _surprisals(p: float) -> tuple[float, float]:
-    p = min(max(p, 1e-9), 1 - 1e-9)
-    return -math.log(p), -math.log((1 - p) / (VOCAB - 1))
-
-
-_SIGNALS: Mapping[GateName, Callable[[float], float]] = {
-    GateName.none: float,
-    GateName.maxp: float,
-    GateName.bandit: float,
-    GateName.entropy: entropy,
-    GateName.varH: var_entropy,
-}

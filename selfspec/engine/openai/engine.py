@@ -40,7 +40,7 @@ class OpenAIEngine(Engine):
 
     @cached_property
     def _plain_server(self) -> Server:
-        return self._server if self.plan.engine.plain_url is None else self._at("plain_url")
+        return self._server if self.plan.engine.get("plain_url") is None else self._at("plain_url")
 
     def _at(self, key: str) -> Server:
         url, secret = getattr(self.plan.engine, key), os.environ.get(KEY)

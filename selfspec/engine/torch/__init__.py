@@ -1,1 +1,46 @@
 """Our own engine: the decode step on one device, with continuous batching."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from selfspec.axes import EngineOptions
+from selfspec.engine.base import Fits, Opens, Probes, Scores
+from selfspec.model.base import Graphs, Kernels, Layers, Width
+from selfspec.plan import Plan
+
+if TYPE_CHECKING:
+    from selfspec.engine.torch.engine import TorchEngine
+
+
+@dataclass
+class Options(EngineOptions):
+    """Whose layers and kernels, and how its weights are kept."""
+
+    name: str = "torch"
+    layers: Layers = Layers.auto
+    weights: Width = Width.full
+    """Our own layers on a CPU: ``int8`` halves what a pass reads; another model, a little worse."""
+    kernels: Kernels = Kernels.auto
+    graphs: Graphs = Graphs.auto
+
+    can: ClassVar[tuple[type, ...]] = (Fits, Opens, Probes, Scores)
+
+    @property
+    def label(self) -> str:
+        """The weights, where they are not the model's own."""
+        return "" if self.weights is Width.full else self.weights.name
+
+    @property
+    def fits_as(self) -> dict[str, Any]:
+        """Other weights give other answers."""
+        return {} if self.weights is Width.full else {"weights": self.weights}
+
+    def int8(self) -> "Options":
+        """The same model, a little worse."""
+        return replace(self, weights=Width.int8)
+
+    def make(self, plan: Plan) -> "TorchEngine":
+        """The engine."""
+        from selfspec.engine.torch.engine import TorchEngine
+
+        return TorchEngine(plan)

@@ -1,6 +1,5 @@
 """The torch engine: our decoder, drafts, gates and policies on one device."""
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -22,11 +21,16 @@ from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.plan import Plan
 from selfspec.progress import progress
-from selfspec.speculation import controller, fit, gate, policy, scoring
+from selfspec.speculation import fit, scoring
+from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.draft.layerskip import EarlyExit
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
+from selfspec.speculation.policy.base import Policy
+from selfspec.speculation.policy.longest_prefix import LongestPrefix
+from selfspec.speculation.policy.rejection import Mixed
 from selfspec.types import Completion, Request, Score, Signals
 
 _ROOM = 256
@@ -42,9 +46,10 @@ class TorchEngine(Opens, Fits, Scores, Probes):
         self.plan, self.weights = plan, weights
         self.tokenizer = ModelTokenizer(plan.model, lambda: weights.folder)
         self.ties = Float32Judge(weights)
-        self._gate, self._policy = gate.make(plan.gate, plan.seed), policy.make(plan.policy)
-        self._controller = controller.make(plan.controller, plan.seed)
-        self._fixed_gates: dict[int, gate.Gate] = {}
+        self._gate: Gate = plan.gate.make(plan.seed)
+        self._policy: Policy = plan.policy.make()
+        self._controller: Controller = plan.controller.make(plan.seed)
+        self._fixed_gates: dict[int, Gate] = {}
         self._head: Head | None = None
         self._caches: dict[tuple[int, int], KVCache] = {}
 
@@ -58,8 +63,8 @@ class TorchEngine(Opens, Fits, Scores, Probes):
         """Decoding without a draft by the whole model: the reference."""
         model = self.model
         whole = Target(model, model.shape.layers, model.norm)
-        exact = self._policy if self.plan.policy.samples else policy.LongestPrefix()
-        return Speculation(whole, Draft(model), gate.Gate(), controller.Fixed(0), exact)
+        exact = self._policy if self.plan.policy.samples else LongestPrefix()
+        return Speculation(whole, Draft(model), Gate(), Controller(0), exact)
 
     @cached_property
     def _speculation(self) -> Speculation:
@@ -75,11 +80,11 @@ class TorchEngine(Opens, Fits, Scores, Probes):
 
     def _fixed(self, k: int) -> Speculation:
         """The configuration with another controller, and a gate that learns for itself."""
-        own = self._fixed_gates.setdefault(k, gate.make(self.plan.gate, self.plan.seed))
-        return replace(self._speculation, controller=controller.Fixed(k), gate=own)
+        own = self._fixed_gates.setdefault(k, self.plan.gate.make(self.plan.seed))
+        return replace(self._speculation, controller=Controller(k), gate=own)
 
     def _make_draft(self) -> Draft:
-        made: Draft = _draft_module(self.plan.draft.name).make(self.plan.draft, self.model, self._head)
+        made: Draft = self.plan.draft.make(self.model, self._head)
         return made
 
     def describe(self) -> Mapping[str, object]:
@@ -116,7 +121,7 @@ class TorchEngine(Opens, Fits, Scores, Probes):
         if positions > limit:
             raise ConfigError(f"serve.max_model_len={positions}: {self.plan.model.name} has {limit}")
         made = self._speculation
-        made = replace(made, policy=policy.Mixed(made.policy))
+        made = replace(made, policy=Mixed(made.policy))
         capacity = positions + made.draft.nodes(self.plan.controller.max_k)
         cache = self.model.new_cache(capacity, rows, made.draft.layers, lasts=True)
         return Scheduler(made, cache, order, self.plan.serve.chunk, positions)
@@ -140,12 +145,11 @@ class TorchEngine(Opens, Fits, Scores, Probes):
             traces = []
             with progress("states", len(pairs)) as advance:
                 for prompt, answer in pairs:
-                    traces.append(fit.trace(self.model, prompt, answer, draft.exit_layer))
+                    traces.append(fit.trace(self.model, prompt, answer, draft.get("exit_layer")))
                     advance()
         else:  # a corpus is tokens only
             traces = [fit.unread(prompt, answer) for prompt, answer in pairs]
-        module = _draft_module(draft.name)
-        head: Head = module.fit(self.model, *fit.split(traces), draft, self.plan.seed)
+        head: Head = draft.fit(self.model, *fit.split(traces), self.plan.seed)
         head.facts.update(facts, hidden=self.model.shape.hidden)
         write_atomic(path, head.to_bytes())
 
@@ -174,11 +178,11 @@ class TorchEngine(Opens, Fits, Scores, Probes):
         if beyond:
             raise ConfigError(f"quality.exits={beyond[0]}: the model has {layers} layers; must be 1 to {layers - 1}")
         if exits is None:
-            exits = scoring.exits(layers, draft.exit_layer)
+            exits = scoring.exits(layers, draft.get("exit_layer"))
         own = self._make_draft() if draft.fitted else None
         own = getattr(own, "learned", own)  # of a hybrid
         fitted = own if isinstance(own, EarlyExit) else None
-        return scoring.probe(self.model, prompt, answer, exits, fitted, draft.learned or draft.name)
+        return scoring.probe(self.model, prompt, answer, exits, fitted, draft.get("learned", draft.name))
 
     def limits(self) -> Limits:
         """See :meth:`Opens.limits <selfspec.engine.base.Opens.limits>`."""
@@ -187,7 +191,3 @@ class TorchEngine(Opens, Fits, Scores, Probes):
     def usage(self) -> Usage:
         """See :meth:`Weights.usage <selfspec.engine.torch.weights.Weights.usage>`."""
         return self.weights.usage()
-
-
-def _draft_module(name: str) -> Any:
-    return importlib.import_module(f"selfspec.speculation.draft.{name}")

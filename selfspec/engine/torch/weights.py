@@ -13,7 +13,7 @@ from selfspec import config as schema
 from selfspec.engine.base import Usage
 from selfspec.errors import ConfigError
 from selfspec.model import gguf, hf
-from selfspec.model.base import Model
+from selfspec.model.base import Graphs, Kernels, Layers, Model, Width
 from selfspec.model.kernels import has_triton, native
 from selfspec.model.llama import Llama
 from selfspec.plan import Plan
@@ -47,43 +47,44 @@ class Weights:
             ConfigError: the model has fewer layers than the plan counted on.
         """
         model = self._load()
-        exit_layer, layers = self.plan.draft.exit_layer, model.shape.layers
+        exit_layer, layers = self.plan.draft.get("exit_layer"), model.shape.layers
         if exit_layer is not None and exit_layer >= layers:
             name = self.plan.model.name
             raise ConfigError(f"exit_layer={exit_layer}: {name} has {layers} layers; must be from 1 to {layers - 1}")
         return model
 
     def _load(self) -> Model:
-        asked, kernels = self.plan.engine.graphs, self._kernels
-        graphs = self.device.type == "cuda" and asked is not schema.Graphs.off
-        native, fused = kernels is schema.Kernels.native, kernels is schema.Kernels.triton
-        model = hf.load(self.folder, self.device, self.dtype, self.plan.engine.layers, native, graphs, fused)
-        if asked is schema.Graphs.on and not model.graphs:
+        engine, kernels = self.plan.engine, self._kernels
+        asked, layers = engine.get("graphs", Graphs.auto), engine.get("layers", Layers.auto)
+        graphs = self.device.type == "cuda" and asked is not Graphs.off
+        native, fused = kernels is Kernels.native, kernels is Kernels.triton
+        model = hf.load(self.folder, self.device, self.dtype, layers, native, graphs, fused)
+        if asked is Graphs.on and not model.graphs:
             raise ConfigError("engine.graphs=on: only our own layers (engine.layers=fast) have them, on a GPU")
-        if self.plan.engine.weights is schema.Weights.int8:
+        if engine.get("weights", Width.full) is Width.int8:
             if not isinstance(model, Llama) or self.device.type != "cpu":
                 raise ConfigError("engine.weights=int8: only our own layers have them (engine.layers=fast), on a CPU")
             model.quantise()
         return model
 
     @cached_property
-    def _kernels(self) -> schema.Kernels:
+    def _kernels(self) -> Kernels:
         """Which kernels run: our own, or torch's.
 
         Raises:
             ConfigError: some were asked for that cannot.
         """
-        asked, kind = self.plan.engine.kernels, self.device.type
-        own = schema.Kernels.torch
+        asked, kind = self.plan.engine.get("kernels", Kernels.auto), self.device.type
+        own = Kernels.torch
         problem: str | None = f"there are none for {kind}"
         if kind == "cpu":
-            own, problem = schema.Kernels.native, native.problem()
+            own, problem = Kernels.native, native.problem()
         elif kind == "cuda":
-            own, problem = schema.Kernels.triton, None if has_triton() else "Triton is not installed"
-        if asked not in (schema.Kernels.auto, schema.Kernels.torch) and (problem or asked is not own):
+            own, problem = Kernels.triton, None if has_triton() else "Triton is not installed"
+        if asked not in (Kernels.auto, Kernels.torch) and (problem or asked is not own):
             reason = problem or f"they are not for {kind}"
             raise ConfigError(f"engine.kernels={asked.name}: {reason}; allowed here are auto, torch")
-        return schema.Kernels.torch if problem or asked is schema.Kernels.torch else own
+        return Kernels.torch if problem or asked is Kernels.torch else own
 
     def describe(self) -> Mapping[str, object]:
         """Device, dtype, threads, torch, kernels; of a GPU its capability, its driver and whether graphs are used."""

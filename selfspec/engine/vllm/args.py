@@ -1,12 +1,12 @@
 """A plan in vLLM's own arguments: the same for an engine in this process and for ``vllm serve``. Imports no vLLM."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from selfspec.plan import Plan
 from selfspec.vllm_plugin import settings
-from selfspec.vllm_rules import EARLY
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "auto": "auto"}
 
@@ -17,15 +17,15 @@ def arguments(plan: Plan, model: Path) -> dict[str, Any]:
     Args:
         model: the folder of the weights.
     """
-    engine = plan.engine
+    engine = asdict(plan.engine)
     asked = {
         "model": str(model),
         "dtype": _DTYPES[plan.hardware.dtype.name],
         "seed": plan.seed,
-        "quantization": engine.quantization,
-        "tensor_parallel_size": engine.tensor_parallel,
-        "kv_cache_memory_bytes": None if engine.kv_gib is None else int(engine.kv_gib * 2**30),
-        "enforce_eager": engine.eager,
+        "quantization": engine.get("quantization"),
+        "tensor_parallel_size": engine.get("tensor_parallel"),
+        "kv_cache_memory_bytes": int(engine["kv_gib"] * 2**30) if "kv_gib" in engine else None,
+        "enforce_eager": engine.get("eager"),
     }
     return {key: value for key, value in asked.items() if value is not None}
 
@@ -38,23 +38,11 @@ def speculation(plan: Plan, drafter: Path | None = None, head: Path | None = Non
         head: the file that the fit stage made, where it has one.
     """
     draft = plan.draft
-    if draft.name == "none":
+    if not draft.speculates:
         return {}
-    if draft.name in EARLY:
+    if draft.inside_vllm:
         return settings.arguments(plan, head) | {"per_request_spec_decode_metrics": "detailed"}
-    method: dict[str, Any] = {
-        "method": draft.name,
-        "num_speculative_tokens": plan.controller.K,
-    }
-    if draft.name == "ngram":
-        method |= {"prompt_lookup_max": draft.max_match, "prompt_lookup_min": draft.min_match}
-    if draft.name == "suffix":
-        method |= {"suffix_decoding_max_tree_depth": draft.max_match}
-        method |= {} if draft.cross_request else {"suffix_decoding_max_cached_requests": 0}
-    if drafter is not None:
-        method |= {"model": str(drafter)}
-        if draft.name == "eagle":
-            method |= {"method": _eagle(drafter)}
+    method = draft.vllm(drafter) | {"num_speculative_tokens": plan.controller.K}
     return {"speculative_config": method, "per_request_spec_decode_metrics": "detailed"}
 
 
@@ -68,10 +56,3 @@ def flags(asked: dict[str, Any]) -> list[str]:
         else:
             found += [name, json.dumps(value) if isinstance(value, dict) else str(value)]
     return found
-
-
-def _eagle(folder: Path) -> str:
-    """EAGLE-3 reads other states of the target than its forerunner, and only its checkpoint says which it is."""
-    config = json.loads((folder / "config.json").read_text())
-    named = [*(config.get("architectures") or ()), str(config.get("speculators_model_type", ""))]
-    return "eagle3" if any("eagle3" in name.lower() for name in named) else "eagle"

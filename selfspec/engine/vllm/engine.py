@@ -65,7 +65,8 @@ class Judge(TieJudge):
     def _by_vllm_alone(self) -> bool:
         engine, folder = self._engine.plan.engine, self._engine.weights.folder
         config = json.loads((folder / "config.json").read_text())
-        return bool(engine.quantization or (engine.tensor_parallel or 1) > 1 or config.get("quantization_config"))
+        alone = engine.get("quantization") or engine.get("tensor_parallel", 1) > 1
+        return bool(alone or config.get("quantization_config"))
 
 
 class VLLMEngine(Opens, Fits, Scores):
@@ -87,7 +88,7 @@ class VLLMEngine(Opens, Fits, Scores):
     @cached_property
     def _core(self) -> Any:
         """The configuration's; plain decoding's where nothing is drafted."""
-        if self.plan.draft.name == "none":
+        if not self.plan.draft.speculates:
             return self._plain_core
         return self._start(vllm_args.speculation(self.plan, factory.drafter(self.plan), self._head_path))
 
@@ -215,7 +216,7 @@ class VLLMEngine(Opens, Fits, Scores):
 
     def _room(self, positions: int) -> int:
         if positions > self._positions:
-            room = f"engine.kv_gib={self.plan.engine.kv_gib} and the model have room for {self._positions}"
+            room = f"engine.kv_gib={self.plan.engine.get('kv_gib')} and the model have room for {self._positions}"
             raise ConfigError(f"workload: prompt and new tokens come to {positions} positions; {room}")
         return positions
 

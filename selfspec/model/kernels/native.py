@@ -5,6 +5,8 @@ range of a Llama's layers over new tokens in one call. ``selfspec::argmax``: of 
 ``llama.py`` and ``sampling.py`` do with torch's operators wherever there is no C++ compiler.
 """
 
+from __future__ import annotations
+
 import hashlib
 import mmap
 import os
@@ -16,22 +18,24 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
-import torch
 from filelock import FileLock
-from torch import Tensor
 
 from selfspec.data import folders
 from selfspec.errors import one_line
+from selfspec.lazy import torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.cache import KVCache
 from selfspec.model.weights import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp")
 _HEADS = (32, 64, 128)
 _LANES = 16
-_DTYPES = (torch.float32, torch.bfloat16)
 _loaded = False
 
 
@@ -113,7 +117,9 @@ def tiled_int8(values: Tensor, scale: Tensor) -> Tensor | None:
 
 _CHUNK = 64 * 2**20
 _LINE = 64  # bytes of the cache's
-_chunk, _used, _taking = torch.empty(0, dtype=torch.uint8), 0, Lock()
+_taking = Lock()
+_chunk: Tensor | None = None
+_used = 0
 
 
 def _in_huge_pages(tensor: Tensor) -> Tensor:
@@ -125,7 +131,7 @@ def _in_huge_pages(tensor: Tensor) -> Tensor:
     global _chunk, _used
     size = tensor.numel() * tensor.element_size()
     with _taking:
-        if _used + size > len(_chunk):
+        if _chunk is None or _used + size > len(_chunk):
             # What the last chunk has left stays unused. `frombuffer` keeps a chunk for as long as a weight lies in it.
             memory = mmap.mmap(-1, max(size, _CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # a kernel without huge pages refuses; small ones do
@@ -149,24 +155,24 @@ def untiled(weight: Tensor) -> Tensor:
 
 def takes_rows(logits: Tensor) -> bool:
     """Whether ``selfspec::argmax`` finds the largest of every row, twice as fast as NumPy and more in bf16."""
-    return _loaded and logits.is_contiguous() and logits.shape[-1] % _LANES == 0 and logits.dtype in _DTYPES
+    return _loaded and logits.is_contiguous() and logits.shape[-1] % _LANES == 0 and _knows(logits.dtype)
 
 
 class Stack:
     """A Llama's layers, handed to the kernel in ranges."""
 
-    def __init__(self, layers: Sequence["Layer"], heads: int, norm_eps: float) -> None:
+    def __init__(self, layers: Sequence[Layer], heads: int, norm_eps: float) -> None:
         self._heads, self._norm_eps = heads, norm_eps
         names = ("attention_norm", "qkv", "qkv_bias", "out", "mlp_norm", "gate_up", "down")
         self._weights = [[getattr(layer, name) for layer in layers] for name in names]
 
     @staticmethod
-    def takes(layers: Sequence["Layer"], hidden: int, head_dim: int, dtype: torch.dtype) -> bool:
+    def takes(layers: Sequence[Layer], hidden: int, head_dim: int, dtype: torch.dtype) -> bool:
         """Whether the kernel runs layers of these sizes: no norms of queries and keys, and whole lanes."""
         plain = all(layer.q_norm is None for layer in layers)
         widths = [hidden, *(layer.mlp_norm.shape[0] for layer in layers)]
         whole = head_dim in _HEADS and all(width % _LANES == 0 for width in widths)
-        return plain and whole and dtype in _DTYPES
+        return plain and whole and _knows(dtype)
 
     def run(
         self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, cos: Tensor, sin: Tensor, first: int, last: int
@@ -180,3 +186,7 @@ class Stack:
             hidden, kv, cos, sin, *place, self._heads, self._norm_eps, first, *chosen
         )
         return result
+
+
+def _knows(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.bfloat16)

@@ -1,12 +1,52 @@
 """K by the acceptance of a window of cycles."""
 
+from dataclasses import dataclass
 from typing import Any
 
+from omegaconf import MISSING
+
+from selfspec.axes import ControllerOptions
+from selfspec.options import bounded, within
 from selfspec.speculation.controller.base import Controller
 from selfspec.types import Cycle
 
 PATIENCE = 64
 """The longest that it goes without drafting before it tries again, in windows."""
+
+
+@dataclass
+class Options(ControllerOptions):
+    """Between which bounds K moves, and by what."""
+
+    name: str = "adaptive"
+    low: int = MISSING
+    """The least K."""
+    high: int = bounded(MISSING, 1, 64)
+    """The most."""
+    step: int = bounded(MISSING, 1)
+    """By how much K changes at a time."""
+    window: int = bounded(MISSING, 1)
+    """How many cycles are looked back on."""
+    target: float = bounded(MISSING, 0, 1)
+    """The acceptance above which K grows, and below which it shrinks."""
+
+    @property
+    def least_k(self) -> int:
+        """Its lower bound."""
+        return self.low
+
+    @property
+    def max_k(self) -> int:
+        """Its upper bound."""
+        return self.high
+
+    def check(self) -> None:
+        """Refuses bounds that leave nothing between them."""
+        within("controller.low", self.low, 0, self.high)
+
+    def make(self, seed: int = 0) -> "Adaptive":
+        """A controller that has seen nothing yet."""
+        return Adaptive(self.K, self.low, self.high, self.step, self.window, self.target)
 
 
 class Adaptive(Controller):

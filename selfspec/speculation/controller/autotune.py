@@ -2,8 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from omegaconf import MISSING
+
+from selfspec.axes import ControllerOptions
+from selfspec.errors import ConfigError
 from selfspec.speculation.bandit import Arms
 from selfspec.speculation.controller.base import Controller
 from selfspec.types import Cycle
@@ -12,6 +17,31 @@ BUCKET = 2.0
 """Prompts within this factor in length are of one kind."""
 MEMORY = 200
 """Requests for which one is remembered."""
+
+
+@dataclass
+class Options(ControllerOptions):
+    """K, and what it chooses from."""
+
+    name: str = "autotune"
+    exits: list[int] = MISSING
+    """Exit layers."""
+
+    adapts: ClassVar[bool] = False
+
+    @property
+    def chosen_exits(self) -> Sequence[int]:
+        """All of them."""
+        return self.exits
+
+    def check(self) -> None:
+        """Refuses none at all."""
+        if not self.exits:
+            raise ConfigError(f"controller.exits={self.exits}: controller=autotune needs one layer or more")
+
+    def make(self, seed: int = 0) -> "Autotune":
+        """A controller that has learned nothing yet."""
+        return Autotune(self.K, self.exits, seed)
 
 
 class Autotune(Controller):

@@ -1,4 +1,4 @@
-"""The contract of a controller, and the one that asks for the same K always."""
+"""The contract of a controller: how many tokens to draft, by what came of earlier cycles."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +29,3 @@ class Controller:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up what an earlier process had learned."""
-
-
-Fixed = Controller

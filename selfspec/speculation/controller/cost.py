@@ -6,17 +6,25 @@ a_i is the chance that position i stands where all before it do, cost(K) what a 
 asked for. Both are measured, as they come out: with what gates stop, lookups do not find and trees add.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+from omegaconf import MISSING
 
+from selfspec.axes import ControllerOptions
+from selfspec.lazy import np
+from selfspec.options import bounded
 from selfspec.speculation.controller.base import Controller
 from selfspec.types import Cycle
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SHARE = 0.005
 """Of all time, how much may be lost by trying what is not thought best."""
@@ -33,7 +41,22 @@ REQUESTS = 8
 HOPE = 0.5
 """The acceptance taken for granted before anything is known."""
 
-Array = NDArray[np.float64]
+Array: TypeAlias = "NDArray[np.float64]"
+
+
+@dataclass
+class Options(ControllerOptions):
+    """The most that K may be, and how much is remembered."""
+
+    name: str = "cost"
+    window: int = bounded(MISSING, 1)
+    """How many cycles are looked back on."""
+
+    learns: ClassVar[bool] = True
+
+    def make(self, seed: int = 0) -> Cost:
+        """A controller that has learned nothing yet."""
+        return Cost(self.K, self.window)
 
 
 class Costs:

@@ -1,21 +1,31 @@
 """The contract of a draft: given what is verified, propose up to K tokens, asking the gate after each.
 
-A new draft is one file here, with a class of this shape behind ``make(draft, model, head)``, and one YAML
-file in ``conf/draft/``. Drafts work on a whole batch: what is asked of one row is asked of all.
+A new draft is one file here, with a class of this shape and the settings (``Options``) that make it, and one YAML file
+in ``conf/draft/``. Drafts work on a whole batch: what is asked of one row is asked of all.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-import torch
-from torch import Tensor
+from omegaconf import MISSING
 
+from selfspec.axes import DraftOptions
+from selfspec.errors import ConfigError
+from selfspec.lazy import torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
-from selfspec.speculation.gate import Gate
+from selfspec.options import bounded, setting, within
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.head import HeadForm
 from selfspec.speculation.sequence import Seq
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Proposal(NamedTuple):
@@ -66,6 +76,96 @@ class Draft:
             tokens: the n tokens that follow the last n verified ones: ``tokens[i]`` is what the target's
                 normed final state ``states[i]`` (of ``[n, D]``) gave or, within the prompt, what came next.
         """
+
+
+@dataclass
+class ReadoutOptions(DraftOptions):
+    """What drafts that read out states have in common."""
+
+    vocab: int | None = bounded(None, 2, fact=True)
+    """Read out only this many frequent tokens (FR-Spec, 2502.14856); ``None``: all."""
+    head: str | None = None
+    """A file to use instead of fitting one."""
+    width: int = bounded(1, 1, 16, use=True)
+    """Candidates kept at every position: 1 drafts a chain, more a tree."""
+    budget: int | None = bounded(None, 1, 63, use=True)
+    """Trees: the most draft tokens verified together."""
+    sample: bool = setting(False, use=True)
+    """Chains under ``policy=rejection``: draw draft tokens from the draft's distribution, not its likeliest."""
+
+    role: ClassVar[Literal["lookup", "learned"] | None] = "learned"
+
+    @property
+    def learned_from_states(self) -> bool:
+        """Its frequent tokens, at least."""
+        return self.vocab is not None
+
+    @property
+    def label(self) -> str:
+        """With its vocabulary, in thousands of tokens, and its width."""
+        vocab = f"/{self.vocab // 1000}k" if self.vocab and self.vocab >= 1000 else ""
+        return self.stem + vocab + (f"/w{self.width}" if self.width > 1 else "")
+
+    @property
+    def stem(self) -> str:
+        """What the label begins with."""
+        return self.name
+
+    def check(self) -> None:
+        """Refuses to draw trees."""
+        check_chain(self.sample, self.width)
+
+
+@dataclass
+class FittedOptions(ReadoutOptions):
+    """What drafts with a fitted head have in common."""
+
+    ridge: float = bounded(MISSING, 1e-9)
+    """Ridge strength, in units of the mean diagonal of the Gram matrix."""
+    sgd_epochs: int = bounded(0, 0, 100)
+    """Passes of SGD on the cross-entropy after the closed-form solution."""
+
+    @property
+    def learned_from_states(self) -> bool:
+        """Always."""
+        return True
+
+
+@dataclass
+class LookupOptions(DraftOptions):
+    """What drafts that look up what was said have in common."""
+
+    max_match: int = bounded(MISSING, 1, 64, use=True)
+    """The longest match looked for, in tokens."""
+    min_match: int = setting(MISSING, use=True)
+    """The shortest match that is believed, in tokens."""
+
+    role: ClassVar[Literal["lookup", "learned"] | None] = "lookup"
+
+    def check(self) -> None:
+        """Refuses a shortest match that is longer than the longest."""
+        within("draft.min_match", self.min_match, 1, self.max_match)
+
+
+def check_chain(sample: bool, width: int) -> None:
+    """Refuses to draw trees.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if sample and width > 1:
+        raise ConfigError(f"draft.sample=true: draws chains; draft.width={width} asks for a tree")
+
+
+def check_rank(form: HeadForm | None, rank: int | None) -> None:
+    """Refuses a rank without a form that has one, and the reverse.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if (form is HeadForm.low_rank) != (rank is not None):
+        named = form.name if form else None
+        raise ConfigError(f"draft.rank={rank}: form=low_rank needs a rank >= 1, other forms none; form={named}")
 
 
 def stack(rows: Sequence[Seq]) -> Tensor:

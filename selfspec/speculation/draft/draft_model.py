@@ -4,34 +4,74 @@ It shares nothing with the target but the meaning of token ids. Its cache follow
 drafted and the target kept is in place already, what the target said in its stead is caught up on.
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from omegaconf import MISSING
 
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import Layers
+from selfspec.axes import DraftOptions
 from selfspec.config import Model as ModelConfig
 from selfspec.errors import AssetError, ConfigError
-from selfspec.model import gguf, hf
+from selfspec.lazy import F, torch
 from selfspec.model.attention import AttentionMetadata
-from selfspec.model.base import Model
+from selfspec.model.base import Layers, Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.speculation.draft.base import Draft, Proposal
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
 from selfspec.speculation.readout import Readout
 from selfspec.speculation.sampling import likeliest
 from selfspec.speculation.sequence import Seq
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _NEVER = -1e4
 """A logit of no probability, and yet a number: gates multiply the two."""
+
+
+@dataclass
+class Options(DraftOptions):
+    """Which model."""
+
+    name: str = "draft_model"
+    source: str = MISSING
+    """The smaller model; its tokens mean what the target's do."""
+    sha256: str | None = None
+    """Of the source's file."""
+    sample: bool = False
+    """Under ``policy=rejection``: draw draft tokens from the draft's distribution, not its likeliest."""
+
+    role: ClassVar[Literal["lookup", "learned"] | None] = "learned"
+    engines: ClassVar[Mapping[str, tuple[str, ...]]] = {"hf": ("source", "sha256"), "vllm": ("source", "sha256")}
+
+    def make(self, model: Model, head: Head | None) -> DraftModel:
+        """On the target's device and in its dtype.
+
+        Raises:
+            AssetError: the model cannot be had.
+            ConfigError: its token ids mean something else than the target's.
+        """
+        from selfspec.model import gguf, hf  # not sooner: they load what reads weights, which options do without
+
+        folder = gguf.model_folder(ModelConfig(name="draft", source=self.source, sha256=self.sha256))
+        assert model.folder is not None, "a target that was loaded"
+        if vocabulary(folder) != vocabulary(model.folder):
+            raise ConfigError(f"draft.source={self.source}: its tokenizer's vocabulary is not the target's")
+        small = hf.load(folder, model.device, model.dtype, Layers.auto, graphs=model.graphs, fused=model.fused)
+        return DraftModel(model, small, self.sample)
+
+    def vllm(self, folder: Path | None) -> dict[str, Any]:
+        """The model in that folder."""
+        return {"method": "draft_model", "model": str(folder)}
 
 
 class DraftModel(Draft):
@@ -146,19 +186,3 @@ def vocabulary(folder: Path) -> dict[int, str]:
         return meanings | {token["id"]: token["content"] for token in file.get("added_tokens", [])}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise AssetError(f"{folder}: has no tokenizer.json that can be read") from error
-
-
-def make(draft: DraftConfig, model: Model, head: Head | None) -> DraftModel:
-    """A draft by the model that ``draft.source`` names, on the target's device and in its dtype.
-
-    Raises:
-        AssetError: the model cannot be had.
-        ConfigError: its token ids mean something else than the target's.
-    """
-    assert draft.source is not None, "checked by the plan"
-    folder = gguf.model_folder(ModelConfig(name="draft", source=draft.source, sha256=draft.sha256))
-    assert model.folder is not None, "a target that was loaded"
-    if vocabulary(folder) != vocabulary(model.folder):
-        raise ConfigError(f"draft.source={draft.source}: its tokenizer's vocabulary is not the target's")
-    small = hf.load(folder, model.device, model.dtype, Layers.auto, graphs=model.graphs, fused=model.fused)
-    return DraftModel(model, small, draft.sample)

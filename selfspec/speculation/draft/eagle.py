@@ -5,33 +5,102 @@ Fitted (``draft.form``), it is a linear map of the state and of the token read f
 root-mean-square, given by ridge regression; ``draft.sgd_epochs`` trains it on over chains of its own states.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import HeadForm
+from selfspec.errors import ConfigError
+from selfspec.lazy import F, torch
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
+from selfspec.options import bounded, setting
 from selfspec.speculation import beam, block
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.beam import Beam
 from selfspec.speculation.block import Block
-from selfspec.speculation.draft.base import Draft, Proposal
+from selfspec.speculation.draft.base import Draft, Proposal, ReadoutOptions, check_rank
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.gate import Gate
-from selfspec.speculation.head import Head, features, linear
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.head import Head, HeadForm, features, linear
 from selfspec.speculation.readout import Readout
 from selfspec.speculation.sequence import Seq
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 UNROLL = 3
 """Steps on its own states that training looks ahead."""
+
+
+@dataclass
+class Options(ReadoutOptions):
+    """How the next state is predicted."""
+
+    name: str = "eagle"
+    form: HeadForm | None = setting(None, fact=True)
+    """A full affine map, one of rank ``rank``, or a trained transformer block."""
+    rank: int | None = bounded(None, 1)
+    ridge: float | None = bounded(None, 1e-9)
+    """Of a form: ridge strength, in units of the mean diagonal of the Gram matrix."""
+    sgd_epochs: int = bounded(0, 0, 100)
+    """Of a form: passes of SGD on the cross-entropy after the closed-form solution."""
+    alpha: float | None = bounded(None, 0, 10)
+    """Without training: the next state is h + alpha (h - h_previous)."""
+
+    @property
+    def learned_from_states(self) -> bool:
+        """A form, or the frequent tokens."""
+        return self.form is not None or super().learned_from_states
+
+    @property
+    def stem(self) -> str:
+        """Name, and rank or block."""
+        return self.name + (f"r{self.rank}" if self.rank else "-block" if self.form is HeadForm.block else "")
+
+    def check(self) -> None:
+        """Refuses both ways at once, and neither."""
+        super().check()
+        check_rank(self.form, self.rank)
+        if (self.alpha is None) == (self.form is None):
+            raise ConfigError(f"draft.alpha={self.alpha}: eagle wants either an alpha or a form")
+        if self.alpha is not None and self.sgd_epochs:
+            raise ConfigError(f"draft.sgd_epochs={self.sgd_epochs}: with draft.alpha nothing is trained")
+        if self.form is not None and self.ridge is None:
+            raise ConfigError("draft.ridge=null: a fitted head needs a number >= 1e-09")
+
+    def make(self, model: Model, head: Head | None) -> Eagle:
+        """The extrapolation, or what the fit stage made."""
+        if self.form is None:
+            return Extrapolated(model, Readout(model, head.tensors["ids"] if head else None), self)
+        assert head is not None, "fitted by the fit stage"
+        return Trained(model, head, self) if self.form is HeadForm.block else Regressed(model, head, self)
+
+    def fit(self, model: Model, train: list[Trace], heldout: list[Trace], seed: int) -> Head:
+        """Ridge regression, and SGD where asked; or nothing but the vocabulary. Facts as of every fitted head."""
+        if self.form is HeadForm.block:
+            assert self.ridge is not None, "checked by the plan"
+            return block.fit(
+                model, train, heldout, seed, ridge=self.ridge, sgd_epochs=self.sgd_epochs, vocab=self.vocab
+            )
+        begin = time.perf_counter()
+        ids = fitting.vocabulary(model, train, self.vocab)
+        tensors: dict[str, Tensor] = {}
+        if self.ridge is not None and self.form is not None:
+            tensors = fitting.ridge((_example(model, trace) for trace in train), self.ridge, self.rank)
+        facts: dict[str, Any] = {"solve_s": round(time.perf_counter() - begin, 3)}
+
+        def measured(tensors: dict[str, Tensor]) -> list[float]:
+            return _agreement(self.make(model, Head(tensors | ids, {}).to(model.dtype, model.device)), heldout)
+
+        readout = Readout(model, ids.get("ids"))
+        further = partial(_descend, model, readout, train, self.sgd_epochs, seed) if self.sgd_epochs else None
+        tensors, by_position, gain = fitting.refine(tensors, measured, further)
+        return Head(tensors | ids, facts | gain | fitting.facts(train, heldout, tensors, by_position))
 
 
 class Eagle(Draft):
@@ -40,7 +109,7 @@ class Eagle(Draft):
     What it goes on from is S wide; the first D columns are the state that is read.
     """
 
-    def __init__(self, model: Model, readout: Readout, draft: DraftConfig) -> None:
+    def __init__(self, model: Model, readout: Readout, draft: Options) -> None:
         super().__init__(model)
         self.readout, self.width, self.budget, self.sample = readout, draft.width, draft.budget, draft.sample
 
@@ -111,7 +180,7 @@ class Eagle(Draft):
 class Extrapolated(Eagle):
     """h + alpha (h - h_previous). S is 2 D: both of them."""
 
-    def __init__(self, model: Model, readout: Readout, draft: DraftConfig) -> None:
+    def __init__(self, model: Model, readout: Readout, draft: Options) -> None:
         super().__init__(model, readout, draft)
         assert draft.alpha is not None, "checked by the plan"
         self.alpha = draft.alpha
@@ -137,7 +206,7 @@ class Extrapolated(Eagle):
 class Regressed(Eagle):
     """A fitted linear map of the state and the token's embedding. S is D."""
 
-    def __init__(self, model: Model, head: Head, draft: DraftConfig) -> None:
+    def __init__(self, model: Model, head: Head, draft: Options) -> None:
         super().__init__(model, Readout(model, head.tensors.get("ids")), draft)
         self.tensors = head.tensors
 
@@ -155,7 +224,7 @@ class Trained(Eagle):
 
     layers = 1
 
-    def __init__(self, model: Model, head: Head, draft: DraftConfig) -> None:
+    def __init__(self, model: Model, head: Head, draft: Options) -> None:
         super().__init__(model, Readout(model, head.tensors.get("ids")), draft)
         self.block = Block(head.tensors, model.shape)
 
@@ -176,34 +245,6 @@ class Trained(Eagle):
         """Estimates of the normed final states at those tokens."""
         at = cache.place(trees, first=len(trees[0]) - len(tokens) // len(trees))
         return self.block(features(self.model.embedding[tokens], states), cache, at)
-
-
-def make(draft: DraftConfig, model: Model, head: Head | None) -> Eagle:
-    """The extrapolation, or what the fit stage made."""
-    if draft.form is None:
-        return Extrapolated(model, Readout(model, head.tensors["ids"] if head else None), draft)
-    assert head is not None, "fitted by the fit stage"
-    if draft.form is HeadForm.block:
-        return Trained(model, head, draft)
-    return Regressed(model, head, draft)
-
-
-def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
-    """Ridge regression, and SGD where asked; or nothing but the vocabulary. Facts as of every fitted head."""
-    if draft.form is HeadForm.block:
-        return block.fit(model, train, heldout, draft, seed)
-    begin = time.perf_counter()
-    ids = fitting.vocabulary(model, train, draft)
-    tensors = fitting.ridge((_example(model, trace) for trace in train), draft) if draft.form else {}
-    facts: dict[str, Any] = {"solve_s": round(time.perf_counter() - begin, 3)}
-
-    def measured(tensors: dict[str, Tensor]) -> list[float]:
-        return _agreement(make(draft, model, Head(tensors | ids, {}).to(model.dtype, model.device)), heldout)
-
-    readout = Readout(model, ids.get("ids"))
-    further = partial(_descend, model, readout, train, draft.sgd_epochs, seed) if draft.sgd_epochs else None
-    tensors, by_position, gain = fitting.refine(tensors, measured, further)
-    return Head(tensors | ids, facts | gain | fitting.facts(train, heldout, tensors, by_position))
 
 
 def _example(model: Model, trace: Trace) -> tuple[Tensor, Tensor]:
@@ -229,7 +270,8 @@ def _descend(
     model: Model, readout: Readout, traces: Sequence[Trace], epochs: int, seed: int, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Minimises the cross-entropy to the model's own tokens, the mean over chains of ``UNROLL`` steps."""
-    state, seen = list[Tensor](), list[Tensor]()
+    state: list[Tensor] = []
+    seen: list[Tensor] = []
     for trace in traces:
         at = trace.at[: max(len(trace.at) - UNROLL + 1, 0)]
         state.append(trace.final[at - 1].float())

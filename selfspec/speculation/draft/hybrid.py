@@ -6,26 +6,123 @@ lookup's tree is laid over it, its likeliest tokens first, up to that many token
 draft only.
 """
 
-import importlib
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-import torch
-from torch import Tensor
+from omegaconf import MISSING
 
-from selfspec.config import Draft as DraftConfig
+from selfspec.axes import DRAFT, DraftOptions
+from selfspec.errors import ConfigError
+from selfspec.lazy import torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
-from selfspec.speculation.draft import suffix
-from selfspec.speculation.draft.base import Draft, Proposal
+from selfspec.options import bounded, setting
+from selfspec.speculation.draft.base import Draft, Proposal, check_chain
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
 from selfspec.speculation.sequence import Seq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class _Own(DraftOptions):
+    """Which two drafts; their own settings are among its (:func:`_with_those_of_parts`)."""
+
+    name: str = "hybrid"
+    lookup: str = setting(MISSING)
+    """The draft asked first."""
+    learned: str = setting(MISSING, fact=True)
+    """The draft asked where the first has nothing."""
+    budget: int | None = bounded(None, 1, 63, use=True)
+    """The most draft tokens verified together."""
+
+    @property
+    def parts(self) -> tuple[DraftOptions, DraftOptions]:
+        """The lookup, and the learned draft as a chain: ``width`` is the lookup's."""
+        return self._part(self.lookup), self._part(self.learned, width=1, budget=None)
+
+    def _part(self, name: str, **fixed: Any) -> DraftOptions:
+        option = DRAFT.options[name]
+        own = {f.name: fixed.get(f.name, getattr(self, f.name)) for f in fields(option) if f.name != "name"}
+        return option(**{key: value for key, value in own.items() if value is not None})
+
+    @property
+    def learned_from_states(self) -> bool:
+        """What the learned draft is."""
+        return self.parts[1].learned_from_states
+
+    @property
+    def fitted(self) -> bool:
+        """Either of the two."""
+        return any(part.fitted for part in self.parts)
+
+    @property
+    def label(self) -> str:
+        """Both names, and the lookup's width."""
+        width = self.get("width", 1)
+        return f"{self.lookup}+{self.parts[1].label}" + (f"/w{width}" if width > 1 else "")
+
+    def check(self) -> None:
+        """Refuses what cannot be a part, lacks a setting, or has no use for one."""
+        options = DRAFT.options
+        for role in ("lookup", "learned"):
+            allowed, asked = [name for name, option in options.items() if option.role == role], getattr(self, role)
+            if asked not in allowed:
+                raise ConfigError(f"draft.{role}={asked}: allowed are {', '.join(allowed)}")
+        learned = options[self.learned]
+        lookups = [option for option in options.values() if option.role == "lookup"]
+        own: list[type[DraftOptions]] = [_Own, *lookups, learned]
+        known = {f.name for option in own for f in fields(option)}
+        for key, value in self.changed().items():
+            if key not in known:
+                shown = str(value).lower() if isinstance(value, bool) else getattr(value, "name", value)
+                raise ConfigError(f"draft.{key}={shown}: means nothing to draft.learned={self.learned}")
+        for option in (options[self.lookup], learned):
+            for f in fields(option):
+                if f.default == MISSING and getattr(self, f.name) is None:
+                    raise ConfigError(f"draft.{f.name}=null: draft={option.name} needs one")
+        check_chain(self.get("sample", False), self.get("width", 1))
+        for part in self.parts:
+            part.check()
+
+    def make(self, model: Model, head: Head | None) -> Hybrid:
+        """Both drafts."""
+        lookup, learned = self.parts
+        first, then = (part.make(model, head if part.fitted else None) for part in (lookup, learned))
+        return Hybrid(model, first, then, self.budget)
+
+    def fit(self, model: Model, train: list[Trace], heldout: list[Trace], seed: int) -> Head:
+        """What either of the two wants fitted, in one head; the facts are the learned draft's, if it has any."""
+        made = [part.fit(model, train, heldout, seed) for part in self.parts if part.fitted]
+        tensors, facts = ({k: v for head in made for k, v in getattr(head, of).items()} for of in ("tensors", "facts"))
+        return Head(tensors, facts)
+
+
+def _with_those_of_parts(own: type[_Own]) -> type[_Own]:
+    """The same with the settings of all drafts that can be a part; ``None``: not given."""
+    added: dict[str, tuple[str, Any, Any]] = {}
+    for option in DRAFT.others("hybrid").values():
+        kinds = get_type_hints(option)
+        for f in fields(option) if option.role else ():
+            if f.name not in {each.name for each in fields(own)}:
+                required = f.default == MISSING
+                default = field(default=None if required else f.default, metadata=f.metadata)
+                added.setdefault(f.name, (f.name, kinds[f.name] | None if required else kinds[f.name], default))
+    made = make_dataclass("Options", added.values(), bases=(own,))
+    made.__module__ = __name__
+    return made
+
+
+Options = _with_those_of_parts(_Own)
 
 
 @dataclass(slots=True)
@@ -124,33 +221,3 @@ def _remembering(name: str, rows: Sequence[Seq]) -> Iterator[None]:
         for row, memories in zip(rows, both, strict=True):
             setattr(memories, name, row.memory)
             row.memory = memories
-
-
-def make(draft: DraftConfig, model: Model, head: Head | None) -> Hybrid:
-    """Both drafts that a config names; ``width`` is the lookup's, and the learned draft a chain."""
-    assert draft.lookup is not None, "checked by the plan"
-    lookup = _module(draft.lookup).make(replace(draft, name=draft.lookup), model, head)
-    learned = _learned(draft)
-    return Hybrid(
-        model, lookup, _module(learned.name).make(learned, model, head if learned.fitted else None), draft.budget
-    )
-
-
-def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
-    """What either of the two wants fitted, in one head; the facts are the learned draft's, if it has any."""
-    learned, head = _learned(draft), Head({}, {})
-    if draft.corpus:
-        head = suffix.fit(model, train, heldout, draft, seed)
-    if learned.fitted:
-        other = _module(learned.name).fit(model, train, heldout, learned, seed)
-        head = Head({**head.tensors, **other.tensors}, {**head.facts, **other.facts})
-    return head
-
-
-def _learned(draft: DraftConfig) -> DraftConfig:
-    assert draft.learned is not None, "checked by the plan"
-    return replace(draft, name=draft.learned, corpus=False, width=1, budget=None)
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"selfspec.speculation.draft.{name}")

@@ -4,24 +4,67 @@ Weights, KV and hidden states are shared with verification, which starts where t
 exit layers are never run twice for a token of a chain.
 """
 
+from __future__ import annotations
+
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from omegaconf import MISSING
 
-from selfspec.config import Draft as DraftConfig
+from selfspec.lazy import torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
+from selfspec.options import bounded
 from selfspec.speculation import fit as fitting
-from selfspec.speculation.draft.base import Draft, Proposal, stack
+from selfspec.speculation.draft.base import Draft, Proposal, ReadoutOptions, stack
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import ExitHead, Head, RawExit
 from selfspec.speculation.readout import Readout
 from selfspec.speculation.sequence import Seq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Options(ReadoutOptions):
+    """Where the exit is, and how it is read out."""
+
+    name: str = "layerskip"
+    exit_layer: int = bounded(MISSING, 1, fact=True)
+    """The draft reads the hidden state after this many layers."""
+
+    can_go_unverified: ClassVar[bool] = True
+    inside_vllm: ClassVar[bool] = True
+    engines: ClassVar[Mapping[str, tuple[str, ...]]] = {"fake": ("exit_layer",), "hf": ("exit_layer",), "vllm": ()}
+
+    @property
+    def raw_exits(self) -> bool:
+        """Unless it is read out over tokens that are frequent."""
+        return self.vocab is None
+
+    @property
+    def stem(self) -> str:
+        """Name and layer."""
+        return f"{self.name}{self.exit_layer}"
+
+    def make(self, model: Model, head: Head | None) -> EarlyExit:
+        """Read out through the model's own norm and head, or its rows of frequent tokens."""
+        readout = Readout(model, head.tensors["ids"] if head else None)
+        return EarlyExit(model, self.exit_layer, RawExit(model), readout, self.width, self.budget, self.sample)
+
+    def fit(self, model: Model, train: list[Trace], heldout: list[Trace], seed: int) -> Head:
+        """Nothing but the draft's vocabulary; its facts hold the held-out agreement by drafted position."""
+        begin = time.perf_counter()
+        tensors = fitting.vocabulary(model, train, self.vocab)
+        solved = time.perf_counter() - begin
+        by_position = agreement(model, Readout(model, tensors["ids"]), RawExit(model), heldout)
+        return Head(tensors, fitting.facts(train, heldout, tensors, by_position) | {"solve_s": round(solved, 3)})
 
 
 class EarlyExit(Draft):
@@ -74,7 +117,8 @@ class EarlyExit(Draft):
         drawn_from: list[list[Tensor]] = [[] for _ in rows]
         ks = [min(k, self.budget or k) for k in ks]
         going = [k > 0 for k in ks]
-        tokens, states, hidden = [row.tokens[-1] for row in rows], stack(rows), list[Tensor]()
+        tokens, states = [row.tokens[-1] for row in rows], stack(rows)
+        hidden: list[Tensor] = []
         while any(going):
             step = len(hidden)
             # Zeros stand for tokens that have been run: places depend on how many there are, not on which.
@@ -127,7 +171,8 @@ def by_row(steps: Sequence[Tensor], rest: Tensor, trees: Sequence[Tree]) -> Tens
         steps: of ``[R, D]``: every row's first nodes and, where it has fewer, what is to be dropped.
         rest: the nodes after those, row after row.
     """
-    parts, begun = list[Tensor](), [min(len(tree), len(steps)) for tree in trees]
+    parts: list[Tensor] = []
+    begun = [min(len(tree), len(steps)) for tree in trees]
     later = torch.split(rest, [len(tree) - count for tree, count in zip(trees, begun, strict=True)])
     for r, count in enumerate(begun):
         parts += (*(step[r : r + 1] for step in steps[:count]), later[r])
@@ -143,19 +188,3 @@ def agreement(model: Model, readout: Readout, head: ExitHead, traces: Sequence[T
         return readout.likeliest(readout(states))[:, 0], states
 
     return fitting.agreement(traces, guess)
-
-
-def make(draft: DraftConfig, model: Model, head: Head | None) -> EarlyExit:
-    """The raw exit: read out through the model's own norm and head, or its rows of frequent tokens."""
-    assert draft.exit_layer is not None, "checked by the plan"
-    readout = Readout(model, head.tensors["ids"] if head else None)
-    return EarlyExit(model, draft.exit_layer, RawExit(model), readout, draft.width, draft.budget, draft.sample)
-
-
-def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
-    """Nothing but the draft's vocabulary; its facts hold the held-out agreement by drafted position."""
-    begin = time.perf_counter()
-    tensors = fitting.vocabulary(model, train, draft)
-    solved = time.perf_counter() - begin
-    by_position = agreement(model, Readout(model, tensors["ids"]), RawExit(model), heldout)
-    return Head(tensors, fitting.facts(train, heldout, tensors, by_position) | {"solve_s": round(solved, 3)})

@@ -1,54 +1,90 @@
 """Early exit through a fitted head: a least-squares map from the exit state to the final one."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
+from omegaconf import MISSING
 
-from selfspec.config import Draft as DraftConfig
+from selfspec.errors import ConfigError
+from selfspec.lazy import torch
 from selfspec.model.base import Model
+from selfspec.options import bounded, setting
 from selfspec.speculation import fit as fitting
+from selfspec.speculation.draft.base import FittedOptions, check_rank
 from selfspec.speculation.draft.layerskip import EarlyExit, agreement
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.head import FittedExit, Head, RawExit, features, linear
+from selfspec.speculation.head import FittedExit, Head, HeadForm, RawExit, features, linear
 from selfspec.speculation.readout import Readout
 
-
-def make(draft: DraftConfig, model: Model, head: Head | None) -> EarlyExit:
-    """The same draft as ``layerskip`` with a better readout."""
-    assert draft.exit_layer is not None and head is not None, "checked by the plan, fitted by the fit stage"
-    exit = FittedExit(head.tensors, head.facts["previous"])
-    readout = Readout(model, head.tensors.get("ids"))
-    return EarlyExit(model, draft.exit_layer, exit, readout, draft.width, draft.budget, draft.sample)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
-    """Ridge regression from the exit state to the final one, and SGD on the cross-entropy where asked.
+@dataclass
+class Options(FittedOptions):
+    """Where the exit is, and what is fitted to it."""
 
-    Returns:
-        The head in float32 on the CPU. Its facts hold, on held-out answers, the top-1 agreement with the full
-        model by drafted position (``agreement_by_position``; ``agreement`` is the first), the raw exit's
-        (``raw_agreement``), and what SGD added to the first (``sgd_gain``).
-    """
-    begin = time.perf_counter()
-    facts: dict[str, Any] = {"previous": draft.previous, "form": draft.form.name if draft.form else None}
-    tensors = fitting.ridge(examples(train, draft.previous), draft)
-    facts["solve_s"] = round(time.perf_counter() - begin, 3)
-    ids = fitting.vocabulary(model, train, draft)
-    readout = Readout(model, ids.get("ids"))
-    raw = agreement(model, readout, RawExit(model), heldout)
+    name: str = "lsq"
+    exit_layer: int = bounded(MISSING, 1, fact=True)
+    """The draft reads the hidden state after this many layers."""
+    form: HeadForm = setting(MISSING, fact=True)
+    """A full affine map, or one of rank ``rank``."""
+    rank: int | None = bounded(None, 1)
+    previous: bool = setting(False, fact=True)
+    """Also read the final hidden state of the previous position."""
 
-    def measured(tensors: dict[str, Tensor]) -> list[float]:
-        there = Head(tensors, facts).to(model.dtype, model.device)
-        return agreement(model, readout, FittedExit(there.tensors, draft.previous), heldout)
+    can_go_unverified: ClassVar[bool] = True
+    inside_vllm: ClassVar[bool] = True
+    engines: ClassVar[Mapping[str, tuple[str, ...]]] = {"vllm": ()}
 
-    further = partial(descend, readout, train, draft, seed) if draft.sgd_epochs else None
-    tensors, by_position, gain = fitting.refine(tensors, measured, further)
-    facts |= gain | fitting.facts(train, heldout, tensors, by_position) | {"raw_agreement": raw[0]}
-    return Head(tensors | ids, facts)
+    @property
+    def stem(self) -> str:
+        """Name and layer, and the rank where it is low."""
+        return f"{self.name}{self.exit_layer}" + (f"r{self.rank}" if self.rank else "")
+
+    def check(self) -> None:
+        """Refuses what is no linear map."""
+        super().check()
+        check_rank(self.form, self.rank)
+        if self.form is HeadForm.block:
+            raise ConfigError("draft.form=block: draft=lsq is a linear map; draft=adapter has a block")
+
+    def make(self, model: Model, head: Head | None) -> EarlyExit:
+        """The same draft as ``layerskip`` with a better readout."""
+        assert head is not None, "fitted by the fit stage"
+        exit = FittedExit(head.tensors, head.facts["previous"])
+        readout = Readout(model, head.tensors.get("ids"))
+        return EarlyExit(model, self.exit_layer, exit, readout, self.width, self.budget, self.sample)
+
+    def fit(self, model: Model, train: list[Trace], heldout: list[Trace], seed: int) -> Head:
+        """Ridge regression from the exit state to the final one, and SGD on the cross-entropy where asked.
+
+        Returns:
+            The head in float32 on the CPU. Its facts hold, on held-out answers, the top-1 agreement with the full
+            model by drafted position (``agreement_by_position``; ``agreement`` is the first), the raw exit's
+            (``raw_agreement``), and what SGD added to the first (``sgd_gain``).
+        """
+        begin = time.perf_counter()
+        facts: dict[str, Any] = {"previous": self.previous, "form": self.form.name}
+        tensors = fitting.ridge(examples(train, self.previous), self.ridge, self.rank)
+        facts["solve_s"] = round(time.perf_counter() - begin, 3)
+        ids = fitting.vocabulary(model, train, self.vocab)
+        readout = Readout(model, ids.get("ids"))
+        raw = agreement(model, readout, RawExit(model), heldout)
+
+        def measured(tensors: dict[str, Tensor]) -> list[float]:
+            there = Head(tensors, facts).to(model.dtype, model.device)
+            return agreement(model, readout, FittedExit(there.tensors, self.previous), heldout)
+
+        further = partial(descend, readout, train, self, seed) if self.sgd_epochs else None
+        tensors, by_position, gain = fitting.refine(tensors, measured, further)
+        facts |= gain | fitting.facts(train, heldout, tensors, by_position) | {"raw_agreement": raw[0]}
+        return Head(tensors | ids, facts)
 
 
 def examples(traces: list[Trace], previous: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -60,7 +96,7 @@ def examples(traces: list[Trace], previous: bool) -> Iterator[tuple[Tensor, Tens
 
 
 def descend(
-    readout: Readout, traces: list[Trace], draft: DraftConfig, seed: int, tensors: dict[str, Tensor]
+    readout: Readout, traces: list[Trace], draft: Options, seed: int, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Minimises the cross-entropy to the model's own tokens, from the closed-form solution on."""
     x = torch.cat([x for x, _ in examples(traces, draft.previous)])

@@ -12,34 +12,76 @@ and, as that token is known (Hydra, 2402.05109), its embedding, each scaled to u
 ``draft.sgd_epochs`` trains on from there, on the cross-entropy to the model's own tokens.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from omegaconf import MISSING
 
-from selfspec.config import Draft as DraftConfig
-from selfspec.config import HeadInit
+from selfspec.lazy import F, torch
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
+from selfspec.options import bounded, setting
 from selfspec.speculation import beam
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.beam import Beam
-from selfspec.speculation.draft.base import Draft, Proposal, stack
+from selfspec.speculation.draft.base import Draft, FittedOptions, Proposal, stack
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head, features
 from selfspec.speculation.readout import Readout
 from selfspec.speculation.sequence import Seq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+HeadInit = Enum("HeadInit", "tie copy random lsq")
+
+
+@dataclass
+class Options(FittedOptions):
+    """How many heads, and what they start from."""
+
+    name: str = "medusa"
+    heads: int = bounded(MISSING, 1, 16, fact=True)
+    """How many positions ahead there is a head for."""
+    init: HeadInit = setting(MISSING, fact=True)
+    """What its heads start from."""
+
+    def make(self, model: Model, head: Head | None) -> Medusa:
+        """The heads that the fit stage made."""
+        assert head is not None, "fitted by the fit stage"
+        return Medusa(model, head, self)
+
+    def fit(self, model: Model, train: list[Trace], heldout: list[Trace], seed: int) -> Head:
+        """The heads from where ``init`` says, trained on where asked; facts as of every fitted head."""
+        begin = time.perf_counter()
+        facts: dict[str, Any] = {"heads": self.heads, "block": self.init in (HeadInit.copy, HeadInit.random)}
+        tensors = _start(model, train, self, seed)
+        facts["solve_s"] = round(time.perf_counter() - begin, 3)
+        ids = fitting.vocabulary(model, train, self.vocab)
+        readout = Readout(model, ids.get("ids"))
+
+        def measured(tensors: dict[str, Tensor]) -> list[float]:
+            return _agreement(model, readout, Head(tensors, facts), heldout)
+
+        def trained(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return _descend(model, readout, Head(tensors, facts), train, self.sgd_epochs, seed)
+
+        tensors, by_position, gain = fitting.refine(tensors, measured, trained if self.sgd_epochs else None)
+        return Head(tensors | ids, facts | gain | fitting.facts(train, heldout, tensors, by_position))
 
 
 class Medusa(Draft):
     """One product for all heads, one readout of all their estimates."""
 
-    def __init__(self, model: Model, head: Head, draft: DraftConfig) -> None:
+    def __init__(self, model: Model, head: Head, draft: Options) -> None:
         super().__init__(model)
         self.heads, self.block = int(head.facts["heads"]), bool(head.facts["block"])
         self.weight, self.bias = head.tensors["weight"], head.tensors["bias"]
@@ -95,39 +137,13 @@ def estimate(weight: Tensor, bias: Tensor, block: bool, state: Tensor, verified:
     return state[:, None] + change.view(-1, heads, size)
 
 
-def make(draft: DraftConfig, model: Model, head: Head | None) -> Medusa:
-    """The heads that the fit stage made."""
-    assert head is not None, "fitted by the fit stage"
-    return Medusa(model, head, draft)
-
-
-def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
-    """The heads from where ``draft.init`` says, trained on where asked; facts as of every fitted head."""
-    assert draft.heads is not None, "checked by the plan"
-    begin = time.perf_counter()
-    facts: dict[str, Any] = {"heads": draft.heads, "block": draft.init in (HeadInit.copy, HeadInit.random)}
-    tensors = _start(model, train, draft, seed)
-    facts["solve_s"] = round(time.perf_counter() - begin, 3)
-    ids = fitting.vocabulary(model, train, draft)
-    readout = Readout(model, ids.get("ids"))
-
-    def measured(tensors: dict[str, Tensor]) -> list[float]:
-        return _agreement(model, readout, Head(tensors, facts), heldout)
-
-    def trained(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return _descend(model, readout, Head(tensors, facts), train, draft.sgd_epochs, seed)
-
-    tensors, by_position, gain = fitting.refine(tensors, measured, trained if draft.sgd_epochs else None)
-    return Head(tensors | ids, facts | gain | fitting.facts(train, heldout, tensors, by_position))
-
-
-def _start(model: Model, traces: Sequence[Trace], draft: DraftConfig, seed: int) -> dict[str, Tensor]:
+def _start(model: Model, traces: Sequence[Trace], draft: Options, seed: int) -> dict[str, Tensor]:
     """``weight`` ``[heads * D, P]`` and ``bias`` ``[heads * D]``, those of a head together."""
-    heads, size = draft.heads or 0, model.shape.hidden
+    heads, size = draft.heads, model.shape.hidden
     if draft.init is HeadInit.lsq:
         parts = (_example(model, trace, heads) for trace in traces)
         changes = ((features(state, verified), (later - state[:, None]).flatten(1)) for state, verified, later in parts)
-        return fitting.ridge(changes, draft)
+        return fitting.ridge(changes, draft.ridge)
     weight, bias = torch.zeros(heads * size, 2 * size), torch.zeros(heads * size)
     if draft.init is HeadInit.random:
         weight.uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)).mul_((2 * size) ** -0.5)

@@ -4,18 +4,43 @@ https://github.com/apoorvumang/prompt-lookup-decoding).
 No layer is run, and no gate is asked: there is no distribution to doubt.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from selfspec.config import Draft as DraftConfig
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
-from selfspec.speculation.draft.base import Draft, Proposal
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.draft.base import Draft, LookupOptions, Proposal
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
 from selfspec.speculation.sequence import Seq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Options(LookupOptions):
+    """How long a match must be."""
+
+    name: str = "ngram"
+
+    engines: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "hf": ("max_match", "min_match"),
+        "vllm": ("max_match", "min_match"),
+    }
+
+    def make(self, model: Model, head: Head | None) -> PromptLookup:
+        """The lookup."""
+        return PromptLookup(model, self.max_match, self.min_match)
+
+    def vllm(self, folder: Path | None) -> dict[str, Any]:
+        """Its own lookup."""
+        return {"method": "ngram", "prompt_lookup_max": self.max_match, "prompt_lookup_min": self.min_match}
 
 
 class PromptLookup(Draft):
@@ -68,9 +93,3 @@ def copied(tokens: Sequence[int], start: int, count: int) -> list[int]:
     while len(copy) < count:
         copy.append(copy[-period])
     return copy
-
-
-def make(draft: DraftConfig, model: Model, head: Head | None) -> PromptLookup:
-    """The lookup with the match lengths a config asks for."""
-    assert draft.max_match is not None and draft.min_match is not None, "checked by the plan"
-    return PromptLookup(model, draft.max_match, draft.min_match)

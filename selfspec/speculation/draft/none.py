@@ -1,11 +1,25 @@
-"""No draft: plain decoding is speculative decoding that proposes nothing."""
+"""Plain decoding, as a draft: speculative decoding that proposes nothing."""
 
-from selfspec.config import Draft as DraftConfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from selfspec.axes import DraftOptions
 from selfspec.model.base import Model
 from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.head import Head
 
 
-def make(draft: DraftConfig, model: Model, head: Head | None) -> Draft:
-    """The draft a config asks for."""
-    return Draft(model)
+@dataclass
+class Options(DraftOptions):
+    """Nothing to set."""
+
+    name: str = "none"
+
+    speculates: ClassVar[bool] = False
+    can_go_unverified: ClassVar[bool] = True
+    engines: ClassVar[Mapping[str, tuple[str, ...]]] = {"fake": (), "hf": (), "openai": (), "vllm": ()}
+
+    def make(self, model: Model, head: Head | None) -> Draft:
+        """The base of all drafts."""
+        return Draft(model)

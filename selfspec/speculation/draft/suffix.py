@@ -7,24 +7,29 @@ of n - 1 tokens: interpolated back-off (Witten and Bell 1991) with a fixed doubt
 different followers. On held-out answers of SmolLM2-135M the tree hardly depends on d, more on what is counted.
 """
 
+from __future__ import annotations
+
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush, nlargest
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from selfspec.config import Draft as DraftConfig
+from selfspec.lazy import torch
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
+from selfspec.options import bounded, setting
 from selfspec.speculation import fit as fitting
-from selfspec.speculation.draft.base import Draft, Proposal
+from selfspec.speculation.draft.base import Draft, LookupOptions, Proposal
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.gate import Gate
+from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
 from selfspec.speculation.sequence import Seq
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OWN_DOUBT, OTHERS_DOUBT = 3.0, 8.0
 """d of the request's own text, and of others': what it said before it says again."""
@@ -40,18 +45,60 @@ of SmolLM2-135M that brings 2.4 tokens in 12 ms, one more token to verify takes 
 is (``docs/results.md``). Around the best, speed hardly depends on it."""
 
 
+@dataclass
+class Options(LookupOptions):
+    """Where it looks, and how large its tree is."""
+
+    name: str = "suffix"
+    width: int = bounded(1, 1, 16, use=True)
+    """Candidates kept at every position: 1 drafts a chain, more a tree."""
+    budget: int | None = bounded(None, 1, 63, use=True)
+    """The most draft tokens verified together."""
+    cross_request: bool = setting(False, use=True)
+    """Look into what earlier requests said, too."""
+    corpus: bool = setting(False, fact=True)
+    """Look into the model's answers to the fit prompts, too (REST, 2311.08252)."""
+
+    @property
+    def fitted(self) -> bool:
+        """Those answers."""
+        return self.corpus
+
+    @property
+    def label(self) -> str:
+        """With its width."""
+        return self.name + (f"/w{self.width}" if self.width > 1 else "")
+
+    def make(self, model: Model, head: Head | None) -> Suffix:
+        """The lookup, with the fit data's answers where it wants them."""
+        if not self.corpus:
+            return Suffix(model, self)
+        assert head is not None, "made by the fit stage"
+        tokens, lengths = head.tensors["corpus"], head.tensors["corpus_lengths"]
+        return Suffix(model, self, counted(torch.split(tokens, lengths.tolist())))
+
+    def fit(self, model: Model, train: list[Trace], heldout: list[Trace], seed: int) -> Head:
+        """The answers: ``corpus``, int32 ``[n]``, and how long each is, ``corpus_lengths``, int32 ``[answers]``.
+
+        All of them are kept; how well they predict is measured on those held out with the others only.
+        """
+        begin = time.perf_counter()
+        known, answers = ([trace.tokens[trace.first :].int() for trace in part] for part in (train, [*train, *heldout]))
+        measured = Suffix(model, self, counted(known))
+        counted_in = time.perf_counter() - begin
+        tensors = {"corpus": torch.cat(answers), "corpus_lengths": torch.tensor([len(a) for a in answers]).int()}
+        by_position = fitting.agreement(heldout, lambda *asked: _guess(measured, *asked))
+        facts = fitting.facts(train, heldout, tensors, by_position)
+        return Head(tensors, facts | {"solve_s": round(counted_in, 3)})
+
+
 class Suffix(Draft):
     """Looks up without running a layer, and so asks no gate."""
 
-    def __init__(self, model: Model, draft: DraftConfig, corpus: "Counts | None" = None) -> None:
+    def __init__(self, model: Model, draft: Options, corpus: Counts | None = None) -> None:
         super().__init__(model)
-        assert draft.max_match is not None and draft.min_match is not None, "checked by the plan"
-        self.max_match, self.min_match, self.width, self.budget = (
-            draft.max_match,
-            draft.min_match,
-            draft.width,
-            draft.budget,
-        )
+        self.max_match, self.min_match = draft.max_match, draft.min_match
+        self.width, self.budget = draft.width, draft.budget
         self.cross_request = Counts(OTHERS_LONGEST, OTHERS_DOUBT, SHARED_TOKENS) if draft.cross_request else None
         self.others = [counts for counts in (self.cross_request, corpus) if counts is not None]
 
@@ -73,7 +120,7 @@ class Suffix(Draft):
         if self.cross_request is not None:
             self.cross_request.learn(row.tokens, max(first, len(row.request.tokens)))
 
-    def likely(self, own: "Counts", context: tuple[int, ...], least: float) -> list[tuple[float, int]]:
+    def likely(self, own: Counts, context: tuple[int, ...], least: float) -> list[tuple[float, int]]:
         """The ``width`` likeliest tokens after a context, best first, with probabilities of ``least`` or more."""
         found: defaultdict[int, float] = defaultdict(float)
         left, sources = 1.0, [own, *self.others]
@@ -169,29 +216,6 @@ def counted(answers: Sequence[Tensor]) -> Counts:
         counts.learn(answer.tolist(), 1)
     counts.prune(KEPT)
     return counts
-
-
-def make(draft: DraftConfig, model: Model, head: Head | None) -> Suffix:
-    """The lookup a config asks for, with the fit data's answers where it wants them."""
-    if not draft.corpus:
-        return Suffix(model, draft)
-    assert head is not None, "made by the fit stage"
-    tokens, lengths = head.tensors["corpus"], head.tensors["corpus_lengths"]
-    return Suffix(model, draft, counted(torch.split(tokens, lengths.tolist())))
-
-
-def fit(model: Model, train: list[Trace], heldout: list[Trace], draft: DraftConfig, seed: int) -> Head:
-    """The answers themselves: ``corpus``, int32 ``[n]``, and how long each is, ``corpus_lengths``, int32 ``[answers]``.
-
-    All of them are kept; how well they predict is measured on those held out with the others only.
-    """
-    begin = time.perf_counter()
-    known, answers = ([trace.tokens[trace.first :].int() for trace in part] for part in (train, [*train, *heldout]))
-    measured = Suffix(model, draft, counted(known))
-    counted_in = time.perf_counter() - begin
-    tensors = {"corpus": torch.cat(answers), "corpus_lengths": torch.tensor([len(a) for a in answers]).int()}
-    facts = fitting.facts(train, heldout, tensors, fitting.agreement(heldout, lambda *asked: _guess(measured, *asked)))
-    return Head(tensors, facts | {"solve_s": round(counted_in, 3)})
 
 
 def _guess(draft: Suffix, trace: Trace, at: Tensor, step: int, states: Tensor) -> tuple[Tensor, Tensor]:

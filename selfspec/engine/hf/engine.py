@@ -8,7 +8,6 @@ What comes with the first token is of no cycle; here a first pass verifies draft
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from selfspec import config as schema
-from selfspec.config import ControllerName, GateName
 from selfspec.engine.base import Limits, Probes, Scores, Usage
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.engine.torch.weights import Weights
@@ -28,14 +26,6 @@ from selfspec.model.hf import HFModel
 from selfspec.plan import Plan
 from selfspec.speculation.draft import draft_model
 from selfspec.types import Completion, Cycle, Request, Score, Signals
-
-_MEANS = {
-    "none": set[str](),
-    "ngram": {"max_match", "min_match"},
-    "layerskip": {"exit_layer"},
-    "draft_model": {"source", "sha256"},
-}
-"""The drafts of ours that ``generate`` has, and the settings it can be given."""
 
 _IN_USE: WeakValueDictionary[tuple[Path, torch.device, torch.dtype], HFModel] = WeakValueDictionary()
 """Weights that an engine of this process holds: several references beside one plan read them once."""
@@ -56,7 +46,7 @@ class HFEngine(Scores, Probes):
 
     def __init__(self, plan: Plan) -> None:
         """Raises ``ConfigError`` for what ``generate`` does not have."""
-        _check(plan)
+        plan.engine.refuse(plan)
         self.plan, self.weights = plan, HFWeights(plan)
         self._ours = TorchEngine(plan, self.weights)
         self.tokenizer, self.ties = self._ours.tokenizer, self._ours.ties
@@ -79,11 +69,10 @@ class HFEngine(Scores, Probes):
             AssetError: it cannot be had.
             ConfigError: its token ids mean something else than the target's.
         """
-        draft = self.plan.draft
-        assert draft.source is not None, "checked by the plan"
-        folder = gguf.model_folder(schema.Model(name="draft", source=draft.source, sha256=draft.sha256))
+        source, sha256 = self.plan.draft.get("source"), self.plan.draft.get("sha256")
+        folder = gguf.model_folder(schema.Model(name="draft", source=source, sha256=sha256))
         if draft_model.vocabulary(folder) != draft_model.vocabulary(self.weights.folder):
-            raise ConfigError(f"draft.source={draft.source}: its tokenizer's vocabulary is not the target's")
+            raise ConfigError(f"draft.source={source}: its tokenizer's vocabulary is not the target's")
         return hf.read(folder, self.weights.device, self.weights.dtype).eval()
 
     def describe(self) -> Mapping[str, object]:
@@ -120,13 +109,13 @@ class HFEngine(Scores, Probes):
         arguments: dict[str, Any] = {}
         drafts_as = GenerationConfig()
         if k and self.plan.draft.name == "ngram":
-            settings |= {"prompt_lookup_num_tokens": k, "max_matching_ngram_size": self.plan.draft.max_match}
+            settings |= {"prompt_lookup_num_tokens": k, "max_matching_ngram_size": self.plan.draft.get("max_match")}
         elif k:
             # An assistant (for an early exit, the model itself) has its own settings for these, on itself.
             schedule = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
             drafts_as = GenerationConfig(num_assistant_tokens=k, **schedule)
             if self.plan.draft.name == "layerskip":
-                settings["assistant_early_exit"] = self.plan.draft.exit_layer
+                settings["assistant_early_exit"] = self.plan.draft.get("exit_layer")
             else:
                 arguments["assistant_model"] = self._assistant
                 self._assistant.generation_config = drafts_as
@@ -233,29 +222,3 @@ class Watch:
                     verify_ms=1e3 * (self.times[i] - self.times[i - 1]) - draft_ms,
                 )
             remaining -= count
-
-
-def _check(plan: Plan) -> None:
-    """Refuses what would have no effect here.
-
-    Raises:
-        ConfigError: with the setting, and what ``generate`` has in its place.
-    """
-    draft, blank = plan.draft, schema.Draft(name=plan.draft.name)
-    if draft.name not in _MEANS:
-        raise ConfigError(f"draft={draft.name}: engine=hf cannot run it; it runs {', '.join(_MEANS)}")
-    for key, value in asdict(draft).items():
-        if value != getattr(blank, key) and key not in _MEANS[draft.name]:
-            raise ConfigError(f"draft.{key}={value}: means nothing to engine=hf")
-    if draft.name == "ngram" and draft.min_match != 1:
-        raise ConfigError(f"draft.min_match={draft.min_match}: engine=hf looks up single tokens too; must be 1")
-    if plan.policy.relaxed:
-        raise ConfigError(f"policy={plan.policy.name.name}: engine=hf decodes exactly, and verifies what it drafts")
-    if plan.policy.samples and draft.name != "none":
-        raise ConfigError(f"policy.temperature={plan.policy.temperature:g}: engine=hf drafts greedily; use draft=none")
-    if plan.gate.name is not GateName.none:
-        raise ConfigError(f"gate={plan.gate.name.name}: engine=hf asks no gate; use gate=none")
-    if draft.name != "none" and plan.controller.name is not ControllerName.fixed:
-        raise ConfigError(f"controller={plan.controller.name.name}: engine=hf drafts K tokens always; use fixed")
-    if plan.engine.max_batch > 1:
-        raise ConfigError(f"engine.max_batch={plan.engine.max_batch}: engine=hf decodes one request at a time")
