@@ -1,6 +1,7 @@
 """torch_engine: what a plan asks for is what runs; batches answer as single prompts do; refusals say why."""
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -173,6 +174,20 @@ class TestBatch:
         if new == 16:
             assert len({len(completion.tokens) for completion in alone}) >= 3
             assert {completion.finish for completion in alone} == {"stop", "length"}
+
+    def test_a_cache_serves_many_requests_and_is_not_kept_for_ever(self, engine: Maker) -> None:
+        made, prompts = engine("draft=none"), random_prompts(3, 40, 7)
+        said = [single(engine("draft=none"), Request(prompt, 9, ignore_eos=True)).tokens for prompt in prompts]
+        caches = list[object]()
+        for prompt in prompts:
+            caches += made._caches.values()
+            assert single(made, Request(prompt, 9, ignore_eos=True)).tokens == said[prompts.index(prompt)]
+        assert len({id(cache) for cache in caches}) == 1, "roomy enough for all of them"
+        single(made, Request(random_prompts(400)[0], 9))
+        assert caches[0] not in made._caches.values(), "a longer one has taken its place"
+        for rows in (2, 3):
+            made.generate([Request(prompt, 2) for prompt in prompts], max_batch=rows)
+        assert [rows for rows, _ in made._caches] == [2, 3]
 
 
 class TestEncode:
@@ -358,6 +373,17 @@ class TestPlace:
             message = rf"^hardware\.device={device}: not available on this machine; it has cpu$"
             with pytest.raises(ConfigError, match=message):
                 engine(f"hardware.device={device}")
+
+    @pytest.mark.parametrize(
+        ("override", "says"),
+        [
+            ("engine.kernels=triton", "they are not for cpu; allowed here are auto, torch"),
+            ("engine.graphs=on", "only our own layers (engine.layers=fast) have them, on a GPU"),
+        ],
+    )
+    def test_what_only_a_gpu_has_is_refused_elsewhere(self, engine: Maker, override: str, says: str) -> None:
+        with pytest.raises(ConfigError, match=f"^{re.escape(f'{override}: {says}')}$"):
+            _ = engine(override).model
 
     def test_threads(self, engine: Maker) -> None:
         before = torch.get_num_threads()
