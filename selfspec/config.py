@@ -354,7 +354,8 @@ def unknown(kind: type[Any], key: str) -> str:
 
 def without_schema(group: str) -> str:
     """What is said of an option whose YAML lacks its schema."""
-    return f"{group}: conf/{group}/<name>.yaml must begin with 'defaults: [<name>_schema, _self_]'"
+    names = ", ".join(AXES[group].options)
+    return f"{group}: its file must begin with 'defaults: [NAME_schema, _self_]', NAME one of {names}"
 
 
 def _refuse_unknown(node: DictConfig, kind: type[Any], prefix: str = "") -> None:

@@ -20,6 +20,7 @@ import tiny
 from gcs import Proxy, emulator
 
 if TYPE_CHECKING:
+    from selfspec.engine.torch.engine import TorchEngine
     from selfspec.soak.server import Server
 
 OF_THE_USER = (
@@ -85,6 +86,16 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overrides(tmp_path: Path, tiny_folder: Path, prompts_file: Path) -> list[str]:
     """Command-line overrides: the tiny model and prompts, float32, results in ``tmp_path``, nothing tracked."""
     return [*tiny.torch_job(tiny_folder, prompts_file), f"output_dir={tmp_path / 'outputs'}"]
+
+
+@pytest.fixture
+def engine(overrides: list[str]) -> "Callable[..., TorchEngine]":
+    """The engine of a plan on the tiny model, in one thread, with further overrides."""
+    from plans import planned
+
+    from selfspec.engine.torch.engine import TorchEngine
+
+    return lambda *more: TorchEngine(planned(*overrides, "hardware.threads=1", *more))
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """The Triton kernels of a decode pass, against torch's operators: interpreted on a CPU, compiled on a GPU."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +60,12 @@ class TestOps:
         gate, up = F.linear(x, weight).chunk(2, -1)
         assert close(fused.gated(x, weight), F.silu(gate) * up)
 
+    @pytest.mark.parametrize(("tokens", "size"), [(1, 80), (3, 70000)])
+    def test_argmax(self, tokens: int, size: int, dtype: torch.dtype) -> None:
+        logits = random(tokens, size, dtype=dtype)
+        logits[-1, [7, 70]] = 9  # the first of equals
+        assert fused.argmax(logits).tolist() == logits.float().cpu().numpy().argmax(-1).tolist()
+
     def test_a_token_is_the_same_beside_others(self, dtype: torch.dtype) -> None:
         """Bit by bit: what is verified are the numbers that plain decoding would have seen."""
         x, weight = random(16, 200, dtype=dtype), random(96, 200, dtype=dtype, seed=1)
@@ -66,7 +75,7 @@ class TestOps:
 
 
 class Both:
-    """A tiny Llama whose passes of a fixed shape are run by torch's operators, and by the kernels."""
+    """Two layers of a tiny Llama, whose passes of a fixed shape are run by torch's operators, and by the kernels."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, slots: int) -> None:
         self.model = Llama.load(folder, DEVICE, dtype)
@@ -84,7 +93,7 @@ class Both:
         at = cache.place(trees, first)
         assert graphs.take(at)
         hidden = random(sum(at.counts), s.hidden, dtype=model.dtype, seed=5)
-        return graphs.run(hidden, cache, at, 0, s.layers), cache.kv[..., : self.slots - 1, :]
+        return graphs.run(hidden, cache, at, 1, 3), cache.kv[..., : self.slots - 1, :]
 
 
 @pytest.fixture(params=DTYPES)
@@ -122,3 +131,17 @@ def test_a_node_is_the_same_alone_and_in_a_tree(both: Both) -> None:
     tree, _ = both.run(True, [BUSHY, Tree.chain([5, 6])], [64, 3])
     # `run` numbers hidden states from the first token on: the first row's root has the same in both.
     assert torch.equal(alone[0], tree[0])
+
+
+@pytest.mark.slow
+def test_compiled_for_hopper_nothing_spills(tmp_path: Path) -> None:
+    """On any machine: every kernel for sm_90, at the shapes of 135M, 1B and 8B; weights are read ahead of their use."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    env.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).with_name("hopper.py")
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    assert len(kernels) == 24
+    assert [kernel for kernel in kernels if kernel["stack"] or kernel["local"]] == []
+    assert all(kernel["staged"] and kernel["shared"] >= 2**15 for kernel in kernels if kernel["kernel"] == "_linear")

@@ -5,28 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from selfspec import plan as plans
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import ConfigError
 from selfspec.model.linear import add_linear, linear, packed, plain, rounded
 from selfspec.model.weights import Int8
-from selfspec.run import CONF
 from selfspec.types import Request
 
 REQUESTS = [Request((5, 9, 12, 7, 20 + i), 24, ignore_eos=True) for i in range(5)]
-
-
-@pytest.fixture
-def engine(overrides: list[str]) -> Callable[..., TorchEngine]:
-    def make(*more: str) -> TorchEngine:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return TorchEngine(plans.make(compose("config", [*overrides, *more])))
-
-    return make
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,16 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned, run_job
 
-from selfspec import job, plan
+from selfspec import job
 from selfspec.checkpoint import FILE, Journal, Record
 from selfspec.config import Resume
 from selfspec.engine import factory
@@ -28,15 +28,11 @@ from selfspec.errors import Interrupted, JournalError
 from selfspec.plan import Plan
 from selfspec.report import results
 from selfspec.report.results import Result
-from selfspec.run import CONF
 from selfspec.stages.base import Stage, Unit, Units
 from selfspec.tracking import MLflowTracker
 from selfspec.types import Completion, Request
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's, see test_tracking.py
-]
+pytestmark = pytest.mark.slow
 
 SLOW = """
 import itertools, os, signal, sys, time
@@ -67,18 +63,7 @@ MEASURED_ON_A_REAL_CLOCK = "bench/cpu_utilisation"
 @pytest.fixture
 def make(fake: list[str]) -> Make:
     """A plan of those and more overrides."""
-
-    def made(*overrides: str) -> Plan:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plan.make(compose("config", [*fake, *overrides]))
-
-    return made
-
-
-def run(made: Plan, folder: Path) -> Result:
-    folder.mkdir(parents=True, exist_ok=True)
-    return job.run(made, folder)
+    return partial(planned, *fake)
 
 
 def elsewhere(made: Plan, folder: Path) -> Plan:
@@ -126,7 +111,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_job_leaves_behind(make: Make, tmp_path: Path) -> None:
     made = make("scale.repeats=2")
-    result = run(made, tmp_path)
+    result = run_job(made, tmp_path)
     records = units(made)
     cycles = [c["cycles"] for record in records for c in record.data["configured"]]
     proposed, accepted = (sum(sum(c[name]) for c in cycles) for name in ("proposed", "accepted"))
@@ -159,27 +144,27 @@ def test_what_a_job_leaves_behind(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_finished_job_answers_from_its_journal(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(make(), tmp_path / "first")
+    first = run_job(make(), tmp_path / "first")
     no_engine(monkeypatch)
     again = make("name=other", "checkpoint.resume=require")
-    assert timeless(run(again, tmp_path / "again")) == {**timeless(first), "name": "other"}
+    assert timeless(run_job(again, tmp_path / "again")) == {**timeless(first), "name": "other"}
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == sorted(
         p.name for p in (tmp_path / "first").iterdir()
     )
 
 
 def test_resume_never_starts_afresh(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(make(), tmp_path)
+    first = run_job(make(), tmp_path)
     kept = (Path(job.place(make())) / FILE).read_bytes()
     calls = counted(monkeypatch)
-    assert timeless(run(make("checkpoint.resume=never"), tmp_path)) == timeless(first)
+    assert timeless(run_job(make("checkpoint.resume=never"), tmp_path)) == timeless(first)
     assert len(calls) == 2 * (3 + 1)  # units and warm-up, both ways
     assert (Path(job.place(make())) / "journal.1.jsonl").read_bytes() == kept
 
 
 def test_resume_require_insists(make: Make, tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="there is no journal"):
-        run(make("checkpoint.resume=require"), tmp_path)
+        run_job(make("checkpoint.resume=require"), tmp_path)
     assert not Path(job.place(make())).exists() and list(tmp_path.iterdir()) == []
 
 
@@ -188,12 +173,12 @@ def test_only_what_is_missing_is_run(make: Make, tmp_path: Path, monkeypatch: py
     made = make("scale.warmup=0", "scale.prompts=4")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         counted(patch, fail_at=2 * done + 2)
-        run(made, tmp_path)
+        run_job(made, tmp_path)
     assert len(units(made)) == done and not (tmp_path / "result.json").exists()
     calls = counted(monkeypatch)
-    resumed = run(made, tmp_path)
+    resumed = run_job(made, tmp_path)
     assert calls == [True, False, False, True][2 * (done % 2) :] + [True, False, False, True] * ((3 - done) // 2)
-    assert timeless(resumed) == timeless(run(elsewhere(made, tmp_path / "b"), tmp_path / "undisturbed"))
+    assert timeless(resumed) == timeless(run_job(elsewhere(made, tmp_path / "b"), tmp_path / "undisturbed"))
 
 
 def slow(units: int, *overrides: str) -> "subprocess.Popen[str]":
@@ -226,9 +211,9 @@ def test_killed_again_and_again_nothing_is_lost_or_done_twice(fake: list[str], m
         assert now[: len(seen)] == seen, "a finished unit stays as it was"
         seen = now
     assert 29 <= len(seen) < 60
-    resumed = run(made, tmp_path / "resumed")
+    resumed = run_job(made, tmp_path / "resumed")
     assert units(made)[: len(seen)] == seen and {unit.unit for unit in units(made)} == wanted(made)
-    assert timeless(resumed) == timeless(run(elsewhere(made, tmp_path / "b"), tmp_path / "undisturbed"))
+    assert timeless(resumed) == timeless(run_job(elsewhere(made, tmp_path / "b"), tmp_path / "undisturbed"))
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -248,7 +233,7 @@ def test_interrupted_and_resumed_in_one_tracker_run(
     (before,), done = runs(uri, experiment), len(units(made))
     assert before.info.status == "KILLED" and 3 <= done < 40
 
-    resumed = run(made, tmp_path / "resumed")
+    resumed = run_job(made, tmp_path / "resumed")
     (after,) = runs(uri, experiment)
     assert (after.info.run_id, after.info.status) == (before.info.run_id, "FINISHED")
     assert after.data.tags["selfspec.lossless"] == "yes"
@@ -256,7 +241,7 @@ def test_interrupted_and_resumed_in_one_tracker_run(
     assert sorted(steps["unit/tok_s"]) == list(range(40))
     assert all(len(set(found)) == len(found) for found in steps.values())
     assert set(resumed["measurements"]) <= set(steps)
-    assert timeless(resumed) == timeless(run(elsewhere(make(*work), tmp_path / "b"), tmp_path / "undisturbed"))
+    assert timeless(resumed) == timeless(run_job(elsewhere(make(*work), tmp_path / "b"), tmp_path / "undisturbed"))
 
 
 def client(uri: str) -> Any:
@@ -287,8 +272,8 @@ def test_interrupted_while_the_tracker_starts(
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(MLflowTracker, "start", interrupted)
-        run(made, tmp_path / "first")
-    run(made, tmp_path / "again")
+        run_job(made, tmp_path / "first")
+    run_job(made, tmp_path / "again")
     assert [tracked.info.status for tracked in runs(uri, "early")] == ["FINISHED"]
 
 
@@ -312,8 +297,8 @@ def test_killed_before_the_tracker_run_is_noted(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, after, killing)
         patch.setattr(MLflowTracker, "finish", lambda *args: None)
-        run(made, tmp_path / "first")
-    run(made, tmp_path / "again")
+        run_job(made, tmp_path / "first")
+    run_job(made, tmp_path / "again")
     assert [tracked.info.status for tracked in runs(uri, f"unnoted-{after}")] == ["FINISHED"]
 
 
@@ -328,7 +313,7 @@ def test_a_tracker_that_fails_does_not_fail_the_job(
         monkeypatch.setattr(MLflowTracker, name, lambda *args: None)
     monkeypatch.setattr(MLflowTracker, method, broken)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
-    result = run(make("tracking=mlflow", "tracking.uri=null"), tmp_path)
+    result = run_job(make("tracking=mlflow", "tracking.uri=null"), tmp_path)
     assert result["status"] == "finished" and len(units(make())) == 3
     warning = "warning: not tracking to http://127.0.0.1:9: ConnectionError: the server is down\n"
     assert capsys.readouterr().err == warning
@@ -354,7 +339,7 @@ def test_an_exact_policy_that_changes_tokens_fails(
     made = make("tracking=mlflow", f"tracking.uri={uri}", f"tracking.experiment=lossy-{stop_early}")
     change_tokens(monkeypatch, stop_early)
     for folder in (tmp_path / "first", tmp_path / "again"):
-        result = run(made, folder)
+        result = run_job(made, folder)
         assert (result["status"], result["lossless"], result["measurements"]["bench/differing"]) == ("failed", "no", 3)
         assert result["error"] == "not lossless: 3 prompts differ from plain decoding"
         assert json.loads((folder / "result.json").read_text()) == result
@@ -368,13 +353,13 @@ def test_an_exact_policy_that_changes_tokens_fails(
 
 def test_what_is_lossy_by_design_does_not_fail(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_tokens(monkeypatch, stop_early=False)
-    result = run(make("policy.verify=false"), tmp_path)
+    result = run_job(make("policy.verify=false"), tmp_path)
     assert result["lossless"] == "lossy" and "LOSSY" in (tmp_path / "report.txt").read_text()
 
 
 def test_plain_decoding_is_its_own_reference(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch)
-    result = run(make("draft=none"), tmp_path)
+    result = run_job(make("draft=none"), tmp_path)
     assert result["lossless"] == "reference" and calls == [True] * 4
     assert result["measurements"]["bench/speedup"] == 1
 
@@ -383,14 +368,14 @@ def test_a_failed_job_leaves_its_reason_and_what_it_measured(make: Make, tmp_pat
     results.failed(make(), tmp_path, RuntimeError("out of\nmemory"), {})
     nothing = json.loads((tmp_path / "result.json").read_text())
     assert (nothing["status"], nothing["error"], nothing["measurements"]) == ("failed", "out of memory", {})
-    result = run(make(), tmp_path)
+    result = run_job(make(), tmp_path)
     results.failed(make(), tmp_path, MemoryError(), {})
     failed = json.loads((tmp_path / "result.json").read_text())
     assert failed == {**result, "status": "failed", "error": "MemoryError"}
 
 
 def test_a_plan_without_a_bench(make: Make, tmp_path: Path) -> None:
-    result = run(make("stages=[fit]"), tmp_path)
+    result = run_job(make("stages=[fit]"), tmp_path)
     assert (result["measurements"], result["lossless"], result["status"]) == ({}, None, "finished")
 
 
@@ -433,7 +418,7 @@ def test_what_a_stage_may_say_for_itself(make: Make, tmp_path: Path, monkeypatch
     made = make("stages=[soak,bench]", "tracking=mlflow")
     job.check(made)
     job.fetch(made)
-    result = run(made, tmp_path)
+    result = run_job(made, tmp_path)
     assert (result["status"], result["error"]) == ("failed", "2 errors; it leaks")
     assert (result["measurements"]["soak/errors"], result["notes"]) == (2.0, ["it rained"])
     assert result["lossless"] == "yes" and result["provenance"] == units(made)[0].data["provenance"]
@@ -450,9 +435,9 @@ def test_units_are_tracked_as_they_finish(make: Make, tmp_path: Path, monkeypatc
     made = make("tracking=mlflow", "scale.warmup=0")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         counted(patch, fail_at=5)
-        run(made, tmp_path)
+        run_job(made, tmp_path)
     assert logged == [0, 1]
-    run(made, tmp_path)
+    run_job(made, tmp_path)
     assert logged == [0, 1, 0, 1, 2, 0], "the restored ones again, the new one, the summary"
     with Journal.open(job.place(made), made.id, {}, Resume.require) as journal:
         assert journal.notes == {"run_id": "run"}

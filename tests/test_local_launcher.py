@@ -113,9 +113,9 @@ def test_a_job_whose_launcher_was_killed_before_it_began_does_not_begin(monkeypa
 def test_jobs_have_the_configs_that_were_given(run: Run, fake: list[str], tmp_path: Path) -> None:
     conf = tmp_path / "my conf"
     shutil.copytree(CONF, conf)
-    (conf / "gate" / "maxp.yaml").write_text("name: maxp\nthreshold: 0.25\n")
+    (conf / "gate" / "maxp.yaml").write_text("defaults: [maxp_schema, _self_]\nthreshold: 0.25\n")
     (tmp_path / "more" / "gate").mkdir(parents=True)
-    (tmp_path / "more" / "gate" / "mine.yaml").write_text("name: maxp\nthreshold: 0.125\n")
+    (tmp_path / "more" / "gate" / "mine.yaml").write_text("defaults: [maxp_schema, _self_]\nthreshold: 0.125\n")
     given = (f"--config-path={conf}", f"--config-dir={tmp_path / 'more'}")
     code, out, err = run("-m", *given, "hydra/launcher=local", *fake, "gate=maxp,mine")
     assert code == 0 and all(f"| layerskip3 maxp={threshold} K=4 " in out for threshold in (0.25, 0.125)), err

@@ -2,22 +2,20 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from plans import planned, run_job
 from serving import Scripted, listening, says, serving
 
-from selfspec import job, plan, refusal
+from selfspec import job, refusal
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume, Serve
 from selfspec.engine.openai import client as served
 from selfspec.errors import ConfigError, StageError
 from selfspec.plan import Plan
-from selfspec.report.results import Result
-from selfspec.run import CONF
 from selfspec.serve.backend import Chunk
 from selfspec.serve.build import Fixed
 from selfspec.serve.errors import Failed
@@ -34,18 +32,7 @@ SMALL = ("hardware.threads=1", "stages=[bench]", "serve.max_model_len=512", "ser
 @pytest.fixture
 def make(overrides: list[str], prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
-
-    def made(*more: str) -> Plan:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plan.make(compose("config", [*overrides, *SMALL, *more]))
-
-    return made
-
-
-def run(made: Plan, folder: Path) -> Result:
-    folder.mkdir()
-    return job.run(made, folder)
+    return partial(planned, *overrides, *SMALL)
 
 
 def tokens(made: Plan) -> list[list[list[int]]]:
@@ -55,11 +42,11 @@ def tokens(made: Plan) -> list[list[list[int]]]:
 
 def test_a_served_bench_is_the_local_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = make("draft=layerskip")
-    local = run(ours, tmp_path / "local")
+    local = run_job(ours, tmp_path / "local")
     with serving(ours) as drafting, serving(make("draft=none")) as plain:
         over = ("engine=openai", "draft=served", f"engine.url={drafting.url}", f"engine.plain_url={plain.url}/v1")
         theirs = make(*over)
-        result = run(theirs, tmp_path / "served")
+        result = run_job(theirs, tmp_path / "served")
         assert (result["lossless"], result["status"], result["label"]) == ("yes", "finished", "served over HTTP")
         assert tokens(theirs) == tokens(ours)
         assert result["acceptance_by_position"] == local["acceptance_by_position"] != []
@@ -69,17 +56,17 @@ def test_a_served_bench_is_the_local_one(make: Make, tmp_path: Path, monkeypatch
         assert result["provenance"]["extra"] == {"engine": "openai", "model": "tiny"}
 
         monkeypatch.setattr(served, "_MORE", {})  # as a server that is not ours: text, and nothing of drafts
-        foreign = run(make(*over, "seed=1"), tmp_path / "foreign")
+        foreign = run_job(make(*over, "seed=1"), tmp_path / "foreign")
         assert foreign["lossless"] == "yes" and "bench/acceptance" not in foreign["measurements"]
-        batched = run(make(*over, "engine.max_batch=3"), tmp_path / "batched")
+        batched = run_job(make(*over, "engine.max_batch=3"), tmp_path / "batched")
         assert batched["lossless"] == "yes" and batched["label"] == "served over HTTP batch=3"
 
         lossy = ("draft=layerskip", "exit_layer=1", "policy.verify=false")
         with serving(make(*lossy)) as broken:
-            result = run(make(*over, f"engine.url={broken.url}"), tmp_path / "broken")
+            result = run_job(make(*over, f"engine.url={broken.url}"), tmp_path / "broken")
         assert result["status"] == "failed" and "not lossless" in str(result["error"])
 
-        alone = run(make("engine=openai", "draft=none", f"engine.url={plain.url}"), tmp_path / "alone")
+        alone = run_job(make("engine=openai", "draft=none", f"engine.url={plain.url}"), tmp_path / "alone")
         assert (alone["lossless"], alone["label"]) == ("reference", "none over HTTP")
 
 
@@ -99,7 +86,7 @@ def test_an_answer_that_breaks_off_fails_the_stage() -> None:
 def test_no_server_is_said_in_a_line(make: Make, tmp_path: Path, closed_port: int) -> None:
     url = f"engine.url=http://127.0.0.1:{closed_port}"
     with pytest.raises(ConfigError, match=f"{url}: no OpenAI-compatible server answers: Conn"):
-        run(make("engine=openai", "draft=none", url), tmp_path / "job")
+        run_job(make("engine=openai", "draft=none", url), tmp_path / "job")
 
 
 @pytest.mark.parametrize(

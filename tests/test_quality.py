@@ -385,7 +385,7 @@ def test_tables_of_tasks_and_gates() -> None:
     )  # fmt: skip
     text = report.text([row])
     assert "| lsq12         | arc_easy     | 100       | 0.500 +- 0.050 -> 0.250 | - -> -   |" in text
-    places = [text.index(cells) for cells in ("| 4    | raw  | 0.100 ", "| 12   | lsq  | 0.300  | 0.800 ")]
+    places = [text.index(cells) for cells in ("| 4    | raw  | 0.100 ", "| 12   | lsq  | 0.300    | 0.800 ")]
     assert places == sorted(places)
     assert "delta-PPL" not in report.text([measured(bench__tok_s=3.0)]), "a bench alone has its own table only"
 

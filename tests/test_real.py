@@ -1,19 +1,17 @@
 """On SmolLM2-135M-Instruct and ShareGPT: golden tokens, losslessness in half width, and a fit that is worth it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 
-from selfspec import heads, plan
+from selfspec import heads
 from selfspec.data import workload
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.metrics import first_difference
-from selfspec.run import CONF
 from selfspec.types import Request
 
 pytestmark = pytest.mark.real
@@ -37,14 +35,9 @@ Maker = Callable[..., TorchEngine]
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Maker]:
-    def make(*overrides: str) -> TorchEngine:
-        cut = ("workload.max_prompt_tokens=64", f"exit_layer={EXIT}", "hardware=cpu_fp32")
-        return TorchEngine(plan.make(compose("config", [*cut, *overrides])))
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield make
+def engine() -> Maker:
+    cut = ("workload.max_prompt_tokens=64", f"exit_layer={EXIT}", "hardware=cpu_fp32")
+    return lambda *overrides: TorchEngine(planned(*cut, *overrides))
 
 
 @pytest.fixture(scope="module")

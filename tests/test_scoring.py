@@ -1,43 +1,23 @@
 """Scoring and probing: log-likelihoods are the model's, and what an exit is said to draft is what decoding drafts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned
 from tiny import WORDS
 
-from selfspec import plan
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import ConfigError
 from selfspec.model.tree import Tree
-from selfspec.run import CONF
 from selfspec.speculation import scoring
 from selfspec.types import Request, Score
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inference")]
 
 Maker = Callable[..., TorchEngine]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hydra(inference: None) -> Iterator[None]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-
-
-@pytest.fixture
-def engine(overrides: list[str]) -> Maker:
-    """An engine of the tiny model's plan, with further overrides."""
-
-    def make(*more: str) -> TorchEngine:
-        return TorchEngine(plan.make(compose("config", [*overrides, "hardware.threads=1", *more])))
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +222,7 @@ def test_log_likelihoods_of_the_real_model_are_lm_evals() -> None:
     from selfspec.quality import tasks
     from selfspec.quality.lm import EngineLM
 
-    made = TorchEngine(plan.make(compose("config", ["draft=layerskip", "hardware=cpu_fp32"])))
+    made = TorchEngine(planned("draft=layerskip", "hardware=cpu_fp32"))
     data = made.plan.quality.data["arc_easy"]
     task = tasks._load("arc_easy", assets.fetch(data.source, data.sha256))
     task.set_config(key="num_fewshot", value=0)

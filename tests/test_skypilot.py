@@ -237,7 +237,7 @@ def test_what_only_jobs_need_need_not_be_on_this_machine(sweep: Run, monkeypatch
 def test_a_job_is_told_all_that_was_said_here(sweep: Run, tmp_path: Path) -> None:
     mine = tmp_path / "my configs"
     (mine / "gate").mkdir(parents=True)
-    (mine / "gate" / "mine.yaml").write_text("name: maxp\nthreshold: 0.25\n")
+    (mine / "gate" / "mine.yaml").write_text("defaults: [maxp_schema, _self_]\nthreshold: 0.25\n")
     argv = (f"--config-dir={mine}", "gate=mine", "K=2", "+hydra.job.env_set.MY='a b'")
     code, _, err = sweep(*argv)
     assert code == 2 and f"--config-dir={mine}: jobs elsewhere have no such folder; must lie in" in err

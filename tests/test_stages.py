@@ -1,22 +1,20 @@
 """The stages: what they run, in which order, what they do not run again, and what they never mix."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from plans import planned, run_job
 
-from selfspec import fitting, heads, job, plan
+from selfspec import fitting, heads, job
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume
 from selfspec.data import workload
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import ConfigError, HeadError
 from selfspec.plan import Plan
-from selfspec.report.results import Result
-from selfspec.run import CONF
 from selfspec.types import Completion, Request
 
 pytestmark = pytest.mark.slow
@@ -29,18 +27,7 @@ FAKE = ("engine=fake", "draft=layerskip")
 def make(overrides: list[str], prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """A plan on the tiny model, with a journal of its own."""
     monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
-
-    def made(*more: str) -> Plan:
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return plan.make(compose("config", [*overrides, "hardware.threads=1", *more]))
-
-    return made
-
-
-def run(made: Plan, folder: Path) -> Result:
-    folder.mkdir(parents=True, exist_ok=True)
-    return job.run(made, folder)
+    return partial(planned, *overrides, "hardware.threads=1")
 
 
 def journal(made: Plan) -> Journal:
@@ -67,7 +54,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, name: str, fail_at: int | None = None
 def test_fit_and_bench_of_a_gated_head(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = spied(monkeypatch, "generate")
     made = make("gate=varH", "tau_v=2")
-    result = run(made, tmp_path)
+    result = run_job(made, tmp_path)
     assert (result["lossless"], result["status"], result["notes"]) == ("yes", "finished", [])
     with journal(made) as kept:
         records, (head,) = kept.records("bench"), kept.records("fit")
@@ -116,7 +103,7 @@ def test_fit_and_bench_of_a_gated_head(make: Make, tmp_path: Path, monkeypatch: 
     ],
 )
 def test_verdicts(make: Make, tmp_path: Path, more: str, lossless: str, speculates: int) -> None:
-    result = run(make(*more.split()), tmp_path)
+    result = run_job(make(*more.split()), tmp_path)
     assert result["lossless"] == lossless and ("bench/acceptance" in result["measurements"]) == speculates
     assert (result["measurements"]["bench/equal_tokens"] == 1) == (lossless != "lossy")
 
@@ -131,7 +118,7 @@ def test_repeats_begin_the_other_way_round(make: Make, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(FakeEngine, "generate", spy)
     made = make(*FAKE, "scale.prompts=2", "scale.repeats=2", "scale.warmup=0")
-    result = run(made, tmp_path)
+    result = run_job(made, tmp_path)
     first, second = [True, False, False, True], [False, True, True, False]
     assert calls == first + second
     assert (result["measurements"]["bench/units"], result["measurements"]["bench/prompts"]) == (4, 2)
@@ -159,8 +146,8 @@ def test_timings_of_different_hardware_are_not_pooled(
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(FakeEngine, "describe", other)
         patch.setattr(FakeEngine, "generate", failing)
-        run(made, tmp_path / "taken")
-    result = run(made, tmp_path)
+        run_job(made, tmp_path / "taken")
+    result = run_job(made, tmp_path)
     assert result["measurements"]["bench/units"] == kept
     assert result["notes"] == [f"{4 - kept} of 4 units ran on other hardware and are left out"]
     assert result["provenance"]["extra"]["device"] == ("none" if before == 1 else "another")
@@ -182,30 +169,30 @@ def test_answers_and_head_are_made_once(make: Make, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(fitting, "BATCH", 8)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         spied(patch, "generate", fail_at=3)
-        run(make(), tmp_path / "failed")
+        run_job(make(), tmp_path / "failed")
     generated, fits = spied(monkeypatch, "generate"), spied(monkeypatch, "fit")
 
     def batches() -> int:
         return sum("max_batch" in options for options in generated)
 
-    run(make(), tmp_path / "one")
+    run_job(make(), tmp_path / "one")
     assert (batches(), len(fits)) == (1, 1), "of three batches, two were in the journal"
-    run(make("gate=maxp"), tmp_path / "two")
+    run_job(make("gate=maxp"), tmp_path / "two")
     assert (batches(), len(fits)) == (1, 1), "another gate asks for the same head"
-    run(make("exit_layer=2"), tmp_path / "three")
+    run_job(make("exit_layer=2"), tmp_path / "three")
     assert (batches(), len(fits)) == (1, 2), "another exit asks for another head, of the same answers"
-    run(make("seed=1", "stages=[fit]"), tmp_path / "four")
+    run_job(make("seed=1", "stages=[fit]"), tmp_path / "four")
     assert (batches(), len(fits)) == (4, 3)
 
 
 def test_a_head_of_the_users_is_taken_and_checked(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = make("stages=[fit]")
-    run(fitted, tmp_path)
+    run_job(fitted, tmp_path)
     path = fitting.head_path(fitted).rename(tmp_path / "mine.safetensors")
     fits = spied(monkeypatch, "fit")
     made = make(f"draft.head={path}", "stages=[bench]", f"checkpoint.dir={tmp_path / 'other'}")
     job.check(made)
-    assert run(made, tmp_path / "bench")["lossless"] == "yes" and fits == []
+    assert run_job(made, tmp_path / "bench")["lossless"] == "yes" and fits == []
     for change in ("exit_layer=2", "draft.previous=true"):
         with pytest.raises(HeadError, match=f"{path}: fitted for "):
             job.check(make(f"draft.head={path}", change))
@@ -216,7 +203,7 @@ def test_a_head_of_the_users_is_taken_and_checked(make: Make, tmp_path: Path, mo
     path.write_bytes(data[:-4] + b"\x00\x00\xc0\x7f")  # a NaN
     other = make(f"draft.head={path}", "stages=[bench]", "seed=1")
     with pytest.raises(HeadError, match="corrupt head"):
-        run(other, tmp_path / "nan")
+        run_job(other, tmp_path / "nan")
 
 
 def test_a_bench_without_its_head_is_refused(make: Make) -> None:
@@ -225,7 +212,7 @@ def test_a_bench_without_its_head_is_refused(make: Make) -> None:
 
 
 def test_a_finished_job_outlives_its_head(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(make(), tmp_path)
+    first = run_job(make(), tmp_path)
     fitting.head_path(make()).unlink()
     fits = spied(monkeypatch, "fit")
-    assert run(make(), tmp_path)["measurements"] == first["measurements"] and fits == []
+    assert run_job(make(), tmp_path)["measurements"] == first["measurements"] and fits == []

@@ -1,19 +1,20 @@
 """torch_engine: what a plan asks for is what runs; batches answer as single prompts do; refusals say why."""
 
 import json
+import re
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from tiny import VOCABULARY
 
-from selfspec import heads, plan
+from selfspec import heads
 from selfspec.engine.base import Tie
 from selfspec.engine.torch import ties, weights
 from selfspec.engine.torch.engine import TorchEngine
@@ -21,7 +22,6 @@ from selfspec.errors import ConfigError, HeadError
 from selfspec.model.base import Model
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.run import CONF
 from selfspec.speculation.head import features, linear
 from selfspec.types import Completion, Request
 
@@ -29,22 +29,11 @@ Maker = Callable[..., TorchEngine]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def hydra() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def engine(overrides: list[str]) -> Maker:
-    """An engine of the tiny model's plan, with further overrides."""
-
-    def make(*more: str) -> TorchEngine:
-        return TorchEngine(plan.make(compose("config", [*overrides, "hardware.threads=1", *more])))
-
-    return make
+def threads() -> Iterator[None]:
+    """As many after these tests as before them."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def random_prompts(*lengths: int) -> list[tuple[int, ...]]:
@@ -186,6 +175,20 @@ class TestBatch:
             assert len({len(completion.tokens) for completion in alone}) >= 3
             assert {completion.finish for completion in alone} == {"stop", "length"}
 
+    def test_a_cache_serves_many_requests_and_is_not_kept_for_ever(self, engine: Maker) -> None:
+        made, prompts = engine("draft=none"), random_prompts(3, 40, 7)
+        said = [single(engine("draft=none"), Request(prompt, 9, ignore_eos=True)).tokens for prompt in prompts]
+        caches = list[object]()
+        for prompt in prompts:
+            caches += made._caches.values()
+            assert single(made, Request(prompt, 9, ignore_eos=True)).tokens == said[prompts.index(prompt)]
+        assert len({id(cache) for cache in caches}) == 1, "roomy enough for all of them"
+        single(made, Request(random_prompts(400)[0], 9))
+        assert caches[0] not in made._caches.values(), "a longer one has taken its place"
+        for rows in (2, 3):
+            made.generate([Request(prompt, 2) for prompt in prompts], max_batch=rows)
+        assert [rows for rows, _ in made._caches] == [2, 3]
+
 
 class TestEncode:
     @pytest.fixture
@@ -309,6 +312,23 @@ class TestCompare:
         ]
         assert any(way != seen[0] for way in seen), "it does not go without saying"
 
+    def test_the_copy_is_gone_when_a_gpus_mark_is_reset(self, engine: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = engine("draft=none", "hardware.dtype=bf16")
+        kind: Any = type(made.model)  # which loads it where it is, before it is said to be elsewhere
+        copy, copies, seen = kind.to, list[Any](), list[Any]()
+
+        def copied(self: Any, dtype: torch.dtype) -> Any:
+            model = copy(self, dtype)
+            copies.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(kind, "to", copied)
+        monkeypatch.setattr(made.weights, "device", SimpleNamespace(type="cuda"))
+        monkeypatch.setattr(made.weights, "usage", lambda: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: seen.append(copies[-1]()))
+        made.ties.compare(random_prompts(9)[0], 5, 7)
+        assert seen == [None] and len(copies) == 1
+
     @pytest.mark.parametrize(("gap", "explains"), [(0.0, True), (0.5, True), (0.50001, False)])
     def test_a_tie_is_a_gap_within_rounding(self, gap: float, explains: bool) -> None:
         assert Tie(gap, 0.5).explains is explains
@@ -353,6 +373,17 @@ class TestPlace:
             message = rf"^hardware\.device={device}: not available on this machine; it has cpu$"
             with pytest.raises(ConfigError, match=message):
                 engine(f"hardware.device={device}")
+
+    @pytest.mark.parametrize(
+        ("override", "says"),
+        [
+            ("engine.kernels=triton", "they are not for cpu; allowed here are auto, torch"),
+            ("engine.graphs=on", "only our own layers (engine.layers=fast) have them, on a GPU"),
+        ],
+    )
+    def test_what_only_a_gpu_has_is_refused_elsewhere(self, engine: Maker, override: str, says: str) -> None:
+        with pytest.raises(ConfigError, match=f"^{re.escape(f'{override}: {says}')}$"):
+            _ = engine(override).model
 
     def test_threads(self, engine: Maker) -> None:
         before = torch.get_num_threads()

@@ -34,6 +34,7 @@ from selfspec.speculation.decode import Speculation, Target  # noqa: E402
 from selfspec.speculation.draft.base import Draft  # noqa: E402
 from selfspec.speculation.gate import Gate  # noqa: E402
 from selfspec.speculation.policy import LongestPrefix  # noqa: E402
+from selfspec.speculation.sampling import likeliest  # noqa: E402
 from selfspec.types import Request  # noqa: E402
 
 SHAPES = {
@@ -124,7 +125,7 @@ class Check:
                             at = cache.place(trees)
                             hidden = model.embed([token for tree in trees for token in tree.tokens], at)
                             states = model.norm(model.run(hidden, cache, at, 0, model.shape.layers))
-                            model.logits(states).max(-1).indices.tolist()
+                            likeliest(model.logits(states))
 
                         times[name] = self.wall(step, 20)
                         if model.graphs and self.cuda:
@@ -197,7 +198,7 @@ class Check:
                 def step(model: Llama = model, cache: Any = cache) -> None:
                     at = cache.place([Tree.chain([3])])
                     hidden = model.run(model.embed([3], at), cache, at, 0, model.shape.layers)
-                    model.logits(model.norm(hidden)).max(-1).indices.tolist()
+                    likeliest(model.logits(model.norm(hidden)))
 
                 for _ in range(3):
                     step()

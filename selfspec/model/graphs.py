@@ -82,6 +82,7 @@ class _Pass:
         device, tokens = cache.device, rows * nodes
         self.hidden = torch.zeros(tokens, hidden, dtype=dtype, device=device)
         self._host = torch.zeros(4 * tokens + rows, dtype=torch.int64, pin_memory=pinned)
+        self._numbers = self._host.numpy()
         self._packed = torch.zeros(4 * tokens + rows, dtype=torch.int64, device=device)
         self._owner = torch.arange(rows, device=device).repeat_interleave(nodes)
         self._slots = torch.arange(cache.kv.shape[4], device=device)
@@ -104,7 +105,7 @@ class _Pass:
         bases = [*at.bases, *[1] * (rows - at.count)]
         if self._copied is not None:
             self._copied.synchronize()  # the host's buffer may still be on its way
-        self._host.numpy()[:] = [*positions, *slots, *seen, *places, *[0] * (tokens - self._places), *bases]
+        self._numbers[:] = [*positions, *slots, *seen, *places, *[0] * (tokens - self._places), *bases]
         self._packed.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record()

@@ -212,6 +212,11 @@ class Llama:
 
     def logits(self, state: Tensor) -> Tensor:
         """Normed states ``[N, D]`` -> logits ``[N, vocab]`` through the frozen language-model head."""
+        if self.fused:
+            from selfspec.model.kernels import fused  # Triton is there
+
+            if len(state) <= fused.TOKENS:
+                return fused.linear(state, self.lm_head)
         return linear(state, self.lm_head if self._head is None else self._head)
 
 

@@ -1,8 +1,8 @@
-"""How well each gate's signal predicts, at each exit layer, whether a drafted token will stand: ROC curves.
+"""How well each gate's signal predicts, at each exit layer, whether a drafted token will be accepted: ROC curves.
 
-A gate that keeps the tokens on one side of a threshold proposes some of those that would stand (true positives)
-and some that would not (false positives); the curve is that trade over all thresholds, its area (AUC) the chance
-that a token which stands looks better than one which does not. 0.5 is no knowledge at all.
+A gate that keeps the tokens on one side of a threshold proposes some of those that would be accepted (true positives)
+and some that would be rejected (false positives); the curve is that trade over all thresholds, its area (AUC) the
+chance that an accepted token looks better than a rejected one. 0.5 is no knowledge at all.
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,16 +54,16 @@ def curves(units: Iterable[dict[str, Any]]) -> list[Curve]:
 
     made = []
     for exit, signals in _pooled(units).items():
-        stands = signals["accepted"].astype(bool)
-        decided = 0 < stands.sum() < len(stands)
+        accepted = signals["accepted"].astype(bool)
+        decided = 0 < accepted.sum() < len(accepted)
         for gate, (signal, sign) in GATES.items():
             if not decided:
                 made.append(Curve(exit, gate, None, *(np.empty(0) for _ in range(3))))
                 continue
             score = sign * signals[signal]
-            false, true, thresholds = roc_curve(stands, score)
+            false, true, thresholds = roc_curve(accepted, score)
             keep = np.unique(np.linspace(0, len(false) - 1, POINTS).astype(int))
-            area = float(roc_auc_score(stands, score))
+            area = float(roc_auc_score(accepted, score))
             made.append(Curve(exit, gate, area, false[keep], true[keep], sign * thresholds[keep]))
     return made
 

@@ -11,7 +11,7 @@ _COLOURS = dict(zip(GATES, ("#2f6fa8", "#d08030", "#5a9a5a"), strict=True))
 def roc(made: Sequence[Curve], layer: int | None) -> bytes | None:
     """Areas of all exits on the left; on the right the curves of ``layer``, or of the last exit; PNG.
 
-    ``None`` where no exit had both tokens that stand and tokens that do not.
+    ``None`` where no exit had both accepted and rejected tokens.
     """
     from matplotlib.figure import Figure
 
@@ -35,14 +35,14 @@ def roc(made: Sequence[Curve], layer: int | None) -> bytes | None:
                 label=f"{gate}, {head} head",
             )
     left.axhline(0.5, color="#999999", linewidth=0.8, linestyle=":")
-    left.set(xlabel="exit layer", ylabel="AUC", title="does the gate know what will stand?")
+    left.set(xlabel="exit layer", ylabel="AUC", title="does the gate know what will be accepted?")
     shown = [exit for exit in exits if exit.layer == layer] or exits[-1:]
     for curve in (curve for curve in curves if curve.exit in shown):
         style = "-" if curve.exit.head == "raw" else "--"
         name = _name(curve.exit, curve.gate)
         right.plot(curve.false_positives, curve.true_positives, style, color=_COLOURS[curve.gate], label=name)
     right.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=":")
-    right.set(xlabel="proposed, of tokens that fall", ylabel="proposed, of tokens that stand")
+    right.set(xlabel="proposed, of rejected tokens", ylabel="proposed, of accepted tokens")
     right.set_title(f"exit layer {shown[0].layer}")
     for axes in (left, right):
         axes.legend(fontsize=7, frameon=False)

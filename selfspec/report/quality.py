@@ -48,9 +48,11 @@ _PPL = (
 )
 _TASKS = "lm-eval's own task definitions, no examples, plain decoding's score first; +- lm-eval's standard error."
 _GATES = (
-    "Gates: of the first draft token of a cycle, at each exit layer and readout, how often it stands, and the area "
-    "under each gate's ROC curve for whether it does (0.5: the gate knows nothing)."
+    "Gates: of the first draft token of a cycle, at each exit layer and readout, how often it is accepted, and the "
+    "area under each gate's ROC curve for whether it is (0.5: the gate knows nothing)."
 )
+_MET = "Targets: 'unclear' where the 95% interval holds the bound."
+_PPL_COLUMNS = ("reference PPL", "delta-PPL", "text PPL", "delta-PPL", "equal tokens", "first divergence")
 
 
 def sections(rows: Sequence[Result]) -> list[Section]:
@@ -59,40 +61,21 @@ def sections(rows: Sequence[Result]) -> list[Section]:
         return []
     named = list(zip(rows, labels(rows), strict=True))
     made = [
-        Section(
-            (
-                "configuration",
-                "reference PPL",
-                "delta-PPL",
-                "text PPL",
-                "delta-PPL",
-                "equal tokens",
-                "first divergence",
-            ),
-            [_perplexity(row, label) for row, label in named if value(row, "quality/reference_ppl") is not None],
-            _PPL,
-        ),
-        Section(
-            ("configuration", "lm-eval task", "documents", "acc", "acc_norm"),
-            [cells for row, label in named for cells in _tasks(row, label)],
-            _TASKS,
-        ),
-        Section(
-            ("configuration", "exit", "head", "stands", "maxp AUC", "entropy AUC", "varH AUC"),
-            [cells for row, label in named for cells in _gates(row, label)],
-            _GATES,
-        ),
-        Section(
-            ("configuration", "target", "wanted", "measured", "met?"),
-            [cells for row, label in named for cells in _targets(row, label)],
-            "Targets: 'unclear' where the 95% interval holds the bound.",
-        ),
+        Section(("configuration", *columns), [cells for row, label in named for cells in of(row, label)], caption)
+        for columns, of, caption in (
+            (_PPL_COLUMNS, _perplexity, _PPL),
+            (("lm-eval task", "documents", "acc", "acc_norm"), _tasks, _TASKS),
+            (("exit", "head", "accepted", "maxp AUC", "entropy AUC", "varH AUC"), _gates, _GATES),
+            (("target", "wanted", "measured", "met?"), _targets, _MET),
+        )
     ]
     return [section for section in made if section.cells]
 
 
-def _perplexity(row: Result, label: str) -> tuple[str, ...]:
-    return (
+def _perplexity(row: Result, label: str) -> Iterator[tuple[str, ...]]:
+    if value(row, "quality/reference_ppl") is None:
+        return
+    yield (
         label,
         number(row, "quality/reference_ppl", ".2f"),
         interval(row, "quality/reference_delta_ppl", "+.3f"),

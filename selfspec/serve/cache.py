@@ -16,7 +16,7 @@ from typing import Any
 
 from selfspec.config import CacheConfig, CacheMode
 from selfspec.serve.backend import Call, Chunk, Hit
-from selfspec.serve.words import words
+from selfspec.serve.words import normalise
 
 _NO_PART = ("id", "stats", "detail", "cache")
 """Fields of a call that do not change its answer."""
@@ -84,7 +84,7 @@ class AnswerCache:
         parts = _parts(call)
         *before, last = parts["messages"]
         text = last.get("content")
-        said = words(text) if last.get("role") == "user" and isinstance(text, str) else ()
+        said = normalise(text) if last.get("role") == "user" and isinstance(text, str) else ()
         return _digest(parts | {"messages": [*before, {**last, "content": said}]}) if said else None
 
     def _live(self, key: str) -> Entry | None:

@@ -124,22 +124,16 @@ class Remote:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if call.max_tokens is not None:
-            asked["max_tokens"] = call.max_tokens
-        if call.seed is not None:
-            asked["seed"] = call.seed
-        if call.stop:
-            asked["stop"] = list(call.stop)
-        extra = {"top_k": call.top_k, "ignore_eos": call.ignore_eos or None}  # vLLM's; only where asked for
-        asked["extra_body"] = {name: value for name, value in extra.items() if value is not None} or None
+        # Only where asked for: a server refuses fields it does not know; the second are vLLM's.
+        asked |= _given(max_tokens=call.max_tokens, seed=call.seed, stop=list(call.stop) or None)
+        asked["extra_body"] = _given(top_k=call.top_k, ignore_eos=call.ignore_eos or None) or None
         if call.messages is not None:
             asked["messages"] = list(call.messages)
             if call.logprobs is not None:
                 asked |= {"logprobs": True, "top_logprobs": call.logprobs}
             return await self._client.chat.completions.create(**asked)
         asked["prompt"] = list(call.prompt) if isinstance(call.prompt, tuple) else call.prompt
-        if call.logprobs is not None:
-            asked["logprobs"] = call.logprobs
+        asked |= _given(logprobs=call.logprobs)
         return await self._client.completions.create(**asked)
 
     async def _chunks(self, call: Call) -> AsyncGenerator[Chunk, None]:
@@ -185,6 +179,10 @@ class Remote:
         times = {"ttft_ms": 1e3 * ((first or now) - arrived), "total_ms": 1e3 * (now - arrived)}
         rest = 0 if usage is None else max(usage.completion_tokens - counted, 0)
         yield Chunk("", rest, None, finish, usage or Usage(0, counted), times if call.stats else None)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 async def _next(chunks: AsyncGenerator[Chunk, None], seconds: float) -> Chunk | None:

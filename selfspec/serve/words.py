@@ -18,7 +18,7 @@ _AFTER = re.compile(
 )
 
 
-def words(text: str) -> tuple[str, ...]:
+def normalise(text: str) -> tuple[str, ...]:
     """What must be the same, in order and lower case."""
     bare, before = text.strip(), ""
     while bare != before:

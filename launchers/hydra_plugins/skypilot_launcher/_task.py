@@ -18,6 +18,9 @@ PREFIX = "selfspec-"
 """Of the names of our managed jobs; the plan's identity follows."""
 _MLFLOW = tuple(f"MLFLOW_TRACKING_{key}" for key in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
 
+_MACHINE = ("accelerators", "cpus", "memory", "disk_size", "image_id", "use_spot")
+"""Settings that are SkyPilot's own words."""
+
 
 def check(settings: SkyPilotConf, plan: Plan) -> None:
     """Refuses what cannot work elsewhere.
@@ -126,12 +129,7 @@ def make(settings: SkyPilotConf, plan: Plan, arguments: Sequence[str], sweep: Sw
     resources = {
         "infra": None if settings.regions else settings.infra,
         "any_of": [{"infra": f"{settings.infra}/{region}"} for region in settings.regions],
-        "accelerators": settings.accelerators,
-        "cpus": settings.cpus,
-        "memory": settings.memory,
-        "disk_size": settings.disk_size,
-        "image_id": settings.image_id,
-        "use_spot": settings.use_spot,
+        **{key: getattr(settings, key) for key in _MACHINE},
         "job_recovery": _given(recovery),
     }
     task = {

@@ -106,11 +106,16 @@ class TorchEngine(Opens, Fits, Scores, Probes):
         return Scheduler(speculation, cache).run(requests)
 
     def _cache(self, capacity: int, rows: int, extra_layers: int) -> KVCache:
-        """An empty cache, the last one again where it is large enough: graphs are captured over one."""
-        known = self._caches.get((rows, extra_layers))
+        """An empty cache, the last one again where it is large enough: graphs are captured over one.
+
+        Two are kept, for plain decoding and the configuration in turn: those of a fit's wide batches would fill memory.
+        """
+        key = rows, extra_layers
+        known = self._caches.pop(key, None)
         if known is None or known.capacity < capacity:
             room = -(-capacity // _ROOM) * _ROOM  # so that the next request, a little longer, has room too
-            known = self._caches[rows, extra_layers] = self.model.new_cache(room, rows, extra_layers, lasts=True)
+            known = self.model.new_cache(room, rows, extra_layers, lasts=True)
+        self._caches = {**dict([*self._caches.items()][-1:]), key: known}
         known.clear()
         return known
 

@@ -32,6 +32,7 @@ class Float32Judge(TieJudge):
         candidates, dtype = [a, b], self._weights.dtype
         with self._weights.float32() as model:
             exact = _next_logits(model, context)[candidates]
+            del model  # else it would be part of the high-water mark that begins with the block's end
         gap = float(exact.diff().abs())
         if dtype is torch.float32:
             return Tie(gap, 0.0)

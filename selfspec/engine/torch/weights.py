@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from selfspec.engine.base import Usage
 from selfspec.errors import ConfigError
 from selfspec.model import gguf, hf
 from selfspec.model.base import Graphs, Kernels, Layers, Model, Width
-from selfspec.model.kernels import native
+from selfspec.model.kernels import has_triton, native
 from selfspec.model.llama import Llama
 from selfspec.plan import Plan
 
@@ -81,7 +80,7 @@ class Weights:
         if kind == "cpu":
             own, problem = Kernels.native, native.problem()
         elif kind == "cuda":
-            own, problem = Kernels.triton, None if find_spec("triton") else "Triton is not installed"
+            own, problem = Kernels.triton, None if has_triton() else "Triton is not installed"
         if asked not in (Kernels.auto, Kernels.torch) and (problem or asked is not own):
             reason = problem or f"they are not for {kind}"
             raise ConfigError(f"engine.kernels={asked.name}: {reason}; allowed here are auto, torch")

@@ -20,20 +20,18 @@ from selfspec.model.cache import KVCache
 from selfspec.model.graphs import Layers, Static
 from selfspec.model.weights import Layer
 
+TOKENS = 32
+"""The most tokens of a pass: with more, tensor cores have something to do, and cuBLAS is better at that."""
 _TILE = 16  # tokens: the least that the tensor cores take
 _BLOCK = 64  # slots that attention looks at together
+_SHARES = 64
+"""Of a row of logits, each read by a program of its own."""
 _PARTS = 32
 """The most parts that attention over a row's slots is split into, each a program of its own."""
 
 
 class Fused:
-    """A Llama's layers, run in ranges by these kernels.
-
-    Attributes:
-        most: tokens of a pass. With more, tensor cores have something to do, and cuBLAS is better at that.
-    """
-
-    most = 32
+    """A Llama's layers, run in ranges by these kernels."""
 
     def __init__(
         self, layers: Sequence[Layer], heads: int, norm_eps: float, cos: Tensor, sin: Tensor, otherwise: Layers
@@ -52,7 +50,7 @@ class Fused:
 
     def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """Layers ``first`` to ``last - 1`` on ``[N, D]``, of a pass of a fixed shape."""
-        if len(hidden) > self.most:
+        if len(hidden) > TOKENS:
             return self._otherwise(hidden, cache, at, first, last)
         assert isinstance(at, Static), "made by `Graphs`"
         for index in range(first, last):
@@ -69,7 +67,8 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of ``[N, D]``."""
     out = torch.empty_like(x)
     size = x.shape[1]
-    _norm[(len(x),)](x, weight, out, eps, size, triton.next_power_of_2(size), num_warps=8 if size > 2048 else 4)
+    warps = 8 if size > 2048 else 4
+    _norm[(len(x),)](x, weight, out, eps, size, triton.next_power_of_2(size), num_warps=warps)
     return out
 
 
@@ -90,8 +89,8 @@ def _product(x: Tensor, weight: Tensor, outs: int, bias: Tensor | None, residual
     depth = max(16, min(depth * 2 // x.element_size(), triton.next_power_of_2(size)))
     grid = triton.cdiv(tokens, _TILE), triton.cdiv(outs, block)
     exact = "ieee" if x.dtype is torch.float32 else "tf32"  # of bf16 it says nothing
-    how: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
-    _linear[grid](x, weight, bias, residual, out, tokens, outs, size, gate, block, depth, exact, **how)
+    shapes = tokens, outs, size, gate, block, depth, exact
+    _linear[grid](x, weight, bias, residual, out, *shapes, num_warps=warps, num_stages=stages)
     return out
 
 
@@ -140,7 +139,20 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, at: Static) -> Tensor:
         q, keys, values, at.row, at.slot, at.seen, at.base, mixed, weight, *keys.stride()[:3],
         heads // groups, groups, slots, size, size**-0.5, span, parts, _BLOCK, together, wide, exact, num_warps=4,
     )  # fmt: skip
-    _join[tokens, heads](mixed, weight, out, heads, parts, triton.next_power_of_2(parts), size, wide, num_warps=4)
+    many = triton.next_power_of_2(parts)
+    _join[tokens, heads](mixed, weight, out, heads, parts, many, size, wide, num_warps=4)
+    return out
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The largest of every row of ``[N, V]``, the first of equals: int64 ``[N]``."""
+    tokens, size = logits.shape
+    best = torch.empty(tokens, _SHARES, dtype=torch.float32, device=logits.device)
+    where = torch.empty(tokens, _SHARES, dtype=torch.int32, device=logits.device)
+    out = torch.empty(tokens, dtype=torch.int64, device=logits.device)
+    span = triton.cdiv(size, _SHARES * 1024) * 1024
+    _largest[tokens, _SHARES](logits, best, where, size, span, _SHARES, 1024)
+    _largest_of[(tokens,)](best, where, out, _SHARES, num_warps=1)
     return out
 
 
@@ -268,3 +280,25 @@ def _join(
     found = tl.load(mixed + at[:, None] * SIZE + d[None, :], inside, 0.0)
     value = tl.sum(found * share[:, None], 0) / tl.sum(total * share, 0)
     tl.store(out + (n * HEADS + h) * SIZE + d, value, d < SIZE)
+
+
+@triton.jit
+def _largest(logits, best, where, size, SPAN: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    n, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    at = tl.full((BLOCK,), 2147483647, tl.int32)
+    for start in range(0, SPAN, BLOCK):
+        i = share * SPAN + start + tl.arange(0, BLOCK)
+        x = tl.load(logits + n * size + i, i < size, -float("inf")).to(tl.float32)
+        better = x > top
+        top, at = tl.where(better, x, top), tl.where(better, i, at)
+    most = tl.max(top, 0)
+    tl.store(best + n * SHARES + share, most)
+    tl.store(where + n * SHARES + share, tl.min(tl.where(top == most, at, 2147483647), 0))
+
+
+@triton.jit
+def _largest_of(best, where, out, SHARES: tl.constexpr):
+    n, i = tl.program_id(0), tl.arange(0, SHARES)
+    most, at = tl.load(best + n * SHARES + i), tl.load(where + n * SHARES + i)
+    tl.store(out + n, tl.min(tl.where(most == tl.max(most, 0), at, 2147483647), 0).to(tl.int64))
