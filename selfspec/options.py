@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from selfspec.errors import ConfigError, one_line
@@ -163,5 +162,7 @@ class Axis(Generic[O]):
 
     def store(self) -> None:
         """Gives Hydra the schema of every option."""
+        from hydra.core.config_store import ConfigStore
+
         for name, option in self.options.items():
             ConfigStore.instance().store(f"{name}_schema", option, group=self.group)

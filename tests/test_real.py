@@ -60,7 +60,7 @@ def fitted(engine: Maker, pairs: Any, tmp_path_factory: pytest.TempPathFactory) 
     @cache
     def fit(draft: str) -> Path:
         made, path = engine(*draft.split()), tmp_path_factory.mktemp("head") / "head.safetensors"
-        made.fit(pairs, path, {"model": made.plan.model_id, "exit_layer": made.plan.draft.exit_layer})
+        made.fit(pairs, path, {"model": made.plan.model_id, "exit_layer": made.plan.draft.get("exit_layer")})
         return path
 
     return fit
