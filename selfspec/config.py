@@ -28,7 +28,7 @@ RouteName = Enum("RouteName", "fixed cost length")
 CacheMode = Enum("CacheMode", "none exact same_words")
 SoakServer = Enum("SoakServer", "selfspec vllm")
 
-STAGES = ("fit", "bench", "quality", "soak")
+STAGES = ("fit", "bench", "quality", "soak", "profile")
 
 
 @dataclass

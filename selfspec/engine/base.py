@@ -1,8 +1,8 @@
 """What a stage may ask of whatever runs the model: an :class:`Engine`, and what some engines can do besides.
 
-An engine names what it can do among its bases (:class:`Opens`, :class:`Fits`, :class:`Scores`, :class:`Probes`); who
-needs one of these asks ``isinstance(engine, Scores)``; before an engine is made, its options say it too
-(``EngineOptions.can``).
+An engine names what it can do among its bases (:class:`Opens`, :class:`Fits`, :class:`Scores`, :class:`Probes`,
+:class:`Profiles`); who needs one of these asks ``isinstance(engine, Scores)``; before an engine is made, its options say
+it too (``EngineOptions.can``).
 """
 
 from abc import abstractmethod
@@ -289,6 +289,41 @@ class Probes(Engine, Protocol):
 
         Raises:
             ConfigError: the model lacks such a layer, or positions.
+        """
+
+
+class Operator(NamedTuple):
+    """What one operator took in one part of all cycles, and not in operators that it calls."""
+
+    phase: str
+    name: str
+    calls: int
+    host_us: float
+    device_us: float
+
+
+class Profile(NamedTuple):
+    """What decoding spent its time on.
+
+    Attributes:
+        operators: the dearest first.
+        memory: samples of milliseconds since it began, and MiB resident, allocated on the device, reserved there.
+    """
+
+    operators: tuple[Operator, ...]
+    memory: tuple[tuple[float, ...], ...]
+
+
+@runtime_checkable
+class Profiles(Engine, Protocol):
+    """Decodes in this process and by torch, so that torch's profiler sees every operator."""
+
+    @abstractmethod
+    def profile(self, requests: Sequence[Request], trace: Path) -> Profile:
+        """Decodes requests as the plan says, and writes a Chrome trace of it, compressed.
+
+        Raises:
+            StorageError: it cannot be written.
         """
 
 

@@ -55,6 +55,20 @@ def speed(rows: Sequence[Result]) -> bytes | None:
     return _png(figure, axes, legend)
 
 
+def memory(samples: Sequence[Sequence[float]], names: Sequence[str]) -> bytes:
+    """Lines of memory over time: of samples of milliseconds and, by name, MiB; what is always 0 is left out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    for i, name in enumerate(names, start=1):
+        if any(sample[i] for sample in samples):
+            axes.plot([sample[0] for sample in samples], [sample[i] for sample in samples], label=name)
+    axes.set_xlabel("ms")
+    axes.set_ylabel("MiB")
+    return _png(figure, axes, axes.get_legend_handles_labels()[0])
+
+
 def acceptance(rows: Sequence[Result]) -> bytes | None:
     """Acceptance rate and share of drafted tokens proposed, grouped by gate and ordered by its threshold."""
     bars = [(row, label) for row, label in zip(rows, labels(rows), strict=True) if _rate(row) is not None]

@@ -19,6 +19,7 @@ from selfspec.speculation import clock as clocks
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.phases import phase
 from selfspec.speculation.policy.base import Choice, Policy, Verdict
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Cycle, Logprob, Request
@@ -56,12 +57,13 @@ class Speculation:
 
     def prefill(self, row: Seq, first: int, count: int, cache: KVCache, index: int) -> Tensor:
         """Runs ``count`` tokens of a prompt from number ``first`` on, in a row of the cache: states ``[count, D]``."""
-        tokens = row.request.tokens[first : first + count]
-        at = cache.place([Tree.chain(tokens)], row=index)
-        hidden, depth = self.draft.prefill(tokens, cache, at, row)
-        states = self.target.run(hidden, cache, at, depth)
-        cache.commit(index, range(count))
-        return states
+        with phase("prefill"):
+            tokens = row.request.tokens[first : first + count]
+            at = cache.place([Tree.chain(tokens)], row=index)
+            hidden, depth = self.draft.prefill(tokens, cache, at, row)
+            states = self.target.run(hidden, cache, at, depth)
+            cache.commit(index, range(count))
+            return states
 
     def sample_first_token(self, row: Seq, index: int, states: Tensor, cache: KVCache) -> None:
         """Gives the first token of a row whose prompt has been read, given its states ``[P, D]``."""
@@ -79,29 +81,32 @@ class Speculation:
         """One cycle for every row of the batch: row r has row r of the cache."""
         clock = clocks.of(self.target.model.device)
         began = clock.mark()
-        # After `began`: what choosing a threshold and a K takes is part of what drafting costs.
-        self.gate.begin()
-        # A cycle brings a bonus token besides what it accepts: of more than `remaining - 1` drafts the rest is wasted.
-        ks = [min(self.controller.num_draft_tokens(row.cycles, len(rows)), row.remaining - 1) for row in rows]
-        trees, hidden, depth = self.draft.propose(rows, ks, self.gate, cache)
+        with phase("draft"):
+            # After `began`: what choosing a threshold and a K takes is part of what drafting costs.
+            self.gate.begin()
+            # A cycle brings a bonus token besides what it accepts: more drafts than `remaining - 1` would be lost.
+            ks = [min(self.controller.num_draft_tokens(row.cycles, len(rows)), row.remaining - 1) for row in rows]
+            trees, hidden, depth = self.draft.propose(rows, ks, self.gate, cache)
         drafted = clock.mark()
 
-        at = cache.place(trees)
-        # A draft that ran layers hands over the residual stream of every node: verification starts at `depth`, and the
-        # layers below have their keys and values in these very slots already.
-        if hidden is None:
-            hidden = self.target.model.embed([token for tree in trees for token in tree.tokens], at)
-        states = self.target.run(hidden, cache, at, depth)
-        logits = self.target.model.logits(states)
-        verdicts = self.policy(trees, logits, [_choice(row) for row in rows])
-        accepted, first = [], 0
-        for index, (row, tree, verdict) in enumerate(zip(rows, trees, verdicts, strict=True)):
-            # States and logits lie tree after tree, whole trees: `first` counts nodes, not what was accepted of them.
-            own = slice(first, first := first + len(tree))
-            new = self._accept(row, index, tree, verdict, states[own], cache)
-            if row.request.logprobs is not None:
-                row.logprobs += _logprobs(row.request.logprobs, logits[own][verdict.path[:new]], row.tokens[-new:])
-            accepted.append(new)
+        with phase("verify"):
+            at = cache.place(trees)
+            # A draft that ran layers hands over the residual stream of every node: verification starts at `depth`, and
+            # the layers below have their keys and values in these very slots already.
+            if hidden is None:
+                hidden = self.target.model.embed([token for tree in trees for token in tree.tokens], at)
+            states = self.target.run(hidden, cache, at, depth)
+            logits = self.target.model.logits(states)
+            verdicts = self.policy(trees, logits, [_choice(row) for row in rows])
+        with phase("accept"):
+            accepted, first = [], 0
+            for index, (row, tree, verdict) in enumerate(zip(rows, trees, verdicts, strict=True)):
+                # States and logits lie tree after tree, whole: `first` counts nodes, not what was accepted of them.
+                own = slice(first, first := first + len(tree))
+                new = self._accept(row, index, tree, verdict, states[own], cache)
+                if row.request.logprobs is not None:
+                    row.logprobs += _logprobs(row.request.logprobs, logits[own][verdict.path[:new]], row.tokens[-new:])
+                accepted.append(new)
         verified = clock.mark()
         draft_ms, verify_ms = clock.ms(began, drafted), clock.ms(drafted, verified)
 

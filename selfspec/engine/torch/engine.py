@@ -10,8 +10,9 @@ import torch
 
 from selfspec import config as schema
 from selfspec import heads
-from selfspec.engine.base import Fits, Limits, Opens, Probes, Scores, Session, Usage
+from selfspec.engine.base import Fits, Limits, Opens, Probes, Profile, Profiles, Scores, Session, Usage
 from selfspec.engine.tokenizer import ModelTokenizer
+from selfspec.engine.torch.profile import profiled
 from selfspec.engine.torch.session import Scheduler
 from selfspec.engine.torch.ties import Float32Judge
 from selfspec.engine.torch.weights import Weights
@@ -37,7 +38,7 @@ _ROOM = 256
 """A cache's slots come to a multiple of this."""
 
 
-class TorchEngine(Opens, Fits, Scores, Probes):
+class TorchEngine(Opens, Fits, Scores, Probes, Profiles):
     """Runs a plan's model with torch. Everything is lazy: what a stage does not ask for is not loaded."""
 
     def __init__(self, plan: Plan, weights: Weights | None = None) -> None:
@@ -188,6 +189,10 @@ class TorchEngine(Opens, Fits, Scores, Probes):
         own = getattr(own, "learned", own)  # of a hybrid
         fitted = own if isinstance(own, EarlyExit) else None
         return scoring.probe(self.model, prompt, answer, exits, fitted, draft.get("learned", draft.name))
+
+    def profile(self, requests: Sequence[Request], trace: Path) -> Profile:
+        """See :meth:`Profiles.profile <selfspec.engine.base.Profiles.profile>`."""
+        return profiled(lambda: self.generate(requests), self.weights.device, trace)
 
     def limits(self) -> Limits:
         """See :meth:`Opens.limits <selfspec.engine.base.Opens.limits>`."""
