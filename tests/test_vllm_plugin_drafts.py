@@ -22,7 +22,6 @@ from selfspec.model.tree import Tree
 from selfspec.speculation import fit, sampling
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
-from selfspec.speculation.draft import layerskip, lsq
 from selfspec.speculation.draft.base import Draft
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head, HeadForm
@@ -66,7 +65,8 @@ class Ours:
             fit.trace(self.model, prompt, answer.tokens, EXIT)
             for prompt, answer in zip(prompts(16), answers, strict=True)
         ]
-        return (lsq if config.name == "lsq" else layerskip).fit(self.model, *fit.split(traces), config, 0)
+        head: Head = config.fit(self.model, *fit.split(traces), 0)
+        return head
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,7 @@ def test_drafts_are_those_of_our_own_engine(
     asked = GATE.new("maxp", threshold=0.2) if gated else GATE.new("none")
     if gated:
         settings["gate"] = {"name": "maxp", "threshold": 0.2}
-    draft = (lsq if config.name == "lsq" else layerskip).make(config, ours.model, head)
-    wanted = ours.decode(draft, K, prompts(), asked.make())
+    wanted = ours.decode(config.make(ours.model, head), K, prompts(), asked.make())
 
     inside = early.drafting(settings)
     assert inside(prompts(), NEW) == [list(done.tokens) for done in wanted] == plain(prompts(), NEW)

@@ -1,8 +1,8 @@
 """What a stage may ask of whatever runs the model: an :class:`Engine`, and what some engines can do besides.
 
 An engine names what it can do among its bases (:class:`Opens`, :class:`Fits`, :class:`Scores`, :class:`Probes`,
-:class:`Profiles`); who needs one of these asks ``isinstance(engine, Scores)``; before an engine is made, its options say
-it too (``EngineOptions.can``).
+:class:`Profiles`); who needs one of these asks ``isinstance(engine, Scores)``; before an engine is made, its options
+say it too (``EngineOptions.can``).
 """
 
 from abc import abstractmethod
