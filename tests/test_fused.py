@@ -65,6 +65,9 @@ class TestOps:
         logits = random(tokens, size, dtype=dtype)
         logits[-1, [7, 70]] = 9  # the first of equals
         assert fused.argmax(logits).tolist() == logits.float().cpu().numpy().argmax(-1).tolist()
+        for value in (float("nan"), -float("inf"), float("inf")):
+            logits[-1] = value
+            assert fused.argmax(logits)[-1] == -1, "of no number, none is the largest"
 
     def test_a_token_is_the_same_beside_others(self, dtype: torch.dtype) -> None:
         """Bit by bit: what is verified are the numbers that plain decoding would have seen."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from selfspec.errors import StageError
 from selfspec.speculation.sampling import Purpose, distribution, draw, likeliest, residual, uniform
 from selfspec.types import Sampling
 
@@ -135,3 +136,29 @@ def test_the_numbers_never_change() -> None:
     """They are part of what a seed means: answers drawn with one version are drawn again with the next."""
     assert uniform(0, 0, Purpose.target) == pytest.approx(0.810805198088121)
     assert uniform(2**32 - 1, 700, Purpose.draft, 3) == pytest.approx(0.04120481310724999)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spoilt", [{5: NAN}, {5: INF}, dict.fromkeys(range(48), NAN), dict.fromkeys(range(48), -INF)])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_no_token_is_told_from_logits_that_are_not_finite(
+    temperature: float, spoilt: dict[int, float], dtype: torch.dtype
+) -> None:
+    logits = torch.randn(3, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    likeliest(logits)
+    for at, value in spoilt.items():
+        logits[1, at] = value
+    with pytest.raises(StageError, match="^logits are not finite: "):
+        distribution(logits[1], Sampling(temperature))
+    if len(spoilt) > 1 or INF in spoilt.values():
+        with pytest.raises(StageError, match="^logits are not finite: "):
+            likeliest(logits)
+
+
+def test_tokens_that_a_model_rules_out_are_no_mistake() -> None:
+    logits = torch.tensor([[0.5, -INF, 2.0, -INF]])
+    assert likeliest(logits) == [2]
+    assert distribution(logits[0], Sampling(1.0)).tolist()[1::2] == [0, 0]

@@ -6,10 +6,12 @@ CPU a softmax over all of them would cost a quarter of the target's own pass.
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from selfspec.errors import StageError
 from selfspec.lazy import np, torch
 from selfspec.model.kernels import has_triton, native
 from selfspec.types import Sampling
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Purpose = Enum("Purpose", "target accept draft")
+NOT_FINITE = (
+    "logits are not finite: the weights hold numbers that are not, or the model overflows in its dtype "
+    "(hardware.dtype=bf16 and fp32 reach further than fp16)"
+)
+"""What no token can be told from, though an argmax of it is always some token: the same one for ever."""
 
 
 def uniform(seed: int, position: int, purpose: Purpose, ahead: int = 0) -> float:
@@ -57,14 +64,20 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
     Returns:
         float32 ``[vocab]`` on the CPU, summing to one.
+
+    Raises:
+        StageError: the largest of the logits is not finite.
     """
     x = logits.float().cpu().numpy()
+    largest = float(x.max())  # NaN where there is one
+    if not math.isfinite(largest):
+        raise StageError(NOT_FINITE)
     if sampling.temperature == 0:
         certain = torch.zeros(len(x))
         certain[int(x.argmax())] = 1
         return certain
     # The largest is taken off first: a low temperature would overflow otherwise.
-    p = np.exp((x - x.max()) / sampling.temperature)
+    p = np.exp((x - largest) / sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < len(x):
         p *= x >= float(torch.from_numpy(x).topk(sampling.top_k).values[-1])
     p /= p.sum()
@@ -100,16 +113,24 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 def likeliest(logits: Tensor) -> list[int]:
-    """The argmax of every row of ``[N, vocab]``, the first of equals."""
+    """The argmax of every row of ``[N, vocab]``, the first of equals.
+
+    Raises:
+        StageError: one of the rows has an argmax that is not finite, as all of it has where a state is not.
+    """
     if logits.device.type == "cuda" and has_triton():
         from selfspec.model.kernels import fused
 
         rows = fused.argmax(logits)  # torch's takes as long as a third of the head's product
     elif logits.device.type != "cpu":
-        rows = logits.max(-1).indices
+        values, indices = logits.max(-1)
+        rows = indices.where(values.isfinite(), -1)  # told apart there: one transfer, not two
     elif native.takes_rows(logits):
         rows = torch.ops.selfspec.argmax(logits)
     else:  # NumPy's is ten times as fast as torch's
-        rows = logits.float().numpy().argmax(-1)
+        rows = torch.from_numpy(logits.float().numpy().argmax(-1))
     tokens: list[int] = rows.tolist()
+    on_cpu = logits.device.type == "cpu"
+    if min(tokens, default=0) < 0 or (on_cpu and not bool(logits.gather(1, rows[:, None]).isfinite().all())):
+        raise StageError(NOT_FINITE)
     return tokens

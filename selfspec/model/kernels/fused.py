@@ -145,7 +145,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, at: Static) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The largest of every row of ``[N, V]``, the first of equals: int64 ``[N]``."""
+    """The largest of every row of ``[N, V]``, the first of equals; -1 where it is not finite: int64 ``[N]``."""
     tokens, size = logits.shape
     best = torch.empty(tokens, _SHARES, dtype=torch.float32, device=logits.device)
     where = torch.empty(tokens, _SHARES, dtype=torch.int32, device=logits.device)
@@ -301,4 +301,7 @@ def _largest(logits, best, where, size, SPAN: tl.constexpr, SHARES: tl.constexpr
 def _largest_of(best, where, out, SHARES: tl.constexpr):
     n, i = tl.program_id(0), tl.arange(0, SHARES)
     most, at = tl.load(best + n * SHARES + i), tl.load(where + n * SHARES + i)
-    tl.store(out + n, tl.min(tl.where(most == tl.max(most, 0), at, 2147483647), 0).to(tl.int64))
+    top = tl.max(most, 0)
+    first = tl.min(tl.where(most == top, at, 2147483647), 0)
+    # A row without a single number is -inf here: no NaN is larger than what `_largest` begins with.
+    tl.store(out + n, tl.where(tl.abs(top) < float("inf"), first, -1).to(tl.int64))
