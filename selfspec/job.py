@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from selfspec import checkpoint, fitting, provenance, stages, tracking
+from selfspec import checkpoint, fitting, provenance, sense, stages, tracking
 from selfspec.checkpoint import Journal
 from selfspec.data import assets
 from selfspec.engine import factory
@@ -160,6 +160,9 @@ def _result(plan: Plan, ours: list[Stage], journal: Journal, measured: Measureme
         facts = stage.facts(journal) | facts  # the first to say something stands
     notes = [note for stage in ours for note in stage.notes(journal)]
     failures = [reason for stage in ours for reason in stage.failures(journal)]
+    if senseless := sense.not_finite(measured):
+        failures.append(f"what was measured makes no sense: {', '.join(senseless)}")
+        facts["lossless"] = None
     result = cast(
         results.Result,
         {**results.empty_result(plan, provenance.collect()), **facts, "measurements": measured, "notes": notes},

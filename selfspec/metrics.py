@@ -11,6 +11,10 @@ are the same for every engine:
   when all prompts have their first token. End-to-end: all new tokens / seconds since arrival.
 - speed-up: for each unit, decode tok/s over plain decode tok/s of the same repeat; the mean over its
   repeats; then the median over units, with a bootstrap 95% interval (percentile method, over units).
+- speed-up by total time: all new tokens after the first / all seconds for them, over plain decoding's: where both
+  say the same tokens, plain decoding's seconds over the configuration's. Long answers count for more.
+- without loops: of the units of which no answer loops, neither plainly nor as configured (:func:`loops`). Small models
+  repeat themselves under greedy decoding, and whatever looks up what was said before then looks brilliant.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +28,10 @@ from selfspec.types import Completion, Cycle, Measurements
 Unit = Mapping[str, Any]
 Packed = Mapping[str, Any]
 RESAMPLES = 2000
+LOOP_WINDOW, LOOP_DISTINCT = 128, 0.3
+"""Of an answer's last tokens: so many are looked at, and with fewer distinct ones a token it loops."""
+LOOP_TIMES, LOOP_TOKENS = 3, 16
+"""It loops, too, where it ends in the same words said so often in a row, which are so many tokens in all."""
 
 
 def pack(completion: Completion) -> dict[str, Any]:
@@ -37,23 +45,35 @@ def pack(completion: Completion) -> dict[str, Any]:
     }
 
 
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether an answer repeats itself at its end, by its last :data:`LOOP_WINDOW` tokens.
+
+    It does where they are fewer than 0.3 distinct ones a token, or where they end in the same words three times in a
+    row or more, of at least 16 tokens in all. A window, since any long text has few distinct tokens for its length.
+    """
+    last = tokens[-LOOP_WINDOW:]
+    if len(set(last)) < LOOP_DISTINCT * len(last):
+        return True
+    spans = ((period, max(LOOP_TOKENS, LOOP_TIMES * period)) for period in range(1, len(last) // LOOP_TIMES + 1))
+    return any(len(last) >= span and last[-span:-period] == last[period - span :] for period, span in spans)
+
+
 def decode_rate(completions: Sequence[Packed]) -> float | None:
     """New tokens after the first / seconds after the (last) first; ``None``: there is none, or all came at once."""
-    after = sum(len(c["tokens"]) - 1 for c in completions)
-    seconds = _last(completions, "total_s") - _last(completions, "ttft_s")
+    after, seconds = _after_the_first(completions)
     return after / seconds if after and seconds else None
 
 
 def per_unit(unit: Unit) -> Measurements:
     """What a tracker shows of one unit as it finishes."""
     plain, configured = unit["plain"], unit["configured"]
-    rate, plain_rate, speedup = decode_rate(configured), decode_rate(plain), _ratio(unit, plain)
+    rate, plain_rate, ratio = decode_rate(configured), decode_rate(plain), speedup(unit)
     shown: Measurements = {
         "ttft_ms": 1e3 * _median(c["ttft_s"] for c in configured),
         "new_tokens": sum(len(c["tokens"]) for c in configured),
     }
-    if rate and plain_rate and speedup:
-        shown |= {"tok_s": rate, "plain_tok_s": plain_rate, "speedup": speedup}
+    if rate and plain_rate and ratio:
+        shown |= {"tok_s": rate, "plain_tok_s": plain_rate, "speedup": ratio}
     if _total(configured, "proposed"):
         shown["acceptance"] = _total(configured, "accepted") / _total(configured, "proposed")
     return {f"unit/{name}": value for name, value in shown.items()}
@@ -80,10 +100,44 @@ def summarise(units: Sequence[Unit], seed: int) -> Measurements:
         found["device_utilisation"] = float(np.mean(device))
     found |= _with_interval("tok_s", _by_prompts(units, lambda unit: decode_rate(unit["configured"])), seed)
     found |= _with_interval("plain_tok_s", _by_prompts(units, lambda unit: decode_rate(unit["plain"])), seed)
-    found |= _with_interval("speedup", _by_prompts(units, lambda unit: _ratio(unit, unit["plain"])), seed)
+    found |= _speedups(units, seed)
     for name in dict.fromkeys(name for unit in units for name in unit["against"]):
         found |= _against(name, units, seed)
     return found | _drafting(configured) | _losslessness(units)
+
+
+def _speedups(units: Sequence[Unit], seed: int) -> Measurements:
+    """Over plain decoding, unit by unit and by total time; of all units, and without those that loop."""
+    calm = [unit for unit in units if not any(_looping(unit))]
+    found: Measurements = {"looping": len({prompt for unit in units for prompt in _looping(unit)})}
+    for suffix, some in (("", units), ("_without_loops", calm)):
+        ratios = _by_prompts(some, speedup)
+        found |= _with_interval(f"speedup{suffix}", ratios, seed)
+        found |= _by_total_time(f"speedup_total{suffix}", some, seed)
+    return found
+
+
+def _looping(unit: Unit) -> list[str]:
+    """Those of its prompts whose answer loops, plainly or as configured."""
+    answers = zip(unit["prompts"], unit["plain"], unit["configured"], strict=True)
+    return [prompt for prompt, *both in answers if any(loops(one["tokens"]) for one in both)]
+
+
+def _by_total_time(name: str, units: Sequence[Unit], seed: int) -> Measurements:
+    """All tokens over all seconds, over plain decoding's; the bootstrap is over prompts, with all their repeats."""
+    grouped: dict[tuple[str, ...], list[NDArray[np.float64]]] = {}
+    for unit in units:
+        if speedup(unit):
+            both = [*_after_the_first(unit["configured"]), *_after_the_first(unit["plain"])]
+            grouped.setdefault(tuple(unit["prompts"]), []).append(np.asarray(both))
+    if not grouped:
+        return {}
+    sums = np.asarray([np.sum(repeats, axis=0) for repeats in grouped.values()])
+    drawn = sums[np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))].sum(1)
+    tokens, seconds, plain_tokens, plain_seconds = np.vstack([sums.sum(0), drawn]).T
+    ratios = (tokens / seconds) / (plain_tokens / plain_seconds)
+    low, high = np.percentile(ratios[1:], [2.5, 97.5])
+    return {name: float(ratios[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def _against(name: str, units: Sequence[Unit], seed: int) -> Measurements:
@@ -149,6 +203,11 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return None if len(a) == len(b) else min(len(a), len(b))
 
 
+def speedup(unit: Unit) -> float | None:
+    """Of one unit; ``None`` where one side has nothing to time."""
+    return _ratio(unit, unit["plain"])
+
+
 def _ratio(unit: Unit, reference: Sequence[Packed]) -> float | None:
     rate, other = decode_rate(unit["configured"]), decode_rate(reference)
     return rate / other if rate and other else None
@@ -162,6 +221,12 @@ def _by_prompts(units: Sequence[Unit], value: Callable[[Unit], float | None]) ->
         if one is not None:
             grouped.setdefault(tuple(unit["prompts"]), []).append(one)
     return [float(np.mean(values)) for values in grouped.values()]
+
+
+def _after_the_first(completions: Sequence[Packed]) -> tuple[int, float]:
+    """New tokens after the first, and the seconds from when all have their first to when the last has its last."""
+    tokens = sum(len(c["tokens"]) - 1 for c in completions)
+    return tokens, _last(completions, "total_s") - _last(completions, "ttft_s")
 
 
 def _last(completions: Sequence[Packed], name: str) -> float:

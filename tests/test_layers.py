@@ -17,7 +17,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("options",),
     ("axes", "heads", "interrupt", "metrics", "progress", "quality.config"),
     ("config",),
-    ("files", "provenance", "refusal", "sweep.compose"),
+    ("files", "provenance", "refusal", "sense", "sweep.compose"),
     ("data",),
     ("checkpoint", "rules", "sweep_context", "tracking"),
     ("plan",),

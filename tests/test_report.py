@@ -21,6 +21,10 @@ BENCH = {
     "bench/speedup": 1.22,
     "bench/speedup_low": 1.15,
     "bench/speedup_high": 1.31,
+    "bench/speedup_total": 1.19,
+    "bench/speedup_without_loops": 1.084,
+    "bench/looping": 3,
+    "bench/prompts": 12,
     "bench/acceptance": 0.417,
     "bench/proposed_share": 0.61,
     "bench/acceptance_length": 2.05,
@@ -92,19 +96,20 @@ def test_a_row_has_rates_baseline_intervals_and_verdict() -> None:
     header, _, *rows = cells(report.text(MANY))
     assert header[0] == "configuration"
     assert rows == [
-        ["none", "98.0", "98.0", "-", "-", "-", "30.9 (-)", "reference"],
+        ["none", "98.0", "98.0", "-", "-", "-", "-", "30.9 (-)", "reference"],
         [
             "lsq12 varH=4 K=4",
             "120.0 [110.0, 131.0]",
             "98.0",
             "1.22x [1.15, 1.31]",
+            "1.19x; 1.08x (3/12 loop)",
             "0.417",
             "2.05",
             "31.5 (30.9)",
             "yes",
         ],
-        ["lsq12 unverified", "200.0", "99.0", "2.02x", "-", "-", "-", "LOSSY"],
-        ["lsq28 K=4", "-", "-", "-", "-", "-", "-", "FAILED"],
+        ["lsq12 unverified", "200.0", "99.0", "2.02x", "-", "-", "-", "-", "LOSSY"],
+        ["lsq28 K=4", "-", "-", "-", "-", "-", "-", "-", "FAILED"],
     ]
 
 
@@ -114,6 +119,8 @@ def test_the_caption_says_what_was_measured_and_what_it_means() -> None:
     assert "smollm2_135m on Test CPU (2 cores), device=cpu, dtype=bf16, 12 prompts x 96 tokens x 2 repeats" in said
     assert "against plain greedy decoding by the same engine, interleaved with it in the same process" in said
     assert "the median of per-prompt ratios, with a bootstrap 95% interval" in said
+    assert "By total time: all tokens over all seconds" in said
+    assert "By total time" not in report.text([PLAIN, SKIPPED]), "of results that do not know"
     assert "lsq28 K=4: FAILED: StageError: out of memory [cuda]" in said
     assert "tied: the machine was shared" in said
     assert "LOSSY, NO:" in said
@@ -152,7 +159,21 @@ def test_a_plan_has_one_row_its_latest_finished_result() -> None:
 
 def test_a_missing_or_odd_measurement_is_a_dash() -> None:
     odd = result(measurements={"bench/tok_s": math.nan, "bench/speedup": math.inf, "fit/agreement": 0.27})
-    assert cells(report.text([odd]))[-1][1:7] == ["-"] * 6
+    assert cells(report.text([odd]))[-1][1:8] == ["-"] * 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"bench/looping": 0}, "1.19x; 1.08x (0/12 loop)"),
+        ({"bench/looping": 12, "bench/speedup_without_loops": math.nan}, "1.19x; - (12/12 loop)"),
+        ({"bench/speedup_total": math.nan}, "-"),
+        ({"bench/looping": math.nan}, "-"),
+    ],
+)
+def test_loops_are_told_beside_the_speed_up(changes: dict[str, float], said: str) -> None:
+    row = result(measurements=BENCH | changes)
+    assert cells(report.text([row]))[-1][4] == said
 
 
 def test_labels_and_errors_are_not_markup() -> None:

@@ -35,11 +35,16 @@ SPEEDUP_MEANS = (
     "Speed-up: against plain greedy decoding by the same engine, interleaved with it in the same process; "
     "the median of per-prompt ratios, with a bootstrap 95% interval."
 )
+LOOPS_MEAN = (
+    "By total time: all tokens over all seconds, over plain decoding's. Without loops: the median again, of the "
+    "prompts whose answers do not end in repeating themselves, and how many do, of how many."
+)
 _COLUMNS = (
     "configuration",
     "tok/s",
     "plain tok/s",
     "speed-up",
+    "by total time; without loops",
     "accept. rate",
     "accept. length",
     "TTFT ms (plain)",
@@ -62,6 +67,7 @@ def table(results: Iterable[Result], explain: bool = True) -> Table:
             interval(result, "bench/tok_s", ".1f"),
             number(result, "bench/plain_tok_s", ".1f"),
             interval(result, "bench/speedup", ".2f", "x"),
+            repetition(result),
             number(result, "bench/acceptance", ".3f"),
             number(result, "bench/acceptance_length", ".2f"),
             f"{number(result, 'bench/ttft_ms', '.1f')} ({number(result, 'bench/plain_ttft_ms', '.1f')})"
@@ -160,6 +166,8 @@ def _caption(rows: Sequence[Result]) -> str:
                 *(f"  {label}: {setup(row)}" for row, label in zip(rows, labels(rows), strict=True) if row in measured),
             ]
         lines += ["tok/s: new tokens after the first / seconds after the first. " + SPEEDUP_MEANS]
+        if any(value(row, "bench/looping") is not None for row in measured):
+            lines.append(LOOPS_MEAN)
     if any(row["lossless"] == "ties" for row in rows):
         lines.append(
             "ties: tokens differ from plain decoding only where two logits are equal within the dtype's rounding."
@@ -174,6 +182,17 @@ def _caption(rows: Sequence[Result]) -> str:
             lines.append(f"{label}: FAILED: {_line(row['error'] or 'no reason given')}")
         lines += [f"{label}: {_line(note)}" for note in row["notes"]]
     return "\n".join(lines)
+
+
+def repetition(row: Result) -> str:
+    """The speed-up by total time and without loops, such as ``1.87x; 1.55x (8/24 loop)``; a dash without one."""
+    looping, prompts = (value(row, f"bench/{key}") for key in ("looping", "prompts"))
+    if looping is None or prompts is None or value(row, "bench/speedup_total") is None:
+        return "-"
+    total, without = (value(row, f"bench/speedup_{key}") for key in ("total", "without_loops"))
+    return "; ".join("-" if one is None else f"{one:.2f}x" for one in (total, without)) + (
+        f" ({looping:.0f}/{prompts:.0f} loop)"
+    )
 
 
 def against(row: Result) -> list[str]:

@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from selfspec import metrics
+from selfspec import metrics, sense
 from selfspec.checkpoint import Journal, Record
 from selfspec.data import workload
 from selfspec.engine import factory
 from selfspec.engine.base import Engine, LazyEngine, TieJudge
+from selfspec.errors import StageError
 from selfspec.files import write_atomic
 from selfspec.fitting import install
 from selfspec.plan import Plan
@@ -38,7 +39,11 @@ class Bench(Stage):
     name = "bench"
 
     def units(self, engine: LazyEngine, journal: Journal) -> Units:
-        """Measures what is missing; what was learned by the last unit of an earlier run is taken up first."""
+        """Measures what is missing; what was learned by the last unit of an earlier run is taken up first.
+
+        Raises:
+            StageError: what came of a unit cannot be.
+        """
         scale, size = self.plan.scale, self.plan.engine.max_batch
         chunks = -(-scale.prompts // size)
         turns = {_name(repeat, n): (repeat, n) for repeat in range(scale.repeats) for n in range(chunks)}
@@ -52,6 +57,8 @@ class Bench(Stage):
             for unit in missing:
                 repeat, n = turns[unit]
                 data = _unit(made, self.plan, ways, prompts[n * size : (n + 1) * size], repeat + n)
+                if (wrong := sense.impossible(data)) is not None:
+                    raise StageError(f"what was measured makes no sense: {wrong}")
                 yield Unit.measured(unit, data, provenance)
                 advance()
 
@@ -80,12 +87,19 @@ class Bench(Stage):
     def notes(self, journal: Journal) -> list[str]:
         """What is left out of the summary."""
         records = journal.records(self.name)
-        left_out = len(records) - len(poolable(records))
-        return [f"{left_out} of {len(records)} units ran on other hardware and are left out"] if left_out else []
+        pooled = poolable(records)
+        left_out = len(records) - len(pooled)
+        said = [f"{left_out} of {len(records)} units ran on other hardware and are left out"] if left_out else []
+        untimed = sum(metrics.speedup(record.data) is None for record in pooled)
+        if untimed and self._drafts:
+            said.append(f"{untimed} of {len(pooled)} units have no speed-up: no tokens after the first to time")
+        return said
 
     def failures(self, journal: Journal) -> list[str]:
-        """An exact policy that changed tokens."""
+        """Numbers that make no sense, and an exact policy that changed tokens."""
         records = journal.records(self.name)
+        if (senseless := self._senseless(records)) is not None:
+            return [f"what was measured makes no sense: {senseless}"]
         if verdict(records, self.plan) != "no":
             return []
         differing = sum(v["verdict"] == "differs" for record in records for v in record.data["verdicts"])
@@ -96,10 +110,17 @@ class Bench(Stage):
         records = journal.records(self.name)
         pooled = poolable(records)
         return {
-            "lossless": verdict(records, self.plan),
+            "lossless": None if self._senseless(records) else verdict(records, self.plan),
             "acceptance_by_position": metrics.acceptance_by_position([record.data for record in pooled]),
             "provenance": pooled[0].data["provenance"],
         }
+
+    @property
+    def _drafts(self) -> bool:
+        return self.plan.draft.name != "none"
+
+    def _senseless(self, records: list[Record]) -> str | None:
+        return sense.senseless([record.data for record in records], self._drafts)
 
     def write(self, folder: Path, journal: Journal) -> None:
         """Every cycle, as ``cycles.parquet``."""
