@@ -1,4 +1,4 @@
-"""Whether what was measured can be: what makes no sense fails its job in one line, and is no speed-up of anything. Pure.
+"""Whether what was measured can be: what makes no sense fails its job, in one line. Pure.
 
 What one unit shows on its own (:func:`impossible`) is said before the unit is journalled, so that the next run measures
 it anew; what only all units show together (:func:`senseless`), at the end.
@@ -20,13 +20,11 @@ def impossible(unit: Unit) -> str | None:
         "the configuration": unit["configured"],
         **unit["against"],
     }
-    answers = ((way, prompt, one) for way, those in ways.items() for prompt, one in _by(unit["prompts"], those))
-    found = ((way, prompt, _wrong(one)) for way, prompt, one in answers)
-    return next((f"prompt {prompt}, {way}: {wrong}" for way, prompt, wrong in found if wrong), None)
-
-
-def _by(prompts: Sequence[str], those: Sequence[Packed]) -> list[tuple[str, Packed]]:
-    return list(zip(prompts, those, strict=True))
+    for way, answers in ways.items():
+        for prompt, answer in zip(unit["prompts"], answers, strict=True):
+            if (wrong := _wrong(answer)) is not None:
+                return f"prompt {prompt}, {way}: {wrong}"
+    return None
 
 
 def _wrong(answer: Packed) -> str | None:
@@ -52,9 +50,9 @@ def senseless(units: Sequence[Unit], drafts: bool) -> str | None:
     answers = [answer for unit in units for side in ("plain", "configured") for answer in unit[side]]
     if all(len(answer["tokens"]) == 1 and answer["finish"] == "stop" for answer in answers):
         return "every answer is empty: its first token ends it"
-    if len({prompt for unit in units for prompt in unit["prompts"]}) > 1:
-        if (token := one_token([answer["tokens"] for answer in answers])) is not None:
-            return f"every answer is token {token} over and over, whatever is asked"
+    several = len({prompt for unit in units for prompt in unit["prompts"]}) > 1
+    if several and (token := one_token([answer["tokens"] for answer in answers])) is not None:
+        return f"every answer is token {token} over and over, whatever is asked"
     timed = [unit for unit in units if decode_rate(unit["plain"]) and decode_rate(unit["configured"])]
     if drafts and not timed:
         return "no speed-up is known: no answer has tokens after its first that come one after another"

@@ -209,3 +209,84 @@ def test_acceptance_by_position_of_trees_counts_depth() -> None:
     tree = Cycle(4, 7, 3, 2, 3, (), 1.0, 10.0)
     assert metrics.acceptance_by_position([unit(completion(4, 1, 2, tree))]) == [1, 1, 0]
     assert summarise([unit(completion(4, 1, 2, tree))], 0)["acceptance"] == 2 / 7
+
+
+def said(*tokens: int, plain_s: float = 2.0, configured_s: float = 1.0, prompt: str = "a") -> dict[str, Any]:
+    """The same answer both ways, in so many seconds after its first token."""
+    plain, configured = (metrics.pack(Completion(tokens, (), 1.0, 1.0 + s, "length")) for s in (plain_s, configured_s))
+    return unit(configured, plain, prompt)
+
+
+TEXT = tuple(range(100, 228))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "loops"),
+    [
+        ((), False),
+        ((5,), False),
+        ((5, 5, 5), False),  # a third of them are distinct
+        ((5, 5, 5, 5), True),  # a quarter
+        (TEXT, False),
+        ((*TEXT[:4], *map(int, "344333434443433443444")), True),  # 6 of 25
+        ((*TEXT[:40], *[3] * 16), True),  # 16 in a row
+        ((*TEXT[:40], *[3] * 15), False),
+        ((*TEXT[:60], *TEXT[:20] * 3), True),  # a sentence, three times
+        ((*TEXT[:60], *TEXT[:20] * 2), False),  # twice
+        ((*TEXT[:60], *TEXT[:20] * 3, 9), False),  # and on with something else
+        ((*TEXT[:100], *(3, 4, 5) * 5), False),  # too little
+        ((*TEXT[:100], *(3, 4, 5) * 6), True),
+        ((*TEXT, *TEXT, *TEXT, *TEXT), False),  # longer than what is looked at
+        (tuple(i * i % 1009 % 300 for i in range(4000)), False),  # of 300 words: few for its length, and no loop
+        ((*TEXT, *[1, 2] * 64), True),
+    ],
+)
+def test_an_answer_that_ends_in_repeating_itself_loops(tokens: tuple[int, ...], loops: bool) -> None:
+    assert metrics.loops(tokens) == metrics.loops(list(tokens)) == loops
+
+
+class TestLoops:
+    def test_are_counted_and_the_speed_up_is_told_without_them(self) -> None:
+        units = [
+            said(*TEXT[:11], plain_s=1.2, prompt="a"),
+            said(*TEXT[:11], plain_s=1.4, prompt="b"),
+            said(*[7] * 11, plain_s=5.0, prompt="c"),
+            said(*[7] * 11, plain_s=6.0, prompt="d"),
+            said(*[7] * 11, plain_s=7.0, prompt="d"),
+        ]
+        found = summarise(units, 0)
+        assert (found["looping"], found["prompts"]) == (2, 4)
+        assert found["speedup"] == pytest.approx((1.4 + 5.0) / 2)
+        assert found["speedup_without_loops"] == pytest.approx(1.3)
+        assert found["speedup_total_without_loops"] == pytest.approx(2.6 / 2)
+        assert 1.2 <= found["speedup_without_loops_low"] <= found["speedup_without_loops_high"] <= 1.4
+
+    def test_of_either_side_count(self) -> None:
+        one = said(*TEXT[:11])
+        one["configured"][0]["tokens"] = [7] * 11
+        other = said(*TEXT[:11], prompt="b")
+        other["plain"][0]["tokens"] = [7] * 11
+        assert summarise([one, other], 0)["looping"] == 2
+
+    def test_everywhere_leave_nothing_to_tell_without_them(self) -> None:
+        found = summarise([said(*[7] * 11)], 0)
+        assert (found["looping"], found["speedup"]) == (1, 2)
+        assert not [name for name in found if "without_loops" in name]
+
+
+class TestTotalTime:
+    def test_long_answers_count_for_more(self) -> None:
+        """(1 + 30 + 100) s against (0.5 + 10 + 200) s."""
+        units = [timed("a", 1.0, 0.5), timed("b", 30.0, 10.0), timed("c", 100.0, 200.0)]
+        found = summarise(units, 0)
+        assert found["speedup_total"] == pytest.approx(131 / 210.5)
+        assert found["speedup_total_low"] <= found["speedup_total"] <= found["speedup_total_high"]
+
+    def test_of_unequal_answers_it_is_by_token(self) -> None:
+        """40 tokens in 8 s against 10 in 4 s."""
+        both = unit(completion(41, 1.0, 9.0), completion(11, 1.0, 5.0))
+        assert summarise([both], 0)["speedup_total"] == pytest.approx((40 / 8) / (10 / 4))
+
+    def test_a_prompt_without_a_speed_up_counts_on_neither_side(self) -> None:
+        single = unit(completion(1, 1.0, 1.0), completion(9, 1.0, 9.0), "b")
+        assert summarise([timed("a", 3.0, 1.0), single], 0)["speedup_total"] == pytest.approx(3)

@@ -19,7 +19,7 @@ from selfspec.axes import ENGINE
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume
 from selfspec.engine.fake.engine import FakeEngine
-from selfspec.errors import AssetError, ConfigError
+from selfspec.errors import AssetError, ConfigError, StageError
 from selfspec.plan import Plan
 from selfspec.quality import gates, perplexity, plot, tasks
 from selfspec.quality.config import TaskData
@@ -274,6 +274,41 @@ def test_an_exact_policy_that_changes_the_distribution_fails(
     assert relaxed["status"] == "finished"
     monkeypatch.setattr(FakeEngine, "describe", lambda self: {"dtype": "bfloat16"})
     assert run_job(make("seed=1"), tmp_path)["status"] == "finished", "rounding may be as large"
+
+
+@pytest.mark.parametrize(
+    ("logprob", "says"),
+    [
+        (math.nan, "has nan nats"),
+        (-math.inf, "has inf nats"),
+        (-1e4, "e+0"),  # a perplexity that no double holds
+        (0.5, "has -"),  # a probability above one
+    ],
+)
+def test_a_text_without_a_perplexity_fails_in_a_line_and_is_not_journalled(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logprob: float, says: str
+) -> None:
+    def off(self: FakeEngine, context: Any, texts: Any, *, plain: bool = False) -> list[Score]:
+        return [Score((logprob,) * len(text), True) for text in texts]
+
+    monkeypatch.setattr(FakeEngine, "score", off)
+    with pytest.raises(StageError, match=r"^what was measured makes no sense: prompt .* plain_reference of ") as told:
+        run_job(make(), tmp_path)
+    assert says in str(told.value) and units(make()) == {}
+
+
+def test_a_gate_that_sees_no_number_fails_in_a_line(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = FakeEngine.probe
+
+    def off(self: FakeEngine, *args: Any) -> list[Signals]:
+        first, *others = probe(self, *args)
+        return [first._replace(entropy=(math.nan,) * len(first.entropy)), *others]
+
+    monkeypatch.setattr(FakeEngine, "probe", off)
+    with pytest.raises(StageError, match=r"^what was measured makes no sense: exit \d, raw: entropy is not finite$"):
+        run_job(make(), tmp_path)
 
 
 def test_a_relaxed_policy_is_explained(make: Make, tmp_path: Path) -> None:

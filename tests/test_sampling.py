@@ -151,10 +151,10 @@ def test_no_token_is_told_from_logits_that_are_not_finite(
     likeliest(logits)
     for at, value in spoilt.items():
         logits[1, at] = value
-    with pytest.raises(StageError, match="^logits are not finite: "):
+    with pytest.raises(StageError, match=r"^logits are not finite: "):
         distribution(logits[1], Sampling(temperature))
     if len(spoilt) > 1 or INF in spoilt.values():
-        with pytest.raises(StageError, match="^logits are not finite: "):
+        with pytest.raises(StageError, match=r"^logits are not finite: "):
             likeliest(logits)
 
 

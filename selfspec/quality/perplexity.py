@@ -21,6 +21,8 @@ from selfspec.files import csv_text
 from selfspec.metrics import RESAMPLES, first_difference
 from selfspec.types import Measurements, Score
 
+MOST_NATS = 700.0
+"""A token, on average: a double holds no perplexity beyond."""
 _SIDES = ("plain_reference", "reference", "plain_text", "text")
 
 
@@ -34,6 +36,11 @@ class Nats(NamedTuple):
     def of(cls, score: Score) -> "Nats":
         """Of a scored continuation."""
         return cls(-math.fsum(score.logprobs), len(score.logprobs))
+
+    @property
+    def sensible(self) -> bool:
+        """Whether a perplexity comes of it: a finite number, of at least 1 but for rounding."""
+        return bool(self.tokens) and -1e-3 <= self.nats / self.tokens <= MOST_NATS  # nor where it is NaN
 
     @property
     def perplexity(self) -> float:

@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -84,9 +85,11 @@ def evaluate(engine: Scores, quality: Quality, task: str, plain: bool) -> dict[s
         made.set_fewshot_seed(seed=SEED)
         found = lm_eval.evaluate(EngineLM(engine, plain), {"tasks": {task: made}}, quality.limit, log_samples=False)
     # "acc,none" and "acc_stderr,none": the filter's name comes last
-    metrics = {name.split(",")[0]: value for name, value in found["results"][task].items() if "," in name}
+    named = {name.split(",")[0]: value for name, value in found["results"][task].items() if "," in name}
+    metrics = {name: float(value) for name, value in named.items() if isinstance(value, (int, float))}
     return {
-        "metrics": {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))},
+        # Of one document there is no standard error; a metric that is no number fails the job.
+        "metrics": {name: x for name, x in metrics.items() if math.isfinite(x) or not name.endswith("_stderr")},
         "documents": found["n-samples"][task]["effective"],
         "split": "test" if made.has_test_docs() else "validation",
         "version": found["versions"][task],

@@ -108,7 +108,8 @@ def show(results: Iterable[Result], explain: bool = True) -> None:
         made = table(results, explain)
         if console.measure(made, options=console.options.update(width=10_000)).maximum > console.width:
             for column in made.columns[1:]:  # as narrow as their longest word, which is enough for 80 columns
-                column.width = max(map(len, [*str(column.header).split(), "[115.4,"]))
+                words = (word for cell in (column.header, *column.cells) for word in str(cell).split())
+                column.width = max(map(len, words))
         console.print(made, crop=False)
         for one in further(results, explain):
             console.print()

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selfspec.errors import StageError
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
+from selfspec.speculation import sampling
 from selfspec.speculation.decode import Target
 from selfspec.speculation.draft.layerskip import EarlyExit
 from selfspec.speculation.gate.entropy import entropy
@@ -56,9 +58,15 @@ def _prefill(target: Target, tokens: Sequence[int], cache: KVCache, row: int) ->
 
 
 def _judge(logits: Tensor, tokens: Sequence[int]) -> Score:
-    """Logits ``[N, vocab]``, each row of the token that comes next."""
+    """Logits ``[N, vocab]``, each row of the token that comes next.
+
+    Raises:
+        StageError: a token's log-probability is NaN: so is its row.
+    """
     wanted = torch.tensor(tokens, device=logits.device)[:, None]
     logprobs = logits.float().log_softmax(-1).gather(1, wanted)[:, 0]
+    if bool(logprobs.isnan().any()):
+        raise StageError(sampling.NOT_FINITE)
     greedy = bool((logits.max(-1, keepdim=True).indices == wanted).all())
     return Score(tuple(logprobs.tolist()), greedy)
 

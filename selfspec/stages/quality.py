@@ -7,6 +7,7 @@ what gates would have said; and an lm-eval task, plainly or as configured.
 
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from selfspec.checkpoint import Journal, Record
 from selfspec.data import workload
 from selfspec.engine import factory
 from selfspec.engine.base import LazyEngine, Probes, Scores
-from selfspec.errors import ConfigError
+from selfspec.errors import ConfigError, StageError
 from selfspec.files import write_atomic
 from selfspec.fitting import install
 from selfspec.plan import Plan
@@ -152,7 +153,11 @@ class Quality(Stage):
                 write_atomic(folder / name, content)
 
     def _texts(self, engine: Scores, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Conversations' own answers and generated texts, scored: plainly, and as configured."""
+        """Conversations' own answers and generated texts, scored: plainly, and as configured.
+
+        Raises:
+            StageError: one has no perplexity.
+        """
         requests = [request(self.plan, prompt) for prompt in prompts]
         plain = engine.generate(requests, plain=True)
         drafts = self.plan.draft.name != "none"
@@ -167,11 +172,19 @@ class Quality(Stage):
                 ("plain_reference", "reference", "plain_text", "text"), (reference, decoded, *texts), strict=True
             )
             row = {name: Nats.of(score) for name, score in scored}
+            for name, nats in row.items():
+                if not nats.sensible:
+                    side = f"prompt {prompt.id}: {name} of {nats.tokens} tokens has {nats.nats:g} nats"
+                    raise StageError(f"what was measured makes no sense: {side}")
             rows.append({"prompt": prompt.id, **row, "plain_tokens": one.tokens, "tokens": other.tokens})
         return {"conversations": rows, "prompts": [prompt.tokens for prompt in prompts]}
 
     def _gates(self, engine: Probes, units: Sequence[dict[str, Any]], chosen: slice) -> dict[str, Any]:
-        """What every exit would have drafted of the plain texts, exit by exit and one text after the other."""
+        """What every exit would have drafted of the plain texts, exit by exit and one text after the other.
+
+        Raises:
+            StageError: a gate would have seen what is no number.
+        """
         texts = [
             (prompt, row["plain_tokens"])
             for unit in units
@@ -184,6 +197,9 @@ class Quality(Stage):
             for one in engine.probe(prompt, answer, self.plan.quality.exits):
                 into = exits.setdefault((one.layer, one.head), {"layer": one.layer, "head": one.head})
                 for name in ("max_prob", "entropy", "var_entropy"):
+                    if not all(map(math.isfinite, getattr(one, name))):
+                        where = f"exit {one.layer}, {one.head}: {name} is not finite"
+                        raise StageError(f"what was measured makes no sense: {where}")
                     into.setdefault(name, []).extend(float(f"{number:.6g}") for number in getattr(one, name))
                 into.setdefault("accepted", []).extend(map(int, one.accepted))
         return {"exits": [*exits.values()]}

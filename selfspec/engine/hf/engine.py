@@ -5,6 +5,7 @@ Drafts are what it offers: prompt lookup (``draft=ngram``), its early exit (``la
 What comes with the first token is of no cycle; here a first pass verifies drafts too.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,12 @@ from selfspec import config as schema
 from selfspec.engine.base import Limits, Probes, Scores, Usage
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.engine.torch.weights import Weights
-from selfspec.errors import ConfigError
+from selfspec.errors import ConfigError, StageError
 from selfspec.model import gguf, hf
 from selfspec.model.hf import HFModel
 from selfspec.plan import Plan
 from selfspec.speculation.draft import draft_model
+from selfspec.speculation.sampling import NOT_FINITE
 from selfspec.types import Completion, Cycle, Request, Score, Signals
 
 _IN_USE: WeakValueDictionary[tuple[Path, torch.device, torch.dtype], HFModel] = WeakValueDictionary()
@@ -122,6 +124,7 @@ class HFEngine(Scores, Probes):
         lm.generation_config = drafts_as  # the file's own would be mixed in: stop tokens, temperatures
         ids = torch.tensor([request.tokens], device=self.weights.device)
         arguments |= {"attention_mask": torch.ones_like(ids), "generation_config": GenerationConfig(**settings)}
+        arguments["logits_processor"] = [_finite]
 
         arrival = time.perf_counter()
         watch = Watch(k, request.max_new_tokens)
@@ -154,6 +157,17 @@ class HFEngine(Scores, Probes):
     def usage(self) -> Usage:
         """See :meth:`Weights.usage <selfspec.engine.torch.weights.Weights.usage>`."""
         return self.weights.usage()
+
+
+def _finite(ids: Tensor, logits: Tensor) -> Tensor:
+    """The logits ``[1, vocab]`` as they are.
+
+    Raises:
+        StageError: the largest is not finite, so no token can be told from them.
+    """
+    if not math.isfinite(logits.max()):
+        raise StageError(NOT_FINITE)
+    return logits
 
 
 class Watch:
