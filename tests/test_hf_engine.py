@@ -16,7 +16,7 @@ from selfspec.axes import CONTROLLER, DRAFT, ENGINE, GATE, POLICY, DraftOptions
 from selfspec.engine import factory
 from selfspec.engine.hf.engine import HFEngine
 from selfspec.engine.torch.engine import TorchEngine
-from selfspec.errors import ConfigError
+from selfspec.errors import ConfigError, StageError
 from selfspec.model.base import Layers
 from selfspec.model.hf import HFModel
 from selfspec.run import CONF
@@ -105,6 +105,19 @@ def test_drafts_are_of_some_use(plain: plan.Plan, tiny_folder: Path, name: str) 
             assert all(cycle.accepted == cycle.proposed for cycle in cycles)
     plainly = [cycle for done in engine.generate(REQUESTS, plain=True) for cycle in done.cycles]
     assert all((cycle.k_asked, cycle.proposed, cycle.new_tokens) == (0, 0, 1) for cycle in plainly)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_logits_that_are_not_finite_are_said(plain: plan.Plan, tiny_folder: Path, name: str) -> None:
+    engine = HFEngine(replace(plain, draft=draft(name, tiny_folder)))
+    norm = engine._lm.model.norm.weight.data
+    kept = norm.clone()
+    norm[3] = torch.nan
+    try:
+        with pytest.raises(StageError, match="^logits are not finite: "):
+            engine.generate(REQUESTS[:1])
+    finally:
+        norm.copy_(kept)
 
 
 @pytest.mark.parametrize("name", DRAFTS)

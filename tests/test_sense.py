@@ -1,6 +1,7 @@
 """sense: what cannot be measured is said in a line, and fails its job."""
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 from plans import planned, run_job
+from safetensors.torch import load_file, save_file
 from test_metrics import completion, cycle, timed, unit
 
 from selfspec import job, sense
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume
 from selfspec.engine.fake.engine import FakeEngine
+from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import StageError
 from selfspec.plan import Plan
 from selfspec.report import tables
@@ -160,3 +163,67 @@ def test_a_measurement_that_is_no_number_fails_a_job(
     result = run_job(make(), tmp_path)
     assert (result["status"], result["lossless"]) == ("failed", None)
     assert result["error"] == "what was measured makes no sense: bench/tok_s=nan"
+
+
+@pytest.fixture(scope="module")
+def overflowing(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, in whose third layer float32 overflows: every state after it is NaN."""
+    return larger(tiny_folder, tmp_path_factory.mktemp("models") / "overflowing", "up_proj", 3e38)
+
+
+def larger(tiny_folder: Path, folder: Path, name: str, most: float) -> Path:
+    """A copy of the tiny model, with one matrix of its third layer as large as this."""
+    shutil.copytree(tiny_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    matrix = weights[f"model.layers.2.mlp.{name}.weight"]
+    matrix *= most / matrix.abs().max()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        "draft=ngram",
+        "draft=ngram engine.kernels=torch",
+        "draft=layerskip exit_layer=4",
+        "draft=suffix engine.max_batch=3",
+        "draft=ngram policy=rejection temperature=0.7",
+        "draft=ngram policy=typical",
+        "draft=none stages=[quality] quality.tasks=[] quality.gate_prompts=0",
+    ],
+)
+def test_logits_that_are_not_finite_fail_a_job_in_a_line(
+    overrides: list[str],
+    overflowing: Path,
+    tmp_path: Path,
+    prompts_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: str,
+) -> None:
+    monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
+    made = planned(*overrides, "hardware.threads=1", f"model.source=file:{overflowing}", *more.split())
+    with pytest.raises(StageError, match=r"^logits are not finite: [^\n]*$"):
+        run_job(made, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_nothing_any_more_fails_a_job_in_a_line(
+    overrides: list[str], tiny_folder: Path, tmp_path: Path, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm of states this large is 0, and so are all logits: finite, and the argmax the first token for ever."""
+    monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
+    folder = larger(tiny_folder, tmp_path / "model", "down_proj", 1e37)
+    made = planned(*overrides, "hardware.threads=1", f"model.source=file:{folder}", "draft=ngram")
+    result = run_job(made, tmp_path / "job")
+    assert (result["status"], result["lossless"]) == ("failed", None)
+    said = "what was measured makes no sense: every answer is token 0 over and over, whatever is asked"
+    assert result["error"] == said
+
+
+@pytest.mark.slow
+def test_a_sequence_scored_by_no_number_fails(overrides: list[str], overflowing: Path) -> None:
+    made = TorchEngine(planned(*overrides, "hardware.threads=1", f"model.source=file:{overflowing}", "draft=none"))
+    with pytest.raises(StageError, match=r"^logits are not finite: [^\n]*$"):
+        made.score([5, 6], [[7, 8]])
