@@ -114,7 +114,7 @@ def test_logits_that_are_not_finite_are_said(plain: plan.Plan, tiny_folder: Path
     kept = norm.clone()
     norm[3] = torch.nan
     try:
-        with pytest.raises(StageError, match="^logits are not finite: "):
+        with pytest.raises(StageError, match=r"^logits are not finite: "):
             engine.generate(REQUESTS[:1])
     finally:
         norm.copy_(kept)

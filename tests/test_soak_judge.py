@@ -107,6 +107,28 @@ def test_errors_fail_it() -> None:
     assert reasons([interval(i, errors=int(i == 2)) for i in range(6)]) == [], "one in 121 is allowed"
 
 
+@pytest.mark.parametrize(
+    ("planted", "says"),
+    [
+        ({"accepted": 90}, "the server says that it accepted 1.50 tokens for each it proposed"),
+        ({"tokens": 1}, "every answer is empty: its first token ends it"),
+        ({"total_ms": 0.0, "ttft_ms": 0.0}, "answers took 0 ms, their first tokens 0 ms"),
+        ({"ttft_ms": -3.0}, "answers took "),
+    ],
+)
+def test_what_makes_no_sense_fails_it(planted: dict[str, float], says: str) -> None:
+    some = [interval(i) for i in range(6)]
+    for one in some:
+        one["requests"] = [request | planted for request in one["requests"]]
+    (reason,) = reasons(some)
+    assert reason.startswith(says)
+
+
+def test_memory_that_cannot_be_read_fails_it() -> None:
+    some = [interval(i) | {"rss": [(10.0 * i + j, 0.0) for j in range(10)]} for i in range(6)]
+    assert reasons(some) == ["the server's memory could not be read, so nothing is known of its growth"]
+
+
 def test_no_answer_at_all_fails_it() -> None:
     nothing = {"life": 1, "seconds": 10.0, "requests": [], "gaps": {}, "errors": {}, "rss": []}
     assert reasons([nothing] * 3) == ["no request was answered"]

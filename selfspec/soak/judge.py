@@ -20,7 +20,7 @@ Definitions:
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,7 @@ def failures(found: Measurements, kinds: Mapping[str, int], soak: Soak) -> list[
     reasons = []
     if not found["requests"] or found["errors"] == found["requests"]:
         reasons.append("no request was answered")
+    reasons += _senseless(found)
     if found["error_rate"] > soak.max_error_rate:
         worst = ", ".join(f"{count} x {kind}" for kind, count in Counter(kinds).most_common(3))
         reasons.append(
@@ -106,6 +107,18 @@ def failures(found: Measurements, kinds: Mapping[str, int], soak: Soak) -> list[
         if most is not None and seen is not None and seen > most:
             reasons.append(f"p99 {words} {seen:.4g} ms (allowed {most:g})")
     return reasons
+
+
+def _senseless(found: Measurements) -> Iterator[str]:
+    """What cannot be, or tells nothing."""
+    if not 0 <= found.get("acceptance", 0.0) <= 1:
+        yield f"the server says that it accepted {found['acceptance']:.2f} tokens for each it proposed"
+    if "tok_s" in found and found["tok_s"] <= found["requests_s"]:
+        yield "every answer is empty: its first token ends it"
+    if "total_p50_ms" in found and not 0 < found["ttft_p50_ms"] <= found["total_p50_ms"]:
+        yield f"answers took {found['total_p50_ms']:g} ms, their first tokens {found['ttft_p50_ms']:g} ms"
+    if found.get("memory_mb") == 0:
+        yield "the server's memory could not be read, so nothing is known of its growth"
 
 
 def in_words(found: Measurements) -> str:

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from selfspec import sense
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import SoakServer
 from selfspec.data import workload
@@ -143,6 +144,9 @@ class Soak(Stage):
                 f"{found['sentinels_differing']:g} of {found['sentinels']:g} sentinel prompts "
                 "were answered otherwise after the load than before it"
             )
+        answers = [answer for unit in ("begin", "end") for answer in _sentinels(journal, unit).get("answers", ())]
+        if found["sentinels"] > 1 and (token := sense.one_token(answers)) is not None:
+            reasons.append(f"every sentinel's answer is token {token} over and over, whatever is asked")
         return [f"soak: {reason}" for reason in reasons]
 
     def notes(self, journal: Journal) -> list[str]:
@@ -211,8 +215,13 @@ def _intervals(journal: Journal) -> list[Record]:
 
 
 def _verdicts(journal: Journal) -> list[str]:
-    end = journal.get("soak", "end")
-    return [verdict["verdict"] for verdict in end.data["verdicts"]] if end else []
+    return [verdict["verdict"] for verdict in _sentinels(journal, "end").get("verdicts", ())]
+
+
+def _sentinels(journal: Journal, unit: str) -> Mapping[str, Any]:
+    """What is known of them before the load (``begin``) or after it (``end``); nothing before that was run."""
+    record = journal.get("soak", unit)
+    return record.data if record else {}
 
 
 def _name(number: int) -> str:
