@@ -142,6 +142,22 @@ def test_a_soak_that_is_interrupted_and_killed_carries_on_and_holds(
         assert strict["status"] == "failed" and "p99 total" in str(strict["error"])
 
 
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        ([[0, 0], [0, 0]], ["soak: every sentinel's answer is token 0 over and over, whatever is asked"]),
+        ([[0, 0], [0, 5]], []),
+    ],
+)
+def test_sentinels_that_say_one_token_only_fail_it(make: Make, answers: list[list[int]], says: list[str]) -> None:
+    made = make("soak.max_memory_slope=100000")
+    with Journal.open(job.place(made), made.id, {}, Resume.auto) as journal:
+        journal.append("soak", "begin", {"answers": answers}, "here")
+        journal.append("soak", "interval-0000", interval(0), "here")
+        journal.append("soak", "end", {"answers": answers, "verdicts": [{"verdict": "equal"}] * 2}, "here")
+        assert soak.Soak(made).failures(journal) == says
+
+
 def test_planted_faults_fail_it_and_mlflow_shows_it(
     make: Make, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
