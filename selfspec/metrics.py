@@ -108,13 +108,17 @@ def summarise(units: Sequence[Unit], seed: int) -> Measurements:
 
 def _speedups(units: Sequence[Unit], seed: int) -> Measurements:
     """Over plain decoding, unit by unit and by total time; of all units, and without those that loop."""
-    calm = [unit for unit in units if not any(_looping(unit))]
     found: Measurements = {"looping": len({prompt for unit in units for prompt in _looping(unit)})}
-    for suffix, some in (("", units), ("_without_loops", calm)):
+    for suffix, some in _with_and_without_loops(units):
         ratios = _by_prompts(some, speedup)
         found |= _with_interval(f"speedup{suffix}", ratios, seed)
         found |= _by_total_time(f"speedup_total{suffix}", some, seed)
     return found
+
+
+def _with_and_without_loops(units: Sequence[Unit]) -> tuple[tuple[str, Sequence[Unit]], ...]:
+    """All units, and those of which no answer loops, each with what the names of its measurements end in."""
+    return ("", units), ("_without_loops", [unit for unit in units if not _looping(unit)])
 
 
 def _looping(unit: Unit) -> list[str]:
@@ -144,8 +148,11 @@ def _against(name: str, units: Sequence[Unit], seed: int) -> Measurements:
     """A reference's own rate, and the configuration's over it: above 1, the configuration is faster."""
     those = [unit for unit in units if name in unit["against"]]
     rates = _by_prompts(those, lambda unit: decode_rate(unit["against"][name]))
-    ratios = _by_prompts(those, lambda unit: _ratio(unit, unit["against"][name]))
-    return _with_interval(f"against/{name}/tok_s", rates, seed) | _with_interval(f"against/{name}/ratio", ratios, seed)
+    found = _with_interval(f"against/{name}/tok_s", rates, seed)
+    for suffix, some in _with_and_without_loops(those):
+        ratios = _by_prompts(some, lambda unit: _ratio(unit, unit["against"][name]))
+        found |= _with_interval(f"against/{name}/ratio{suffix}", ratios, seed)
+    return found
 
 
 def acceptance_by_position(units: Sequence[Unit]) -> list[float]:

@@ -202,6 +202,10 @@ def test_references_have_a_rate_and_a_ratio() -> None:
     beside = {**timed("a", 4.0, 2.0), "against": {"hf": [completion(11, 1.0, 6.0)]}}
     found = summarise([beside, {**timed("b", 4.0, 1.0), "against": {}}], 0)
     assert found["against/hf/tok_s"] == 2 and found["against/hf/ratio"] == pytest.approx(5 / 2)
+    looping = {**said(*[7] * 11, prompt="c"), "against": {"hf": [completion(11, 1.0, 11.0)]}}
+    found = summarise([beside, looping], 0)
+    assert found["against/hf/ratio"] == pytest.approx((5 / 2 + 10) / 2)
+    assert found["against/hf/ratio_without_loops"] == pytest.approx(5 / 2)
 
 
 def test_acceptance_by_position_of_trees_counts_depth() -> None:

@@ -206,7 +206,8 @@ def against(row: Result) -> list[str]:
         ratio, rate = (
             interval(row, f"bench/against/{name}/{key}", form) for key, form in (("ratio", ".2f"), ("tok_s", ".1f"))
         )
-        return f"{ratio} times {words} ({rate} tok/s)"
+        without = value(row, f"bench/against/{name}/ratio_without_loops")
+        return f"{ratio} times {words} ({rate} tok/s)" + (f"; {without:.2f} without loops" if without else "")
 
     said = [beside(name, name) for name in names if not name.startswith("K=")]
     if fixed := [name for name in names if name.startswith("K=")]:
