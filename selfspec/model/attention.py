@@ -131,7 +131,7 @@ class AttentionMetadata:
             "unpad": [r * self.width + i for r, count in enumerate(self.counts) for i in range(count)],
         }
         packed = to_device([number for numbers in lists.values() for number in numbers], self.device)
-        return dict(zip(lists, packed.split([len(numbers) for numbers in lists.values()]), strict=True))
+        return dict(zip(lists, torch.split(packed, [len(numbers) for numbers in lists.values()]), strict=True))
 
     def _pad_list(self) -> list[int]:
         # Padding repeats some token that is there; `unpad` drops what comes of it, so any will do.
