@@ -104,7 +104,7 @@ class TestThePretendedGPU:
 
 def tier(gate_name: str, rows: int) -> list[pytest.MarkDecorator]:
     """When a case is run, with every draft: daily or nightly."""
-    return [] if (gate_name, rows) == ("varH", 3) else [pytest.mark.nightly]
+    return [] if (gate_name, rows) == ("none", 3) else [pytest.mark.nightly]
 
 
 @pytest.mark.parametrize(
