@@ -15,8 +15,8 @@ def check(cache: KVCache, layers: int) -> None:
     for row, length in enumerate(cache.lengths):
         assert 0 <= length <= cache.capacity, f"row {row}: length {length} of {cache.capacity}"
         held = kv[:, :, row, :, :length]
-        for layer, (finite, written) in enumerate(zip(held.isfinite(), held.ne(0).any(-1), strict=True)):
-            assert bool(finite.all()), f"layer {layer}, row {row}: not finite"
-            assert bool(written.all()), f"layer {layer}, row {row}: not written"
+        for missing, right in (("finite", held.isfinite()), ("written", held.ne(0).any(-1))):
+            wrong = [layer for layer, fine in enumerate(right.flatten(1).all(1).tolist()) if not fine]
+            assert not wrong, f"layer {wrong[0]}, row {row}: not {missing}"
         kv[:, :, row, :, length:] = 0
     kv[:, :, len(cache.lengths) :] = 0

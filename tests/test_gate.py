@@ -93,12 +93,12 @@ def test_thresholds(name: str, stops: tuple[bool, ...]) -> None:
 )
 def test_a_gate_reads_its_own_signal(gate: GateOptions, signal: Signal) -> None:
     made, rows = gate.make(), torch.stack([random(50, 3, seed) for seed in range(4)])
-    assert made.reads and made.signals(rows) == signal(rows).tolist()
+    assert made.reads and made.signal(rows).tolist() == signal(rows).tolist()
 
 
 def test_none_never_stops() -> None:
     gate = GATE.new("none").make()
-    assert type(gate) is Gate and not gate.reads and gate.signals(torch.zeros(2, 5)) == []
+    assert type(gate) is Gate and not gate.reads and gate.signal(torch.zeros(2, 5)).tolist() == []
     assert not any(gate.stops(value) for value in (-math.inf, 0.0, math.inf, math.nan))
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from selfspec.axes import DRAFT, GATE
 from selfspec.config import Order
 from selfspec.engine.torch.session import Scheduler
+from selfspec.model import graphs
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.cache import KVCache
 from selfspec.model.graphs import Graphs
@@ -178,7 +179,7 @@ class Bench:
             answer = self.plain(Request(prompt, 20, ignore_eos=True)).tokens
             traces.append(fit.trace(self.model, prompt, answer, config.get("exit_layer")))
         head: Head = config.fit(self.model, *fit.split(traces), 0)
-        return head
+        return head.to(self.model.dtype, self.model.device)
 
     def threshold(self, name: str, gate_name: str) -> float:
         """The doubtful quartile of the ungated draft's signals: a gate set there stops at every fourth or so."""
@@ -436,18 +437,19 @@ class TestPlantedFaults:
 
         assert not roomy.same(Wrap(roomy.draft("layerskip"), rolled), k, rows)
 
+    @pytest.mark.parametrize("static", [False, True])
     @pytest.mark.parametrize("depth", [0, EXIT])
     def test_siblings_see_each_other(
-        self, roomy: Bench, k: int, rows: int, depth: int, monkeypatch: pytest.MonkeyPatch
+        self, roomy: Bench, k: int, rows: int, depth: int, static: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = Tree.visible
+        real = Tree.ancestors
 
-        def too_much(self: Tree) -> Tensor:
-            parents = torch.tensor(self.parents)
-            return real(self) | (parents[:, None] == parents).tril()
+        def too_much(self: Tree) -> list[int]:
+            siblings = ([i for i in range(node) if self.parents[i] == self.parents[node]] for node in range(len(self)))
+            return [seen | sum(1 << i for i in beside) for seen, beside in zip(real(self), siblings, strict=True)]
 
-        monkeypatch.setattr(Tree, "visible", too_much)
-        assert not roomy.same(Thicket(roomy, depth), k, rows)
+        monkeypatch.setattr(Tree, "ancestors", too_much)
+        assert not roomy.same(Thicket(roomy, depth), k, rows, static=static)
 
     @pytest.mark.parametrize("depth", [0, EXIT])
     def test_a_path_that_stands_is_not_moved_up(self, roomy: Bench, k: int, rows: int, depth: int) -> None:
@@ -456,3 +458,36 @@ class TestPlantedFaults:
     @pytest.mark.parametrize("depth", [0, EXIT])
     def test_positions_are_slots(self, roomy: Bench, k: int, rows: int, depth: int) -> None:
         assert not roomy.same(Thicket(roomy, depth), k, rows, kv=BySlot)
+
+    def test_static_passes_without_a_fault(self, roomy: Bench, k: int, rows: int) -> None:
+        for draft in (roomy.draft("layerskip"), Thicket(roomy), Thicket(roomy, EXIT)):
+            assert roomy.same(draft, k, rows, static=True)
+
+    def test_a_static_pass_has_a_wrong_bit(
+        self, roomy: Bench, k: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nodes do not see the root."""
+        real = Tree.ancestors
+        monkeypatch.setattr(Tree, "ancestors", lambda tree: [1, *(seen & ~1 for seen in real(tree)[1:])])
+        assert not roomy.same(Thicket(roomy), k, rows, static=True)
+
+    def test_padding_of_a_static_pass_writes_into_its_row(
+        self, roomy: Bench, k: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = graphs._Pass.fill
+
+        def astray(made: graphs._Pass, hidden: Tensor, at: AttentionMetadata) -> None:
+            real(made, hidden, at)
+            slots = made.metadata().slot
+            slots[slots == len(made._slots) - 1] = 0
+
+        monkeypatch.setattr(graphs._Pass, "fill", astray)
+        with pytest.raises(AssertionError, match="not written"):  # as padding comes from zeros
+            roomy.same(Thicket(roomy), k, rows, static=True)
+
+    def test_the_output_of_a_static_pass_is_not_copied(
+        self, roomy: Bench, k: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The next replay writes over it."""
+        monkeypatch.setattr(graphs._Pass, "own", lambda made: made.result[: made._places])
+        assert not roomy.same(roomy.draft("layerskip"), k, rows, static=True)

@@ -42,11 +42,11 @@ class TestReadout:
         for width, kept in ((1, 1), (3, 3), (9, 5)):
             best = wanted.sort(descending=True).indices[:, :kept]
             assert readout.likeliest(wanted, width).tolist() == IDS[best].tolist()
-            tokens, log_p = readout.candidates(wanted, width)
-            assert tokens == IDS[best].tolist()
+            tokens, log_p, signals = readout.candidates(wanted, width, state[:, 0])
+            assert tokens == IDS[best].tolist() and signals == state[:, 0].tolist()
             if width > 1:
                 assert_close(torch.tensor(log_p), wanted.log_softmax(-1).gather(1, best))
-        assert readout.candidates(wanted, 1)[1] == [[0.0]] * 6
+        assert readout.candidates(wanted, 1, state[:0])[1] == [[0.0]] * 6
         assert readout.tokens(torch.tensor([[2], [0]])).tolist() == [[3], [7]]
         assert readout.indices(torch.tensor([[12, 1], [7, 79]])).tolist() == [[3, -1], [0, -1]]
 

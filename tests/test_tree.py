@@ -18,7 +18,7 @@ def test_a_chain() -> None:
     chain = Tree.chain((4, 5, 6))
     assert (chain.tokens, chain.parents, len(chain)) == ([4, 5, 6], [-1, 0, 1], 3)
     assert chain.is_chain and chain.depths() == [0, 1, 2] and chain.drawn_from is None
-    assert chain.visible().int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert chain.ancestors() == [0b1, 0b11, 0b111]
 
 
 def test_a_root_alone_is_a_chain() -> None:
@@ -54,12 +54,12 @@ def test_a_node_looks_at_its_ancestors_and_itself(seed: int) -> None:
     tree = Tree.chain([0])
     for _ in range(rng.randrange(12)):
         tree.add(rng.randrange(len(tree)), rng.randrange(5))
-    for node, seen in enumerate(tree.visible().tolist()):
+    for node, seen in enumerate(tree.ancestors()):
         above, at = set(), node
         while at >= 0:
             above.add(at)
             at = tree.parents[at]
-        assert {i for i, may in enumerate(seen) if may} == above
+        assert {i for i in range(len(tree)) if seen >> i & 1} == above
         assert tree.depths()[node] == len(above) - 1
     assert tree.is_chain == (tree.depths() == list(range(len(tree))))
 

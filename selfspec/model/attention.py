@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from selfspec.lazy import F, torch
+from selfspec.model.transfer import to_device
 from selfspec.model.tree import Tree
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class AttentionMetadata:
         """int64 ``[N]``, or a slice where they are contiguous."""
         if self._alone and self.trees[0].is_chain:
             return slice(self.start, self.stop)
-        return self._index(self.position_list)
+        return self._numbers["positions"]
 
     @cached_property
     def position_list(self) -> list[int]:
@@ -88,14 +90,12 @@ class AttentionMetadata:
     @cached_property
     def row(self) -> Tensor | None:
         """int64 ``[N]``, every token's row; ``None`` where it covers one."""
-        if self._alone:
-            return None
-        return self._index([row for row, count in enumerate(self.counts) for _ in range(count)])
+        return None if self._alone else self._numbers["row"]
 
     @cached_property
     def slot(self) -> Tensor | None:
         """int64 ``[N]``, every token's slot; ``None`` where it covers one row."""
-        return None if self._alone else self._index(self.slot_list)
+        return None if self._alone else self._numbers["slot"]
 
     def each(self) -> tuple[Tensor, Tensor]:
         """Every token's row and slot, int64 ``[N]`` each, also where ``rows`` is one row."""
@@ -107,23 +107,48 @@ class AttentionMetadata:
     @property
     def pad(self) -> Tensor | None:
         """int64 ``[R * T]``, indices into the N tokens that lay them out as ``[R, T]``; ``None``: they lie so."""
-        return self._padding[0]
+        return self._numbers["pad"] if self._uneven else None
 
     @property
     def unpad(self) -> Tensor | None:
         """int64 ``[N]``, the way back."""
-        return self._padding[1]
+        return self._numbers["unpad"] if self._uneven else None
+
+    @property
+    def _uneven(self) -> bool:
+        return sum(self.counts) != self.width * len(self.counts)
 
     @cached_property
-    def _padding(self) -> tuple[Tensor | None, Tensor | None]:
-        if sum(self.counts) == self.width * len(self.counts):
-            return None, None
-        begins = torch.tensor([0, *self.counts[:-1]]).cumsum(0)
-        within = torch.arange(self.width).expand(len(self.counts), -1)
-        limit = torch.tensor(self.counts)[:, None]
+    def _numbers(self) -> dict[str, Tensor]:
+        """What the device is told of several rows, or of a tree, all in one copy."""
+        lists: dict[str, Sequence[int]] = {
+            "positions": self.position_list,
+            "row": [row for row, count in enumerate(self.counts) for _ in range(count)],
+            "slot": self.slot_list,
+            "base": self.bases,
+            "seen": self._seen(),
+            "pad": self._pad_list() if self._uneven else [],
+            "unpad": [r * self.width + i for r, count in enumerate(self.counts) for i in range(count)],
+        }
+        packed = to_device([number for numbers in lists.values() for number in numbers], self.device)
+        return dict(zip(lists, torch.split(packed, [len(numbers) for numbers in lists.values()]), strict=True))
+
+    def _pad_list(self) -> list[int]:
         # Padding repeats some token that is there; `unpad` drops what comes of it, so any will do.
-        pad = (begins[:, None] + torch.minimum(within, limit - 1)).flatten().to(self.device)
-        return pad, (within < limit).flatten().nonzero()[:, 0].to(self.device)
+        begins = accumulate([0, *self.counts[:-1]])
+        within = range(self.width)
+        return [begin + min(i, count - 1) for begin, count in zip(begins, self.counts, strict=True) for i in within]
+
+    def _seen(self) -> list[int]:
+        """Indices into ``[R, T, S]`` laid flat: the nodes that every token may look at, itself and its ancestors."""
+        found: list[int] = []
+        for r, (tree, base) in enumerate(zip(self.trees, self.bases, strict=True)):
+            ancestors = tree.ancestors()[self.first :]
+            for i in range(self.width if ancestors else 0):
+                # Padding looks at what its row's last node does: over nothing, its softmax would be NaN.
+                bits, begin = ancestors[min(i, len(ancestors) - 1)], (r * self.width + i) * self.stop + base
+                found += [begin + node for node in range(bits.bit_length()) if bits >> node & 1]
+        return found
 
     @cached_property
     def causal(self) -> bool:
@@ -142,18 +167,10 @@ class AttentionMetadata:
                 return None
             triangle = torch.ones(self.width, self.stop, dtype=torch.bool, device=self.device)
             return triangle.tril(self.start)[None, None]
-        base = torch.tensor(self.bases)[:, None, None]
-        # Every slot verified, then the node's ancestors; padding looks at what its row's last node does.
-        mask = (torch.arange(self.stop) < base).repeat(1, self.width, 1)
-        for r, tree in enumerate(self.trees):
-            seen = tree.visible()[self.first :]
-            mask[r, : len(seen), self.bases[r] : self._stops[r]] = seen
-            # Were padding to look at nothing, its softmax would be over nothing, and NaN.
-            mask[r, len(seen) :] = mask[r, len(seen) - 1]
-        return mask[:, None].to(self.device)
-
-    def _index(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        verified = torch.arange(self.stop, device=self.device) < self._numbers["base"][:, None]
+        mask = verified[:, None, None].repeat(1, 1, self.width, 1)
+        mask.view(-1).index_fill_(0, self._numbers["seen"], True)
+        return mask
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, mask: Tensor | None) -> Tensor:

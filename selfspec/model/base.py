@@ -72,7 +72,7 @@ class Model(Protocol):
         """
         ...
 
-    def embed(self, tokens: Sequence[int] | Tensor, at: AttentionMetadata) -> Tensor:
+    def embed(self, tokens: Sequence[int], at: AttentionMetadata) -> Tensor:
         """Token ids, N of them -> ``[N, D]``, the residual stream before the first layer."""
         ...
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from selfspec.lazy import torch
 from selfspec.model.attention import AttentionMetadata
+from selfspec.model.transfer import to_device
 from selfspec.model.tree import Tree
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class KVCache:
         base, count = self.lengths[row], len(path)
         # Nodes increase along a path. `source` is an index, so the right side is a copy and may overlap the left.
         if path[-1] != count - 1:  # else the path is the tree's first nodes: they lie in place
-            source = self._index([base + node for node in path])
+            source = to_device([base + node for node in path], self.device)
             self.kv[:, :, row, :, base : base + count] = self.kv[:, :, row, :, source]
         self.lengths[row] = base + count
 
@@ -125,9 +126,6 @@ class KVCache:
         """Forgets a row's verified tokens from ``length`` on."""
         assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} tokens, not {length}"
         self.lengths[row] = length
-
-    def _index(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
 
     def _check_room(self, stop: int) -> None:
         if stop > self.capacity:

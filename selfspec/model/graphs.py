@@ -11,7 +11,6 @@ it descends from, as bits. The mask and the rotary angles are computed from that
 
 from collections.abc import Callable
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.cache import KVCache
-from selfspec.model.tree import Tree
 
 NODES = (1, 2, 4, 8, 16, 32)
 """New tokens of a row that there are graphs for; wider passes (prompts) are compute-bound, and run eagerly."""
@@ -58,7 +56,7 @@ class Graphs:
             return self._layers(made.hidden, cache, made.metadata(), first, last)
 
         if not self._capture:
-            made.result = body()
+            made.imitate(body)
             return made.own()
         if made.graph is None:
             made.capture(body, self._pool)
@@ -97,7 +95,7 @@ class _Pass:
         for r, (tree, count) in enumerate(zip(at.trees, at.counts, strict=True)):
             own = slice(r * nodes, r * nodes + count)
             positions[own], slots[own] = at.position_list[begun : begun + count], at.slot_list[begun : begun + count]
-            seen[own] = ancestors(tree)[at.first :]
+            seen[own] = tree.ancestors()[at.first :]
             places += range(own.start, own.stop)
             begun += count
         self._places = len(places)
@@ -143,6 +141,11 @@ class _Pass:
         """Runs the captured layers on what was filled in."""
         assert self.graph is not None, "captured"
         self.graph.replay()
+
+    def imitate(self, body: Callable[[], Tensor]) -> None:
+        """What a replay does, by running the layers: the result lies where it lay before."""
+        found = body()
+        self.result = found if self.result is None else self.result.copy_(found)
 
     def own(self) -> Tensor:
         """Of the result, the pass's own tokens: a copy, as the next replay writes over it."""
@@ -197,13 +200,3 @@ class Static(AttentionMetadata):
     @property
     def unpad(self) -> None:
         """Rows lie side by side."""
-
-
-def ancestors(tree: Tree) -> list[int]:
-    """Of every node, itself and the nodes it descends from, as bits: bit i is node i."""
-    if tree.is_chain:
-        return list(accumulate((1 << i for i in range(len(tree))), int.__or__))
-    found: list[int] = []
-    for node, parent in enumerate(tree.parents):
-        found.append((found[parent] if parent >= 0 else 0) | 1 << node)
-    return found

@@ -26,6 +26,7 @@ from selfspec.model.base import Layers, Model, Shape
 from selfspec.model.cache import KVCache
 from selfspec.model.gguf import silence
 from selfspec.model.llama import Llama
+from selfspec.model.transfer import to_device
 from selfspec.model.tree import Tree
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -147,9 +148,9 @@ class HFModel:
         size = (s.layers + extra_layers, rows, s.kv_heads, capacity, s.head_dim)
         return KVCache(*size, self.dtype, self.device, s.max_positions)
 
-    def embed(self, tokens: Sequence[int] | Tensor, at: AttentionMetadata) -> Tensor:
+    def embed(self, tokens: Sequence[int], at: AttentionMetadata) -> Tensor:
         """Token ids, N of them -> ``[N, D]``, learned positions included where the model has them."""
-        hidden: Tensor = self._embed(torch.as_tensor(tokens, device=self.device))
+        hidden: Tensor = self._embed(to_device(tokens, self.device))
         return hidden if self._learned is None else hidden + self._learned[at.positions]
 
     def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:

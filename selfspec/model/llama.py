@@ -29,6 +29,7 @@ from selfspec.model.cache import KVCache
 from selfspec.model.graphs import Graphs, Layers
 from selfspec.model.kernels.native import Stack
 from selfspec.model.linear import add_linear, linear, packed, packed_int8, plain
+from selfspec.model.transfer import to_device
 from selfspec.model.weights import Layer, Weight
 
 _ALIGNED = 64
@@ -153,9 +154,9 @@ class Llama:
                 return Fused(self.layers, s.heads, s.norm_eps, *tables, otherwise=self._run).run
         return self._run
 
-    def embed(self, tokens: Sequence[int] | Tensor, at: AttentionMetadata | None = None) -> Tensor:
+    def embed(self, tokens: Sequence[int], at: AttentionMetadata | None = None) -> Tensor:
         """Token ids, N of them -> ``[N, D]``; positions come in with every layer, so ``at`` is not looked at."""
-        return self.embedding[torch.as_tensor(tokens, device=self.device)]
+        return self.embedding[to_device(tokens, self.device)]
 
     def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from selfspec.lazy import torch
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -66,10 +64,9 @@ class Tree:
                 return i
         return None
 
-    def visible(self) -> Tensor:
-        """Bool ``[nodes, nodes]``: which nodes each node may look at: its ancestors and itself."""
-        seen = torch.eye(len(self), dtype=torch.bool)
-        for i, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen[i] |= seen[parent]
-        return seen
+    def ancestors(self) -> list[int]:
+        """Of every node, itself and the nodes it descends from, which it may look at, as bits: bit i is node i."""
+        found: list[int] = []
+        for node, parent in enumerate(self.parents):
+            found.append((found[parent] if parent >= 0 else 0) | 1 << node)
+        return found

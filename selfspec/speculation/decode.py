@@ -14,6 +14,7 @@ from torch import Tensor
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
+from selfspec.model.transfer import to_device
 from selfspec.model.tree import Tree
 from selfspec.speculation import clock as clocks
 from selfspec.speculation.controller.base import Controller
@@ -141,7 +142,7 @@ class Speculation:
         cache.commit(index, path)
         row.tokens += new
         # Nodes only increase along a path, so its last one says whether it is the tree's first nodes: a view.
-        along = states[: len(path)] if path[-1] == len(path) - 1 else states[path]
+        along = states[: len(path)] if path[-1] == len(path) - 1 else states[to_device(path, states.device)]
         row.state = along[-1:]
         # After `commit` and `row.tokens`: a draft finds its place by the cache's length and the row's last tokens.
         self.draft.observe(row, index, new, along, cache)

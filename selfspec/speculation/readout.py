@@ -6,16 +6,20 @@ leaving out the others costs the target nothing (FR-Spec, 2502.14856).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeVar
 
 from selfspec.lazy import torch
 from selfspec.model.base import Model
 from selfspec.model.linear import linear, packed
+from selfspec.model.transfer import to_host
 from selfspec.speculation import sampling
 from selfspec.types import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Number = TypeVar("Number", int, float)
 
 
 class Readout:
@@ -42,13 +46,23 @@ class Readout:
             return self.tokens(logits.max(-1, keepdim=True).indices)
         return self.tokens(logits.topk(min(width, logits.shape[-1])).indices)
 
-    def candidates(self, logits: Tensor, width: int) -> tuple[list[list[int]], list[list[float]]]:
-        """The best token ids of each row of ``[N, V]`` and their log-probabilities; 0 where there is no choice."""
+    def best(self, logits: Tensor, width: int, signals: Tensor) -> tuple[list[list[int]], list[float]]:
+        """The best token ids of each row of ``[N, V]``, and the gate's signals, which are read along with them."""
+        tokens = self.likeliest(logits, width)
+        flat, read = to_host(tokens, signals)
+        return _rows(map(int, flat), tokens.shape[1]), read
+
+    def candidates(
+        self, logits: Tensor, width: int, signals: Tensor
+    ) -> tuple[list[list[int]], list[list[float]], list[float]]:
+        """As :meth:`best`, and log-probabilities between the two; 0 where there is no choice."""
         if width == 1:
-            return self.likeliest(logits).tolist(), [[0.0]] * len(logits)
+            tokens, read = self.best(logits, width, signals)
+            return tokens, [[0.0]] * len(logits), read
         values, indices = logits.topk(min(width, logits.shape[-1]))
         log_p = values.float() - logits.float().logsumexp(-1, keepdim=True)
-        return self.tokens(indices).tolist(), log_p.tolist()
+        flat, scores, read = to_host(self.tokens(indices), log_p, signals)
+        return _rows(map(int, flat), values.shape[1]), _rows(scores, values.shape[1]), read
 
     def draw(self, logits: Tensor, how: Sampling, position: int, ahead: int) -> tuple[int, Tensor]:
         """A token drawn from one row ``[V]``, and what it was drawn from, float32 ``[vocab]`` on the CPU.
@@ -73,3 +87,7 @@ class Readout:
         places = torch.full((self.vocab,), -1, device=self.ids.device)
         places[self.ids] = torch.arange(len(self.ids), device=self.ids.device)
         return places[tokens.to(self.ids.device)]
+
+
+def _rows(flat: Iterable[Number], width: int) -> list[list[Number]]:
+    return [list(row) for row in zip(*[iter(flat)] * width, strict=True)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from selfspec import heads
 from selfspec.errors import ConfigError
+from selfspec.model.transfer import to_host
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head, features, linear
@@ -125,10 +126,10 @@ class EarlyExit(hooks.Proposer):
             states = self._estimate(self._run(slots, tokens, positions, furthest), states)
             logits = self.readout(states)
             tokens = self.readout.likeliest(logits)
-            signals = self.gate.signals(logits) if self.gate.reads else []
+            listed, signals = to_host(tokens, self.gate.signal(logits))
             self.record.totals.update(steps=1, tokens=len(going))
             stay = list[int]()
-            for place, (row, token) in enumerate(zip(going, tokens.tolist(), strict=True)):
+            for place, (row, token) in enumerate(zip(going, map(int, listed), strict=True)):
                 draft = drafts[row]
                 if signals:
                     draft.signals.append(signals[place])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,6 +23,7 @@ from selfspec.lazy import F, torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Layers, Model
 from selfspec.model.cache import KVCache
+from selfspec.model.transfer import to_device
 from selfspec.model.tree import Tree
 from selfspec.speculation.draft.base import Draft, Proposal
 from selfspec.speculation.gate.base import Gate
@@ -95,7 +96,7 @@ class DraftModel(Draft):
         going = [most[id(row)] > 0 for row in self._rows]
         logits = self._catch_up() if any(going) else None
         while logits is not None:
-            signals = gate.signals(logits) if gate.reads else []
+            signals = gate.signal(logits).tolist()
             tokens = likeliest(logits)
             for r, row in enumerate(self._rows):
                 tree, ahead = trees[id(row)], len(trees[id(row)]) - 1
@@ -150,8 +151,8 @@ class DraftModel(Draft):
         hidden = self._run([token for tree in unseen for token in tree.tokens], self._cache.place(unseen))
         for index, tree in enumerate(unseen):
             self._cache.commit(index, range(len(tree)))
-        last = torch.tensor([len(tree) for tree in unseen]).cumsum(0) - 1
-        return self._logits(hidden[last.to(hidden.device)])
+        last = [end - 1 for end in accumulate(map(len, unseen))]
+        return self._logits(hidden[to_device(last, hidden.device)])
 
     def _extend(self, tokens: Sequence[int]) -> Tensor:
         """Runs one more drafted token of every row: the logits ``[R, vocab]`` after it."""

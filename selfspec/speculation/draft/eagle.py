@@ -17,6 +17,7 @@ from selfspec.errors import ConfigError
 from selfspec.lazy import F, torch
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
+from selfspec.model.transfer import to_device
 from selfspec.model.tree import Tree
 from selfspec.options import bounded, setting
 from selfspec.speculation import beam, block
@@ -143,11 +144,10 @@ class Eagle(Draft):
         gone = [own.tree(0) for own in beams]
         states = torch.cat([self.begin(row) for row in rows]) if any(going) else torch.empty(0)
         for step in range(max(ks)):
-            tokens = torch.tensor([token for own in beams for token in own.tokens], device=states.device)
+            tokens = to_device([token for own in beams for token in own.tokens], states.device)
             states = self.go_on(states, tokens, gone, cache)
             logits, paths = self.readout(states[:, : self.model.shape.hidden]), len(states) // len(rows)
-            signals = gate.signals(logits[::paths]) if gate.reads else []
-            likely, log_p = self.readout.candidates(logits, self.width)
+            likely, log_p, signals = self.readout.candidates(logits, self.width, gate.signal(logits[::paths]))
             parents = list[int]()
             for r, (row, own) in enumerate(zip(rows, beams, strict=True)):
                 # Before the beam grows: a doubted token is not in the pool that `tree` takes from.
@@ -170,7 +170,7 @@ class Eagle(Draft):
             if not any(going):
                 break
             if self.width > 1:
-                states = states[parents]
+                states = states[to_device(parents, states.device)]
         for tree, signals, drawn in zip(trees, seen, drawn_from, strict=True):
             tree.signals = signals
             tree.drawn_from = torch.stack(drawn[: len(tree) - 1]) if len(tree) > 1 and drawn else None
@@ -238,7 +238,7 @@ class Trained(Eagle):
             tokens, states = row.tokens, F.pad(states, (0, 0, 1, 0))
         # `first` is negative: slots before the root's, where true states now replace the draft's estimates.
         at = cache.place([Tree.chain(tokens[-1:])], first=1 - len(tokens), row=index)
-        embedded = self.model.embedding[torch.tensor(tokens, device=states.device)]
+        embedded = self.model.embedding[to_device(tokens, states.device)]
         self.block.write(features(embedded, states), cache, at)
 
     def go_on(self, states: Tensor, tokens: Tensor, trees: Sequence[Tree], cache: KVCache) -> Tensor:

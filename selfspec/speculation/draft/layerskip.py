@@ -126,8 +126,7 @@ class EarlyExit(Draft):
             hidden.append(self.model.run(self.model.embed(tokens, at), cache, at, 0, exit_layer))
             states = self.estimate(hidden[-1], states, cache, at)
             logits = self.readout(states)
-            signals = gate.signals(logits) if gate.reads else []
-            best = self.readout.likeliest(logits, self.width).tolist()
+            best, signals = self.readout.best(logits, self.width, gate.signal(logits))
             tokens = [token for token, *_ in best]
             for r, tree in enumerate(trees):
                 if not going[r]:

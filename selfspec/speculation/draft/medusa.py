@@ -25,6 +25,7 @@ from omegaconf import MISSING
 from selfspec.lazy import F, torch
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
+from selfspec.model.transfer import to_device
 from selfspec.model.tree import Tree
 from selfspec.options import bounded, setting
 from selfspec.speculation import beam
@@ -98,11 +99,10 @@ class Medusa(Draft):
         most = max(ks)
         if most == 0:
             return super().propose(rows, ks, gate, cache)
-        verified = self.model.embedding[[row.tokens[-1] for row in rows]]
+        verified = self.model.embedding[to_device([row.tokens[-1] for row in rows], self.model.device)]
         states = estimate(self.weight, self.bias, self.block, stack(rows), verified, most)
         logits = self.readout(states.view(len(rows) * most, -1))
-        signals = gate.signals(logits) if gate.reads else []
-        tokens, log_p = self.readout.candidates(logits, self.width)
+        tokens, log_p, signals = self.readout.candidates(logits, self.width, gate.signal(logits))
         trees = []
         for r, (row, k) in enumerate(zip(rows, ks, strict=True)):
             first, seen = r * most, signals[r * most : r * most + k]

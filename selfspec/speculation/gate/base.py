@@ -15,11 +15,11 @@ class Gate:
     """Never stops a draft, and reads nothing. The base of the others."""
 
     reads = False
-    """Whether :meth:`signals` is to be called: what need not be computed is not."""
+    """Whether it has a signal."""
 
-    def signals(self, logits: Tensor) -> list[float]:
-        """The draft's logits ``[R, vocab]`` -> R numbers."""
-        return []
+    def signal(self, logits: Tensor) -> Tensor:
+        """The draft's logits ``[R, vocab]`` -> ``[R]``; ``[0]`` of a gate that reads nothing."""
+        return logits.new_empty(0)
 
     def signal_at(self, p: float, others: int) -> float:
         """The signal of a distribution in which one token has probability p, and so many others share the rest."""
@@ -56,11 +56,6 @@ class Threshold(Gate):
     def signal(self, logits: Tensor) -> Tensor:
         """The draft's logits ``[R, vocab]`` -> ``[R]``."""
         raise NotImplementedError
-
-    def signals(self, logits: Tensor) -> list[float]:
-        """One number a row."""
-        numbers: list[float] = self.signal(logits).tolist()
-        return numbers
 
     def stops(self, signal: float) -> bool:
         """Below the threshold, or above it."""
