@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from zoo import IDS, MODERN, OLD, OPT, SCOUT, SIZES, VOCAB, build
 
 from selfspec.axes import DRAFT
 from selfspec.engine.torch.session import Scheduler
@@ -29,49 +30,20 @@ from selfspec.types import Completion, Request
 
 pytestmark = pytest.mark.usefixtures("inference")
 
-CPU, VOCAB, NEW, EXIT = torch.device("cpu"), 80, 20, 2
-IDS = {"vocab_size": VOCAB, "bos_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-MODERN = SIZES | IDS | {"num_key_value_heads": 2, "max_position_embeddings": 128}
-SCOUT = {
-    **MODERN,
-    **{"head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 4, "max_position_embeddings": 10485760},
-    **{"attention_chunk_size": 96, "floor_scale": 80},  # 8192 both in the real one
-}
+CPU, NEW, EXIT = torch.device("cpu"), 20, 2
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
 LONGROPE = {
     "original_max_position_embeddings": 64,
     "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **FACTORS},
 }
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "OPT": (
-        "OPTForCausalLM",
-        {**SIZES, **IDS, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
-    ),
-    "GPT-2": ("GPT2LMHeadModel", {**IDS, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}),
+    "OPT": ("OPTForCausalLM", OPT),
+    "GPT-2": ("GPT2LMHeadModel", OLD),
     "Llama 4": ("Llama4ForCausalLM", SCOUT),
     "Qwen2": ("Qwen2ForCausalLM", MODERN | {"tie_word_embeddings": True}),
     "GPT-NeoX": ("GPTNeoXForCausalLM", SIZES | IDS | {"max_position_embeddings": 128}),
     "Mistral": ("MistralForCausalLM", MODERN | {"sliding_window": 100}),
 }
-CONFIGS = {"Llama4ForCausalLM": "Llama4TextConfig", "GPT2LMHeadModel": "GPT2Config"}
-
-
-def build(kind: str, settings: dict[str, Any], folder: Path) -> Any:
-    """Transformers' model of random weights, biases and norms included, and saved; it seldom repeats itself."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, CONFIGS.get(kind, kind.removesuffix("ForCausalLM") + "Config"))
-    model = getattr(transformers, kind)(config(**settings)).eval()
-    for name, weight in model.named_parameters():
-        if weight.dim() == 1:
-            weight.copy_(float(name.endswith("weight")) + 0.2 * torch.randn(weight.shape))  # norms; biases
-        else:
-            weight.copy_(2 * torch.randn(weight.shape) / min(weight.shape) ** 0.5)
-    transformers.logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    return model
 
 
 def prompts(*lengths: int) -> list[tuple[int, ...]]:

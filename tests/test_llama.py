@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
-
 from transformers import AutoModelForCausalLM
 
 from selfspec.errors import AssetError, ConfigError
@@ -392,7 +391,7 @@ class TestCheckpoint:
             load(folder)
         for text in ("{", "[]", "{}", '{"weight_map": {"a": 1}}'):
             index.write_text(text)
-            with pytest.raises(AssetError, match="index.json"):
+            with pytest.raises(AssetError, match=r"index\.json"):
                 load(folder)
 
     def test_a_head_beside_a_tied_embedding_is_kept_if_it_differs(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A model folder as transformers reads it: its config with the class's defaults, its stop tokens, its files' tensors."""
+"""A model folder as transformers reads it: its config with its class's defaults, its stop tokens, its tensors."""
 
 import json
 from collections.abc import Mapping

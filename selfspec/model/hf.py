@@ -15,7 +15,7 @@ d head size.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -188,7 +188,7 @@ class HFModel:
         return KVCache(*size, self.dtype, self.device, s.max_positions)
 
     def embed(self, tokens: Sequence[int] | Tensor, at: AttentionMetadata) -> Tensor:
-        """Token ids, N of them -> ``[N, D]``, what the first layer is handed: scaled, normed, with learned positions."""
+        """Token ids, N of them -> ``[N, D]``, as the first layer is handed it: scaled, normed, with positions."""
         ids = _rows(torch.as_tensor(tokens, device=self.device), at)
         return self._pass(Pass(0, 0, None, at), None, input_ids=ids)
 
@@ -215,7 +215,7 @@ class HFModel:
         return hidden
 
     def logits(self, state: Tensor) -> Tensor:
-        """Normed states ``[N, D]`` -> logits ``[N, vocab]``: the head's, biased, scaled and capped as the model does."""
+        """Normed states ``[N, D]`` -> logits ``[N, vocab]``: biased, scaled and capped as in the model."""
         return F.linear(state, self.lm_head) if self.plain_head else self._head(state)
 
     def _head(self, state: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ class HFModel:
 
 
 class _Said:
-    """What a stack of layers gives its model: final states ``[1, N, D]``, and nothing of all else it may be asked for."""
+    """What a stack of layers gives its model: final states ``[1, N, D]``, and nothing else it may be asked for."""
 
     def __init__(self, states: Tensor) -> None:
         self.last_hidden_state = states
@@ -318,7 +318,8 @@ class Slots:
         new = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
         new = (x if self.at.unpad is None else x[self.at.unpad] for x in new)
         # Latent attention's keys are wider than its values: the cache is as wide as the wider of both.
-        keys, values = self.cache.append(layer, *(F.pad(x, (0, slot - x.shape[-1])) for x in new), self.at)
+        keys, values = (F.pad(x, (0, slot - x.shape[-1])) for x in new)
+        keys, values = self.cache.append(layer, keys, values, self.at)
         return keys[..., : sizes[0]], values[..., : sizes[1]]
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -386,7 +387,7 @@ class _Seen:
 
 
 @contextmanager
-def _instead(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def _instead(modules: Iterable[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Other ``forward`` methods for some modules, for a while."""
     for module, forward in zip(modules, forwards, strict=True):
         module.__dict__["forward"] = forward
@@ -463,7 +464,7 @@ def read(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def stop_tokens(lm: Any) -> frozenset[int]:
-    """The end-of-sequence tokens that ``generate`` stops at: the generation config's, which has the model's if need be."""
+    """The end-of-sequence tokens that ``generate`` stops at: of the generation config, made from the model's if need be."""
     eos = lm.generation_config.eos_token_id
     return frozenset([eos] if isinstance(eos, int) else eos or [])
 

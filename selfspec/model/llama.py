@@ -40,6 +40,7 @@ class Llama:
 
     folder: Path | None = None
     native = graphs = fused = False
+    plain_head = True
     int8 = False
     _stack: Stack | None = None
 
@@ -270,7 +271,7 @@ def _window(config: dict[str, Any]) -> tuple[int | None, frozenset[int]]:
 
 
 def _head(weights: dict[str, Tensor], tied: bool) -> Tensor:
-    """``[vocab, D]``: a head that differs from the embedding is kept, as transformers does, whatever the config says."""
+    """``[vocab, D]``: a head that differs from the embedding is kept, as in transformers, whatever the config says."""
     embedding = weights["model.embed_tokens.weight"]
     head = weights.get("lm_head.weight") if tied else weights["lm_head.weight"]
     return embedding if head is None or (tied and torch.equal(head, embedding)) else head
