@@ -215,8 +215,8 @@ class TestEncode:
         assert type(tokens) is list and {type(token) for token in tokens} == {int}
         return " ".join(VOCABULARY[token] for token in tokens)
 
-    def test_text_is_taken_as_it_is(self, engine: Maker, folder: Path) -> None:
-        assert self.said(engine(f"model.source=file:{folder}"), chat=False) == "a model drafts <unk>"
+    def test_text_begins_as_the_tokenizer_has_it(self, engine: Maker, folder: Path) -> None:
+        assert self.said(engine(f"model.source=file:{folder}"), chat=False) == "<pad> a model drafts <unk>"
 
     def test_chat_is_a_users_turn_and_the_beginning_of_the_models(self, engine: Maker, folder: Path) -> None:
         template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"

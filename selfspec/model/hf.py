@@ -464,7 +464,7 @@ def read(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def stop_tokens(lm: Any) -> frozenset[int]:
-    """The end-of-sequence tokens that ``generate`` stops at: of the generation config, made from the model's if need be."""
+    """The end-of-sequence tokens that ``generate`` stops at: of the generation config, or what it is made from."""
     eos = lm.generation_config.eos_token_id
     return frozenset([eos] if isinstance(eos, int) else eos or [])
 
