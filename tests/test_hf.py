@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from zoo import IDS, MODERN, OLD, OPT, SCOUT, SIZES, VOCAB, build
+from zoo import BOTH, HEADS, IDS, MODERN, OLD, OPT, SCOUT, SIZES, VOCAB, WINDOW, build
 
 from selfspec.axes import DRAFT
 from selfspec.engine.torch.session import Scheduler
@@ -43,6 +43,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2ForCausalLM", MODERN | {"tie_word_embeddings": True}),
     "GPT-NeoX": ("GPTNeoXForCausalLM", SIZES | IDS | {"max_position_embeddings": 128}),
     "Mistral": ("MistralForCausalLM", MODERN | {"sliding_window": 100}),
+    "Gemma 3": ("Gemma3ForCausalLM", MODERN | HEADS | WINDOW | BOTH | {"query_pre_attn_scalar": 8}),
 }
 
 
