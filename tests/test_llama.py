@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from selfspec.errors import AssetError, ConfigError
 from selfspec.model.cache import KVCache
@@ -37,7 +38,11 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
     "linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
-    "mistral window": ("Mistral", {"sliding_window": 24}),
+    "mistral window": ("Mistral", {"sliding_window": 10}),
+    "qwen2 windows": (
+        "Qwen2",
+        {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1, "tie_word_embeddings": False},
+    ),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
@@ -108,7 +113,7 @@ def test_transformers_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     for cuts in [(), (1,), (9, 10, 15), tuple(range(1, 24))]:
         assert_close(logits(ours, TOKENS, *cuts), wanted, atol=1e-4, rtol=0)
     assert ours.shape.eos == {2} and (ours.lm_head is ours.embedding) == (theirs.config.tie_word_embeddings or False)
-    assert ours.shape.max_positions == (24 if name == "mistral window" else 64)
+    assert ours.shape.max_positions == 64
 
 
 def test_settings_as_older_transformers_wrote_them(tmp_path: Path) -> None:
@@ -119,18 +124,41 @@ def test_settings_as_older_transformers_wrote_them(tmp_path: Path) -> None:
         del config[key]
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "eos_token_id": [2, 7]}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").unlink()
     ours = load(folder)
     assert_close(logits(ours, TOKENS), theirs(torch.tensor([TOKENS])).logits[0], atol=1e-4, rtol=0)
     assert ours.shape.eos == {2, 7}
 
 
-@pytest.mark.parametrize(("used", "positions"), [(False, 64), (True, 8)])
-def test_a_window_counts_where_it_is_used(tmp_path: Path, used: bool, positions: int) -> None:
+@pytest.mark.parametrize("used", [False, True])
+def test_a_window_counts_where_it_is_used(tmp_path: Path, used: bool) -> None:
     """Qwen's files name one, and say that it is not."""
     _, folder = build("qwen2", tmp_path)
-    config = json.loads((folder / "config.json").read_text()) | {"sliding_window": 8, "use_sliding_window": used}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"sliding_window": 8, "use_sliding_window": used, "max_window_layers": 0}
+    del config["layer_types"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert load(folder).shape.max_positions == positions
+    ours = load(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert_close(logits(ours, TOKENS), theirs(torch.tensor([TOKENS])).logits[0], atol=1e-4, rtol=0)
+    near, far = (logits(ours, tokens)[-1] for tokens in (TOKENS[-9:], TOKENS[-20:]))
+    assert torch.allclose(near, far) is False, "layers hand on what they saw through their windows"
+
+
+@pytest.mark.parametrize("others", [0, 2], ids=["alone", "in a batch"])
+def test_a_window_is_of_positions_and_a_tree_has_fewer_than_slots(tmp_path: Path, others: int) -> None:
+    model = load(build("mistral window", tmp_path)[1])
+    cache = model.new_cache(40, rows=1 + others)
+    trees = [BUSHY, Tree.chain(TOKENS[:3]), Tree([1, 2, 3], [-1, 0, 0])][: 1 + others]
+    for row in range(1 + others):
+        begin(model, cache, TOKENS[row : 9 + 3 * row])
+    got = iter(full(model, cache, trees))
+    for row, tree in enumerate(trees):
+        for node in range(len(tree)):
+            path, at = list[int](), node
+            while at >= 0:
+                path, at = [tree.tokens[at], *path], tree.parents[at]
+            assert_close(next(got), logits(model, TOKENS[row : 9 + 3 * row] + path)[-1], atol=1e-4, rtol=0)
 
 
 def test_another_dtype_is_the_same_model(qwen: Llama) -> None:
@@ -313,7 +341,7 @@ def test_a_damaged_folder_is_an_asset_error(tiny_folder: Path, tmp_path: Path, d
         case "no layer":
             config["num_hidden_layers"] += 1
         case "no key":
-            del config["rms_norm_eps"]
+            config["rms_norm_eps"] = "small"
     (tmp_path / "config.json").write_text("{" if damage == "no config" else json.dumps(config))
     if damage != "no weights":
         (tmp_path / "model.safetensors").write_bytes(weights)
@@ -321,3 +349,85 @@ def test_a_damaged_folder_is_an_asset_error(tiny_folder: Path, tmp_path: Path, d
     with pytest.raises(AssetError, match=str(folder)) as error:
         load(folder)
     assert "\n" not in str(error.value)
+
+
+class TestCheckpoint:
+    """A folder is what transformers says it is."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return build("llama untied", tmp_path)[1]
+
+    def check(self, folder: Path) -> Llama:
+        theirs, ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load(folder)
+        assert_close(logits(ours, TOKENS), theirs(torch.tensor([TOKENS])).logits[0], atol=1e-4, rtol=0)
+        eos = theirs.generation_config.eos_token_id
+        assert ours.shape.eos == frozenset([eos] if isinstance(eos, int) else eos or [])
+        return ours
+
+    def edit(self, folder: Path, drop: Sequence[str] = (), **new: Any) -> None:
+        config = json.loads((folder / "config.json").read_text()) | new
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
+
+    def test_shards_that_the_index_names_and_no_other(self, folder: Path) -> None:
+        theirs = AutoModelForCausalLM.from_pretrained(folder)
+        theirs.save_pretrained(folder, max_shard_size="20KB")
+        (folder / "model.safetensors").unlink()
+        shards = sorted(folder.glob("model-*.safetensors"))
+        assert len(shards) > 2
+        stale = {name: torch.randn_like(tensor) for file in shards for name, tensor in load_file(file).items()}
+        save_file(stale, folder / "model-99999-of-99999.safetensors", {"format": "pt"})
+        self.check(folder)
+        shards[0].unlink()
+        with pytest.raises(AssetError, match=shards[0].name):
+            load(folder)
+
+    def test_an_index_that_names_what_is_not_there(self, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys([*weights, "model.extra"], "a.safetensors")}))
+        with pytest.raises(AssetError, match=r"a\.safetensors lacks model\.extra"):
+            load(folder)
+        for text in ("{", "[]", "{}", '{"weight_map": {"a": 1}}'):
+            index.write_text(text)
+            with pytest.raises(AssetError, match=r"index\.json"):
+                load(folder)
+
+    def test_a_head_beside_a_tied_embedding_is_kept_if_it_differs(self, folder: Path) -> None:
+        self.edit(folder, tie_word_embeddings=True)
+        assert (model := self.check(folder)).lm_head is not model.embedding
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        assert (model := self.check(folder)).lm_head is model.embedding
+
+    @pytest.mark.parametrize("drop", [["rms_norm_eps"], ["head_dim"], ["rope_parameters"], ["tie_word_embeddings"]])
+    def test_an_absent_key_is_what_its_class_says(self, folder: Path, drop: list[str]) -> None:
+        self.edit(folder, drop)
+        self.check(folder)
+
+    def test_a_class_has_defaults_of_its_own(self, tmp_path: Path) -> None:
+        _, folder = build("mistral", tmp_path)
+        self.edit(folder, ["sliding_window"])
+        assert load(folder)._window == 4096
+        self.edit(folder, ["num_key_value_heads"])
+        with pytest.raises(AssetError, match=r"k_proj\.weight is \(32, 32\); by config\.json it must be \(128, 32\)"):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        ("generation", "eos"), [({"eos_token_id": [5, 6]}, {5, 6}), ({"eos_token_id": 7}, {7}), (None, {2})]
+    )
+    def test_stop_tokens(self, folder: Path, generation: dict[str, Any] | None, eos: set[int]) -> None:
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(generation)) if generation is not None else path.unlink()
+        assert self.check(folder).shape.eos == eos
+
+    @pytest.mark.parametrize(
+        "change", [{"hidden_size": 64}, {"vocab_size": 51}, {"intermediate_size": 40}, {"num_attention_heads": 8}]
+    )
+    def test_a_tensor_of_another_shape(self, folder: Path, change: dict[str, Any]) -> None:
+        self.edit(folder, **change, head_dim=None)
+        with pytest.raises(AssetError, match=r" is \(.*\); by config\.json it must be ") as error:
+            load(folder)
+        assert "\n" not in str(error.value)

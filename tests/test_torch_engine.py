@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY
 
 from selfspec import heads
 from selfspec.engine.base import Tie
 from selfspec.engine.torch import ties, weights
 from selfspec.engine.torch.engine import TorchEngine
-from selfspec.errors import ConfigError, HeadError
+from selfspec.errors import AssetError, ConfigError, HeadError
 from selfspec.model.base import Model
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
@@ -214,8 +215,8 @@ class TestEncode:
         assert type(tokens) is list and {type(token) for token in tokens} == {int}
         return " ".join(VOCABULARY[token] for token in tokens)
 
-    def test_text_is_taken_as_it_is(self, engine: Maker, folder: Path) -> None:
-        assert self.said(engine(f"model.source=file:{folder}"), chat=False) == "a model drafts <unk>"
+    def test_text_begins_as_the_tokenizer_has_it(self, engine: Maker, folder: Path) -> None:
+        assert self.said(engine(f"model.source=file:{folder}"), chat=False) == "<pad> a model drafts <unk>"
 
     def test_chat_is_a_users_turn_and_the_beginning_of_the_models(self, engine: Maker, folder: Path) -> None:
         template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
@@ -399,3 +400,35 @@ class TestPlace:
     def test_nothing_is_loaded_before_it_is_asked_for(self, engine: Maker, tmp_path: Path) -> None:
         made = engine(f"model.source=file:{tmp_path / 'none'}")
         assert made.describe()["device"] == "cpu"
+
+
+class TestNonsense:
+    """What would make every number nonsense ends the job with one line."""
+
+    @pytest.mark.parametrize(
+        ("name", "where"),
+        [
+            ("model.embed_tokens.weight", "in the embedding"),
+            ("model.layers.2.mlp.down_proj.weight", "after layer 3 of 6"),
+            ("model.norm.weight", "in the final norm"),
+        ],
+    )
+    @pytest.mark.parametrize("layers", ["fast", "hf"])
+    def test_logits_that_are_not_finite(
+        self, engine: Maker, tiny_folder: Path, tmp_path: Path, name: str, where: str, layers: str
+    ) -> None:
+        folder = shutil.copytree(tiny_folder, tmp_path / "broken")
+        weights = load_file(folder / "model.safetensors")
+        weights[name][..., 3] = float("nan")
+        if name == "model.norm.weight":
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        made = engine(f"model.source=file:{folder}", f"engine.layers={layers}")
+        with pytest.raises(AssetError, match=rf"^model: its logits are not finite in float32: first {where}$"):
+            made.generate([Request((5, 6, 7), 4)], plain=True)
+
+    def test_token_ids_that_the_model_lacks(self, engine: Maker) -> None:
+        with pytest.raises(ConfigError, match=r"^model: its tokenizer gives token 80; the model has 80, from 0 to 79$"):
+            engine().generate([Request((5, 80), 4)], plain=True)
+        with pytest.raises(ConfigError, match="its tokenizer gives token 99"):
+            engine().score((5, 6), [(99,)], plain=True)

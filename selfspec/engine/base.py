@@ -141,11 +141,18 @@ class Tokenizer(Protocol):
     """Text <-> token ids, as the model has been taught them."""
 
     def encode(self, text: str, chat: bool) -> list[int]:
-        """Text -> token ids; with ``chat``, as a user's turn in the model's chat template.
+        """A prompt -> token ids, with the special tokens that the tokenizer puts around a text.
+
+        Args:
+            chat: as a user's turn in the model's chat template, whose special tokens are its own.
 
         Raises:
-            ConfigError: the model has none.
+            ConfigError: the model has none, or it refuses the text.
         """
+        ...
+
+    def encode_part(self, text: str) -> list[int]:
+        """A part of a text -> token ids, no special tokens added: an answer, a continuation."""
         ...
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -158,6 +165,10 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Token ids -> text, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+    def piece(self, token: int) -> bytes:
+        """A token by itself, as UTF-8 or a part of a character; a special one's name; none, where there is no such."""
         ...
 
     def prefix(self) -> Prefix:

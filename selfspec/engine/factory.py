@@ -61,7 +61,7 @@ def reference(name: str, plan: Plan) -> Engine:
 
 def served(url: str, secret: str | None, tokenizer: Tokenizer) -> Server:
     """A server of ours, as a caller with this API key sees it; ``tokenizer`` reads its text."""
-    return Server("url", url, secret, lambda text, stopped: tokenizer.encode(text, chat=False), direct=True)
+    return Server("url", url, secret, lambda text, stopped: tokenizer.encode_part(text), direct=True)
 
 
 def weights(plan: Plan) -> Path:

@@ -161,10 +161,15 @@ class AttentionMetadata:
 
         ``None`` where it may look at everything, or where :attr:`causal` says it all.
         """
+        # With nothing before it, a chain's mask is the plain triangle, for which attention has a kernel of its own.
+        if self.causal or (self._alone and self.width == 1 and self.trees[0].is_chain):
+            return None
+        return self.visible
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Bool ``[R, 1, T, S]``, true where a token may look; :attr:`mask`, always there."""
         if self._alone and self.trees[0].is_chain:
-            # With nothing before it, a chain's mask is the plain triangle, for which attention has a kernel of its own.
-            if self.causal or self.width == 1:
-                return None
             triangle = torch.ones(self.width, self.stop, dtype=torch.bool, device=self.device)
             return triangle.tril(self.start)[None, None]
         verified = torch.arange(self.stop, device=self.device) < self._numbers["base"][:, None]
@@ -172,12 +177,28 @@ class AttentionMetadata:
         mask.view(-1).index_fill_(0, self._numbers["seen"], True)
         return mask
 
+    @cached_property
+    def query_positions(self) -> Tensor:
+        """int64 ``[R, T]``, every token's position, laid out as attention has them."""
+        positions = self._numbers["positions"]
+        return (positions if self.pad is None else positions[self.pad]).view(self.count, self.width)
+
+    @cached_property
+    def key_positions(self) -> Tensor:
+        """int64 ``[R, S]``, the position of what lies in every slot; of slots that no token of the row sees, any."""
+        found = torch.arange(self.stop).repeat(self.count, 1)
+        for row, (base, tree) in enumerate(zip(self.bases, self.trees, strict=True)):
+            if not tree.is_chain:
+                found[row, base : base + len(tree)] = base + torch.tensor(tree.depths())
+        return found.to(self.device)
+
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, mask: Tensor | None) -> Tensor:
     """Grouped-query attention: ``[N, H, d]`` over ``[R, G, S, d]`` -> ``[N, H * d]``.
 
     The H / G heads of a group are laid end to end as if they were more tokens, so that each key-value head
-    is read once (4x faster on a CPU in bf16); ``mask`` repeats in step. Prefill keeps the causal kernel.
+    is read once (4x faster on a CPU in bf16); ``mask`` repeats in step. Prefill keeps the causal kernel, unless a
+    window gives it a ``mask`` ``[1, 1, T, S]``.
     """
     heads, size = q.shape[1:]
     # Rows are laid out side by side here only; every matrix product runs on packed tokens.
@@ -185,7 +206,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, mask:
         q = q[at.pad]
     q = q.view(at.count, at.width, heads, size).transpose(1, 2)
     if at.causal:
-        mixed = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=True)
     else:
         folded = q.reshape(at.count, keys.shape[1], -1, size)
         mixed = F.scaled_dot_product_attention(folded, keys, values, mask).view(q.shape)

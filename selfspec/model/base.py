@@ -59,6 +59,8 @@ class Model(Protocol):
     """``[vocab, D]``, the token embedding."""
     lm_head: Tensor
     """``[vocab, D]``, what reads normed final states."""
+    plain_head: bool
+    """Whether logits are one product with it, neither biased, nor scaled, nor capped."""
 
     def to(self, dtype: torch.dtype) -> Self:
         """The same model in another dtype (a copy; used to look at a tie in float32)."""

@@ -1,19 +1,26 @@
 """Any other Hugging Face causal language model, as layers that run in ranges on our own cache.
 
-The model's own modules do the work: each decoder layer is handed the residual stream, our mask, its rotary
-angles and, in the place of a cache, a :class:`Slots` that writes where our
-:class:`~selfspec.model.cache.AttentionMetadata` says.
-What a model does *between* its layers (a scaled embedding, a second stream, a state carried along) would be
-lost so; hence every model that is loaded first proves, on a few tokens, that it comes to its own logits.
+The model's own forward does the work, whatever it does before, between and after its layers: scale an embedding, pick a
+rotary table or a mask for each kind of layer, multiply or cap its logits. A pass over layers ``first`` to ``last - 1``
+is that forward with every layer's ``forward`` behind a gate (:meth:`HFModel._gate`): layers before are passed by, the
+first is handed our residual stream, and after the last the forward is left. In the place of a cache it is given a
+:class:`Slots`, which writes where our :class:`~selfspec.model.attention.AttentionMetadata` says; and its masks are made
+by its own rules (causal, windows, chunks) from the *positions* of our slots, within what a draft's tree lets be seen.
 
-Shapes: R rows, T tokens of the widest row, N new tokens of all rows, D hidden size, G key-value heads, d head size.
+Every model that is loaded first proves, on a few tokens, that it comes to its own logits so.
+
+Shapes: R rows, T tokens of the widest row, N new tokens of all rows, S slots, D hidden size, G key-value heads,
+d head size.
 """
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +36,11 @@ from selfspec.model.llama import Llama
 from selfspec.model.transfer import to_device
 from selfspec.model.tree import Tree
 
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
-_LEARNED_POSITIONS = ("wpe", "embed_positions")
-_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_CACHES = (
-    "cache",
-    "past_key_values",
-    "layer_past",
-)  # what layers call it: 5.24 renamed the second, GPT-NeoX has the third
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_CACHES = ("cache", "past_key_values")  # 5.24 renamed the second
+_KEEP_NOTHING = {"linear_attention", "mamba", "mamba2", "recurrent", "conv"}
+"""Kinds of layers, as configs name them, that carry a state along: what a rejected draft did to it cannot be undone."""
+_UNBOUNDED = 1 << 17
+"""Positions of a model that names no limit."""
 
 
 def load(
@@ -71,45 +74,77 @@ def load(
     return HFModel.load(folder, device, dtype)
 
 
+class Pass(NamedTuple):
+    """What is to be run: layers ``first`` to ``last - 1`` on ``hidden`` ``[R, T, D]``; ``None``: on the embedding."""
+
+    first: int
+    last: int
+    hidden: Tensor | None
+    at: AttentionMetadata
+
+
+class _Reached(BaseException):
+    """The range of layers is over: the forward is left with the residual stream ``[R, T, D]``."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+_RUNNING: ContextVar[AttentionMetadata | None] = ContextVar("pass", default=None)
+"""Whose masks are made; ``None``: transformers' own, as in its ``generate``."""
+
+
 class HFModel:
     """A frozen ``transformers`` model whose layers run in ranges; see :class:`~selfspec.model.base.Model`."""
 
     folder: Path | None = None
     native = graphs = fused = False
+    trees = True
+    """Whether trees can be verified. ALiBi, as transformers computes it, tells distances by slots: chains only."""
+    batches = True
+    """Whether several rows can be run at once: not where layers have masks of their own, by slots (GPT-Neo)."""
 
     def __init__(self, lm: Any) -> None:
         """``lm``: a ``PreTrainedModel`` with a language-model head, its weights loaded.
 
         Raises:
-            ConfigError: it is not a stack of layers between an embedding and a final norm.
+            ConfigError: it is not a stack of layers that keep keys and values.
         """
         self.lm = lm.eval().requires_grad_(False)
         config = lm.config.get_text_config(decoder=True)
-        stack = _stack(lm, config.num_hidden_layers)
-        self.layers: nn.ModuleList = _member(stack, ("layers", "h"), "layers")
-        self._cache_name = _cache_name(self.layers[0])
-        self._norm: nn.Module = _member(stack, _FINAL_NORMS, "final norm")
-        self._rotary: nn.Module | None = getattr(stack, "rotary_emb", None)
-        self._learned = _learned_positions(stack)
-        self._embed: nn.Module = lm.get_input_embeddings()
-        head = lm.get_output_embeddings()
-        if getattr(head, "bias", None) is not None or any(getattr(config, name, None) for name in _SOFT_CAPS):
-            raise ConfigError(f"model: {_kind(lm)} biases or caps its logits, and drafts read them as one product")
-        self.embedding: Tensor = self._embed.weight
-        self.lm_head: Tensor = head.weight
+        kept = next((kind for kind in getattr(config, "layer_types", None) or () if kind in _KEEP_NOTHING), None)
+        if kept:
+            raise ConfigError(f"model: {_kind(lm)} has {kept} layers, which keep no keys and values to go back to")
+        self._stack, self.layers = _stack(lm, config.num_hidden_layers)
+        taken = inspect.signature(self._stack.forward).parameters
+        cache_name = next((name for name in _CACHES if name in taken), None)
+        if cache_name is None:
+            raise ConfigError(f"model: {_kind(lm)} takes no cache of keys and values")
+        self._cache_name, self._takes_positions = cache_name, "position_ids" in taken
+        _make_masks_by_positions()
+        self._gates = [partial(self._gate, index, layer.forward) for index, layer in enumerate(self.layers)]
+        self.embedding: Tensor = lm.get_input_embeddings().weight
+        self.lm_head: Tensor = lm.get_output_embeddings().weight
+        if self.lm_head.shape[1] != config.hidden_size:
+            raise ConfigError(f"model: {_kind(lm)} reads out states of another size than its layers'")
         self.dtype, self.device = self.lm_head.dtype, self.lm_head.device
-        heads = config.num_attention_heads
+        seen = _Seen(self)
+        self._tuples, self._after = seen.tuples, seen.after
         self.shape = Shape(
             layers=len(self.layers),
             hidden=config.hidden_size,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            heads=config.num_attention_heads,
+            kv_heads=seen.kv_heads,
+            head_dim=seen.head_dim,
             vocab=len(self.lm_head),
-            max_positions=_max_positions(config, self._learned),
-            norm_eps=getattr(self._norm, "variance_epsilon", getattr(self._norm, "eps", 0.0)),
+            max_positions=_max_positions(config),
+            norm_eps=_epsilon(self._after),
             eos=stop_tokens(lm),
         )
+        self.plain_head = self._reads_plainly()
+        masks = (buffer for buffer in self.layers.buffers() if buffer.dtype is torch.bool and buffer.dim() == 4)
+        self.batches = next(masks, None) is None
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> "HFModel":
@@ -120,15 +155,19 @@ class HFModel:
             ConfigError: the architecture is unknown, or its layers cannot be run in ranges.
         """
         lm = read(folder, device, dtype)
+        most = 1e-3 if dtype is torch.float32 else 0.1
         try:
-            model = cls(lm)
-            with silence():
+            with silence(), torch.inference_mode():
+                model = cls(lm)
                 error = model.difference()
+                if not error < most:
+                    model.trees, error = False, model.difference(trees=False)
         except ConfigError:
             raise
         except Exception as refusal:  # a layer of another kind fails in as many ways as there are kinds
             raise ConfigError(f"model: {_kind(lm)} cannot be run layer by layer: {one_line(refusal)}") from refusal
-        if not error < (1e-3 if dtype is torch.float32 else 0.1):  # a NaN is none either
+        # A NaN is no difference: such weights are found, and told of, where they are run.
+        if error >= most:
             raise ConfigError(f"model: {_kind(lm)} cannot be run layer by layer: its logits then differ by {error:.0%}")
         model.folder = folder
         return model
@@ -138,8 +177,9 @@ class HFModel:
         lm = copy.deepcopy(self.lm)
         for weight in lm.parameters():  # not buffers: rotary frequencies are float32 in every model
             weight.data = weight.data.to(dtype)
+        lm.config.dtype = dtype
         other = HFModel(lm)
-        other.folder, other.shape = self.folder, self.shape
+        other.folder, other.shape, other.trees, other.batches = self.folder, self.shape, self.trees, self.batches
         return other
 
     def new_cache(self, capacity: int, rows: int = 1, extra_layers: int = 0, lasts: bool = False) -> KVCache:
@@ -149,69 +189,244 @@ class HFModel:
         return KVCache(*size, self.dtype, self.device, s.max_positions)
 
     def embed(self, tokens: Sequence[int], at: AttentionMetadata) -> Tensor:
-        """Token ids, N of them -> ``[N, D]``, learned positions included where the model has them."""
-        hidden: Tensor = self._embed(to_device(tokens, self.device))
-        return hidden if self._learned is None else hidden + self._learned[at.positions]
+        """Token ids, N of them -> ``[N, D]``, as the first layer is handed it: scaled, normed, with positions."""
+        ids = _rows(to_device(tokens, self.device), at)
+        return self._pass(Pass(0, 0, None, at), None, input_ids=ids)
 
     def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
-        """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
-        positions = at.positions
-        if isinstance(positions, slice):
-            positions = torch.arange(positions.start, positions.stop, device=self.device)
-        hidden, positions = _rows(hidden, at), _rows(positions, at)
-        shared = {"attention_mask": at.mask, "position_ids": positions, self._cache_name: Slots(cache, at)}
-        if self._rotary is not None:
-            shared["position_embeddings"] = self._rotary(hidden, positions)
-        for layer in self.layers[first:last]:
-            hidden = layer(hidden, use_cache=True, **shared)
-        hidden = hidden.flatten(0, 1)
-        return hidden if at.unpad is None else hidden[at.unpad]
+        """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values.
+
+        Raises:
+            ConfigError: a tree or a batch, by a model whose layers tell places by slots.
+        """
+        if first == last:
+            return hidden
+        by_slots = f"{_kind(self.lm)} tells places by slots"
+        if not (self.trees or all(tree.is_chain for tree in at.trees)):
+            raise ConfigError(f"draft: {by_slots} (ALiBi, or masks of its own), so that chains are verified, not trees")
+        if not self.batches and at.count > 1:
+            raise ConfigError(f"engine.max_batch: {by_slots}, in masks of its own; must be 1")
+        laid = _rows(hidden, at)
+        return self._pass(Pass(first, last, laid, at), Slots(cache, at), inputs_embeds=laid)
 
     def norm(self, hidden: Tensor) -> Tensor:
-        """The model's own final norm: ``[N, D]`` -> ``[N, D]``, what the language-model head reads."""
-        normed: Tensor = self._norm(hidden)
-        return normed
+        """What the model does after its last layer: ``[N, D]`` -> ``[N, D]``, what the language-model head reads."""
+        for module in self._after:
+            hidden = module(hidden)
+        return hidden
 
     def logits(self, state: Tensor) -> Tensor:
-        """Normed states ``[N, D]`` -> logits ``[N, vocab]`` through the frozen language-model head."""
-        return F.linear(state, self.lm_head)
+        """Normed states ``[N, D]`` -> logits ``[N, vocab]``: biased, scaled and capped as in the model."""
+        return F.linear(state, self.lm_head) if self.plain_head else self._head(state)
+
+    def _head(self, state: Tensor) -> Tensor:
+        """:meth:`logits` by the model's own forward, whose stack of layers is passed by."""
+        said = _Said(state[None])
+        with _instead([self._stack], [lambda *_, **__: said]):
+            logits: Tensor = self.lm(inputs_embeds=state[None], use_cache=False).logits[0]
+        return logits
+
+    def _reads_plainly(self) -> bool:
+        """Whether logits are one product with the head, which a draft may then take some rows of."""
+        state = torch.linspace(-3, 3, 3 * self.shape.hidden, device=self.device, dtype=self.dtype).view(3, -1)
+        ours, theirs = F.linear(state, self.lm_head).float(), self._head(state).float()
+        return float((ours - theirs).norm()) <= (1e-5 if self.dtype is torch.float32 else 1e-2) * float(theirs.norm())
+
+    def _pass(self, what: Pass, cache: "Slots | None", **given: Tensor) -> Tensor:
+        """Layers of the model's own forward: the residual stream ``[N, D]`` after them."""
+        at = what.at
+        if self._takes_positions:
+            positions = at.positions
+            if isinstance(positions, slice):
+                positions = torch.arange(positions.start, positions.stop, device=self.device)
+            given["position_ids"] = _rows(positions, at)
+        given |= {self._cache_name: cache or Slots(None, at), "use_cache": True}  # type: ignore[dict-item]
+        self._what, token = what, _RUNNING.set(at)
+        try:
+            with _instead(self.layers, self._gates):
+                self._stack(**given)
+        except _Reached as reached:
+            hidden = reached.hidden.flatten(0, 1)
+            return hidden if at.unpad is None else hidden[at.unpad]
+        finally:
+            _RUNNING.reset(token)
+        raise RuntimeError(f"{_kind(self.lm)} did not run its layers in order")
+
+    def _gate(self, index: int, forward: Callable[..., Any], hidden: Tensor, *args: Any, **more: Any) -> Any:
+        """A layer's ``forward`` within a pass."""
+        what = self._what
+        if index == what.last:
+            raise _Reached(hidden)
+        if index < what.first:
+            return (hidden, None) if self._tuples else hidden
+        if index == what.first and what.hidden is not None:
+            hidden = what.hidden
+        out = forward(hidden, *args, **more)
+        if index + 1 == what.last:
+            raise _Reached(out[0] if self._tuples else out)
+        return out
 
     @torch.inference_mode()
-    def difference(self) -> float:
+    def difference(self, trees: bool = True) -> float:
         """How far logits by layers are from the model's own forward, relative to their size: a proof on a few tokens.
 
         A prompt of three, then a tree in which the next three stand beside a token that they must not see.
+
+        Args:
+            trees: without, the next three are a chain.
         """
         tokens = [(11 + 7919 * i) % self.shape.vocab for i in range(7)]
         prompt, path, other = tokens[:3], tokens[3:6], tokens[6]
         cache = self.new_cache(len(tokens))
         row, half = cache.admit(), self.shape.layers // 2
         states = []
-        for tree in (Tree.chain(prompt), Tree([path[0], other, *path[1:]], [-1, 0, 0, 2])):
-            at = cache.place([tree], row=row)
-            hidden = self.run(self.embed(tree.tokens, at), cache, at, 0, half)
+        tree = Tree([path[0], other, *path[1:]], [-1, 0, 0, 2]) if trees else Tree.chain(path)
+        for each in (Tree.chain(prompt), tree):
+            at = cache.place([each], row=row)
+            hidden = self.run(self.embed(each.tokens, at), cache, at, 0, half)
             states.append(self.norm(self.run(hidden, cache, at, half, self.shape.layers)))
-            cache.commit(row, range(len(tree)) if tree.is_chain else [0, 2, 3])
-        ours = self.logits(torch.cat(states)[[0, 1, 2, 3, 5, 6]]).float()
+            cache.commit(row, range(len(each)) if each.is_chain else [0, 2, 3])
+        ours = self.logits(torch.cat(states)[[0, 1, 2, 3, 5, 6] if trees else slice(None)]).float()
         theirs = self.lm(torch.tensor([prompt + path], device=self.device), use_cache=False).logits[0].float()
         return float((ours - theirs).norm() / theirs.norm())
+
+
+class _Said:
+    """What a stack of layers gives its model: final states ``[1, N, D]``, and nothing else it may be asked for."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class Slots:
     """What a decoder layer is given as its cache: it writes at our place, and reads what is to be seen from there."""
 
-    def __init__(self, cache: KVCache, at: AttentionMetadata) -> None:
+    is_compileable = False
+
+    def __init__(self, cache: KVCache | None, at: AttentionMetadata) -> None:
         self.cache, self.at = cache, at
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """A layer's new keys and values ``[R, G, T, d]`` -> all that attention reads, ``[R, G, stop, d]``."""
+        assert self.cache is not None, "no layer is run where none is given"
+        sizes, slot = (keys.shape[-1], values.shape[-1]), self.cache.kv.shape[-1]
         new = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
-        keys, values = (x if self.at.unpad is None else x[self.at.unpad] for x in new)
-        return self.cache.append(layer, keys, values, self.at)
+        new = (x if self.at.unpad is None else x[self.at.unpad] for x in new)
+        # Latent attention's keys are wider than its values: the cache is as wide as the wider of both.
+        keys, values = (F.pad(x, (0, slot - x.shape[-1])) for x in new)
+        keys, values = self.cache.append(layer, keys, values, self.at)
+        return keys[..., : sizes[0]], values[..., : sizes[1]]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Rows differ in it, and nothing that is run here depends on it (see ``_max_positions``)."""
+        """Slots before the new tokens'; rows differ in it, and are told apart by positions and masks."""
+        return self.at.stop - self.at.width
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
+        """Slots that attention reads, and the first of them."""
+        return self.at.stop, 0
+
+
+class _Seen:
+    """What one pass of a model over two tokens shows of it.
+
+    Attributes:
+        tuples: whether layers give tuples, whose first is the residual stream.
+        after: what runs after the last layer: the final norm, mostly.
+        kv_heads, head_dim: of the keys and values that layers keep.
+    """
+
+    is_compileable = False
+
+    def __init__(self, model: HFModel) -> None:
+        self.tuples, self.after = False, list[nn.Module]()
+        self._kept: dict[int, tuple[int, ...]] = {}
+        stack, layers = model._stack, model.layers
+        hooks = [layers[-1].register_forward_hook(self._last)]
+        hooks += [child.register_forward_hook(self._other) for child in stack.children() if child is not layers]
+        ids = torch.tensor([[0, 1]], device=model.device)
+        try:
+            # The stack alone: what a wrapper around it would refuse of such a cache is none of our business.
+            stack(input_ids=ids, use_cache=True, **{model._cache_name: self})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        sizes = set(self._kept.values())
+        if len(self._kept) < len(layers):
+            raise ConfigError(f"model: {_kind(model.lm)} has layers that keep no keys and values of their own")
+        if len(sizes) > 1:
+            raise ConfigError(f"model: {_kind(model.lm)} keeps keys and values of several sizes")
+        ((self.kv_heads, self.head_dim),) = sizes
+
+    def _last(self, layer: nn.Module, given: Any, out: Any) -> None:
+        self.tuples, self.after = isinstance(out, tuple), []
+
+    def _other(self, module: nn.Module, given: Any, out: Any) -> None:
+        self.after.append(module)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As a cache that is empty."""
+        self._kept[layer] = (keys.shape[1], max(keys.shape[3], values.shape[3]))
+        return keys, values
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Nothing is before."""
         return 0
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, count: Any, *_: Any) -> tuple[int, int]:
+        """Two tokens, and the first of them."""
+        return 2, 0
+
+
+@contextmanager
+def _instead(modules: Iterable[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Other ``forward`` methods for some modules, for a while."""
+    for module, forward in zip(modules, forwards, strict=True):
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _make_masks_by_positions() -> None:
+    """Within our passes masks are ours; transformers makes them through a table of functions, one an implementation."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as TABLE
+
+    for name in ("sdpa", "eager"):
+        if not isinstance(TABLE[name], partial):
+            TABLE[name] = partial(_mask, name == "sdpa", TABLE[name])
+
+
+def _mask(by_sdpa: bool, theirs: Callable[..., Any], *args: Any, **told: Any) -> Tensor | None:
+    """A mask ``[R, 1, T, S]`` to be added to scores, where the model's own rule and the trees let a token look.
+
+    ``told["mask_function"]`` is that rule: of a row, a head, a query's position and a key's, whether it is seen.
+    """
+    at = _RUNNING.get()
+    if at is None:
+        made: Tensor | None = theirs(*args, **told)
+        return made
+    from transformers.masking_utils import causal_mask_function
+
+    rule = told["mask_function"]
+    if rule is causal_mask_function and at.causal and by_sdpa and told.get("allow_is_causal_skip", True):
+        return None  # a prompt: attention has a kernel for it
+    query, key = at.query_positions, at.key_positions
+    row = torch.arange(at.count, device=at.device)[:, None, None, None]
+    seen = rule(row, 0, query[:, None, :, None], key[:, None, None, :]) & at.visible
+    dtype = told.get("dtype", torch.float32)
+    return torch.zeros(seen.shape, dtype=dtype, device=at.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def read(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -237,11 +452,11 @@ def read(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     try:
         with silence():
             lm, seen = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
     except (OSError, SafetensorError, RuntimeError) as error:
         raise AssetError(f"{folder}: cannot be read as a model: {one_line(error)}") from error
-    except ValueError as error:  # no SDPA attention
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"model: architecture {config.model_type!r}: {one_line(error).split('. ')[0]}") from error
     lost = sorted(seen["missing_keys"])
     if lost:
@@ -250,9 +465,9 @@ def read(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def stop_tokens(lm: Any) -> frozenset[int]:
-    """The end-of-sequence tokens of both configs; chat models name their end of turn in the generation config."""
-    named = (config.eos_token_id for config in (lm.config, lm.generation_config))
-    return frozenset(token for eos in named for token in ([eos] if isinstance(eos, int) else eos or []))
+    """The end-of-sequence tokens that ``generate`` stops at: of the generation config, or what it is made from."""
+    eos = lm.generation_config.eos_token_id
+    return frozenset([eos] if isinstance(eos, int) else eos or [])
 
 
 def _rows(tokens: Tensor, at: AttentionMetadata) -> Tensor:
@@ -265,53 +480,27 @@ def _kind(lm: Any) -> str:
     return f"architecture {lm.config.model_type!r}"
 
 
-def _stack(lm: nn.Module, layers: int) -> nn.Module:
-    """The module that holds the decoder's layers as one list."""
+def _stack(lm: nn.Module, layers: int) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the decoder's layers, and the list of them."""
     for module in lm.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == layers:
-                return module
+                return module, child
     raise ConfigError(f"model: {_kind(lm)} has no list of its {layers} layers")
 
 
-def _member(stack: nn.Module, names: Sequence[str], what: str) -> Any:
-    found = next((getattr(stack, name) for name in names if getattr(stack, name, None) is not None), None)
-    if found is None:
-        raise ConfigError(f"model: {type(stack).__name__} has no {what} that can be run on its own")
-    return found
+def _epsilon(after: Sequence[nn.Module]) -> float:
+    """Of the final norm."""
+    found = (getattr(module, name, None) for module in after for name in ("variance_epsilon", "eps"))
+    return next((epsilon for epsilon in found if epsilon is not None), 0.0)
 
 
-def _cache_name(layer: nn.Module) -> str:
-    """The name by which a decoder layer takes its cache: its signature knows, as versions of transformers differ."""
-    taken = inspect.signature(layer.forward).parameters
-    found = next((name for name in _CACHES if name in taken), None)
-    if found is None:
-        raise ConfigError(f"model: {type(layer).__name__} takes no cache of keys and values")
-    return found
-
-
-def _learned_positions(stack: nn.Module) -> Tensor | None:
-    """``[positions, D]``; OPT keeps two unused rows before the first."""
-    table = next((getattr(stack, name) for name in _LEARNED_POSITIONS if hasattr(stack, name)), None)
-    return None if table is None else table.weight[getattr(table, "offset", 0) :]
-
-
-def _max_positions(config: Any, learned: Tensor | None) -> int:
-    """As many as full attention over all of them is what the model was made with."""
-    kinds = getattr(config, "layer_types", None)
-    for kind in kinds or ():
-        if kind not in _ATTENTION:
-            raise ConfigError(
-                f"model: architecture {config.model_type!r} has {kind} layers, which keep no keys and values"
-            )
-    limits = [getattr(config, "max_position_embeddings", None) if learned is None else len(learned)]
-    if getattr(config, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds):
-        limits.append(getattr(config, "sliding_window", None))
-    if "chunked_attention" in (kinds or ()):
-        limits.append(config.attention_chunk_size)
+def _max_positions(config: Any) -> int:
+    """As many as its rules for positions are the same in every pass."""
+    limits = [getattr(config, "max_position_embeddings", None)]
     if getattr(config, "attn_temperature_tuning", False):  # Llama 4's grows from here on; before it is 1
         limits.append(config.floor_scale - 1)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # one set of frequencies up to here, another beyond
         limits.append(rope.get("original_max_position_embeddings"))
-    return min((limit for limit in limits if limit), default=1 << 30)
+    return min((limit for limit in limits if limit), default=_UNBOUNDED)

@@ -10,7 +10,6 @@ Shapes: R rows, N new tokens of all rows together (see :class:`~selfspec.model.c
 H query heads, G key-value heads, d head size.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +17,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from selfspec.errors import AssetError, ConfigError
+from selfspec.model import checkpoint
 from selfspec.model.attention import AttentionMetadata, attend
 from selfspec.model.base import Shape
 from selfspec.model.cache import KVCache
@@ -43,6 +41,7 @@ class Llama:
 
     folder: Path | None = None
     native = graphs = fused = False
+    plain_head = True
     int8 = False
     _stack: Stack | None = None
 
@@ -50,7 +49,8 @@ class Llama:
         """Fuses ``weights`` (Hugging Face names) as described by ``config`` (a parsed ``config.json``)."""
         self.shape = _shape(config)
         self.embedding = weights["model.embed_tokens.weight"]
-        self.lm_head = self.embedding if config.get("tie_word_embeddings") else weights["lm_head.weight"]
+        self.lm_head = _head(weights, bool(config.get("tie_word_embeddings")))
+        self._window, self._windowed = _window(config)
         self.final_norm = weights["model.norm.weight"]
         self.layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
@@ -67,28 +67,19 @@ class Llama:
             native: run on our own kernels; they are loaded.
 
         Raises:
-            AssetError: a file is missing or corrupt.
+            AssetError: a file is missing or corrupt, or a tensor has another shape than the config says.
             ConfigError: the architecture is not of this family.
         """
+        config = checkpoint.config(folder)
+        weights = checkpoint.tensors(folder, device)
         try:
-            config = json.loads((folder / "config.json").read_text())
-            generation = folder / "generation_config.json"
-            if generation.exists():  # chat models name their end-of-turn token here
-                config["eos_token_id"] = _stop_tokens(config, json.loads(generation.read_text()))
-            files = sorted(folder.glob("*.safetensors"))
-            if not files:
-                raise AssetError(f"{folder}: holds no *.safetensors")
-            weights: dict[str, Tensor] = {}
-            for file in files:
-                weights.update(load_file(file, device=str(device)))
+            checkpoint.check_shapes(folder, _shapes(_shape(config), config["intermediate_size"]), weights)
             model = cls(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
-            model.folder = folder
-            model.pack(native)
-            return model
-        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise AssetError(f"{folder}: cannot be read as a model: {error}") from error
         except KeyError as error:
             raise AssetError(f"{folder}: lacks the tensor or setting {error}") from error
+        model.folder = folder
+        model.pack(native)
+        return model
 
     def pack(self, native: bool) -> None:
         """Lays all weights out for the CPU's kernels, our own or torch's, where those have a layout of their own."""
@@ -128,6 +119,7 @@ class Llama:
             for layer in self.layers
         ]
         # Weights rounded to int8 stay rounded: a tie is looked at in the model that ran, not in a better one.
+        other._window, other._windowed = self._window, self._windowed
         other._head = plain(self._head).to(dtype) if self.int8 and self._head is not None else None
         other._rotary, other._graphs = self._rotary, WeakKeyDictionary()
         other._cos, other._sin = (table.to(self.device, dtype) for table in self._rotary)
@@ -160,6 +152,8 @@ class Llama:
 
     def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
+        if self._window is not None and at.stop > self._window:
+            return self._run(hidden, cache, at, first, last)  # neither kernels nor graphs have windows
         graphs = self._graphs.get(cache)
         if graphs is not None and graphs.take(at):
             return graphs.run(hidden, cache, at, first, last)
@@ -171,16 +165,26 @@ class Llama:
     def _run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """:meth:`run` by torch's operators."""
         rotation = self.rotation(at)
+        windowed = rotation if self._window is None or at.stop <= self._window else self.rotation(at, self._window)
         for index in range(first, last):
-            hidden = self.block(self.layers[index], hidden, cache, index, at, rotation)
+            shared = windowed if index in self._windowed else rotation
+            hidden = self.block(self.layers[index], hidden, cache, index, at, shared)
         return hidden
 
-    def rotation(self, at: AttentionMetadata) -> "Rotation":
-        """What every layer of a pass shares: angles of the positions, and the mask for folded heads."""
-        mask = None
-        if at.mask is not None:  # as numbers to add: each layer would turn truth values into them again
-            hidden = torch.zeros(at.mask.shape, dtype=self.dtype, device=self.device).masked_fill_(~at.mask, -torch.inf)
-            mask = hidden.repeat(1, 1, self.shape.heads // self.shape.kv_heads, 1)
+    def rotation(self, at: AttentionMetadata, window: int | None = None) -> "Rotation":
+        """What every layer of a pass shares: angles of the positions, and the mask for folded heads.
+
+        Args:
+            window: how many positions a token sees, its own included; ``None``: all.
+        """
+        mask, seen = None, at.mask
+        if window is not None:
+            near = at.query_positions[:, None, :, None] - at.key_positions[:, None, None, :] < window
+            seen = at.visible & near
+        if seen is not None:  # as numbers to add: each layer would turn truth values into them again
+            mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+            if not at.causal:
+                mask = mask.repeat(1, 1, self.shape.heads // self.shape.kv_heads, 1)
         return Rotation(self._cos[at.positions][:, None], self._sin[at.positions][:, None], mask)
 
     def block(
@@ -235,12 +239,6 @@ class Rotation(NamedTuple):
     mask: Tensor | None
 
 
-def _stop_tokens(*configs: dict[str, Any]) -> list[int]:
-    """The end-of-sequence tokens of all: each has one, several or none."""
-    named = (config.get("eos_token_id") for config in configs)
-    return [token for eos in named for token in ([eos] if isinstance(eos, int) else eos or [])]
-
-
 def _shape(config: dict[str, Any]) -> Shape:
     kind = config.get("model_type")
     if kind not in FAMILY:
@@ -250,9 +248,7 @@ def _shape(config: dict[str, Any]) -> Shape:
     if config.get("hidden_act", "silu") != "silu" or config.get("mlp_bias"):
         raise ConfigError("model: engine=torch runs SwiGLU layers without biases only")
     heads = config["num_attention_heads"]
-    limit = config["max_position_embeddings"]
-    if config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window"):
-        limit = min(limit, config["sliding_window"])  # within the window, windowed and full attention are the same
+    eos = config.get("eos_token_id")
     return Shape(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
@@ -260,10 +256,45 @@ def _shape(config: dict[str, Any]) -> Shape:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocab=config["vocab_size"],
-        max_positions=limit,
+        max_positions=config["max_position_embeddings"],
         norm_eps=config["rms_norm_eps"],
-        eos=frozenset(_stop_tokens(config)),
+        eos=frozenset([eos] if isinstance(eos, int) else eos or []),
     )
+
+
+def _window(config: dict[str, Any]) -> tuple[int | None, frozenset[int]]:
+    """How many positions are seen through a window, and the layers that have one."""
+    layers, window = range(config["num_hidden_layers"]), config.get("sliding_window")
+    if not window or not config.get("use_sliding_window", config.get("model_type") == "mistral"):
+        return None, frozenset()
+    kinds = config.get("layer_types") or ["sliding_attention" for _ in layers]
+    return window, frozenset(layer for layer in layers if kinds[layer] == "sliding_attention")
+
+
+def _head(weights: dict[str, Tensor], tied: bool) -> Tensor:
+    """``[vocab, D]``: a head that differs from the embedding is kept, as in transformers, whatever the config says."""
+    embedding = weights["model.embed_tokens.weight"]
+    head = weights.get("lm_head.weight") if tied else weights["lm_head.weight"]
+    return embedding if head is None or (tied and torch.equal(head, embedding)) else head
+
+
+def _shapes(s: Shape, intermediate: int) -> dict[str, tuple[int, ...]]:
+    """What every tensor must be, by what its name ends with."""
+    queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    return {
+        "embed_tokens.weight": (s.vocab, s.hidden),
+        "lm_head.weight": (s.vocab, s.hidden),
+        "q_proj.weight": (queries, s.hidden),
+        "k_proj.weight": (keys, s.hidden),
+        "v_proj.weight": (keys, s.hidden),
+        "o_proj.weight": (s.hidden, queries),
+        "gate_proj.weight": (intermediate, s.hidden),
+        "up_proj.weight": (intermediate, s.hidden),
+        "down_proj.weight": (s.hidden, intermediate),
+        "q_norm.weight": (s.head_dim,),
+        "k_norm.weight": (s.head_dim,),
+        "norm.weight": (s.hidden,),  # the last, and with it those of layers
+    }
 
 
 def _layer(weights: dict[str, Tensor], prefix: str) -> Layer:

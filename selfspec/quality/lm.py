@@ -31,7 +31,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Text -> token ids; special tokens as the model's tokenizer has them, unless told."""
         begins = self.prefix.always if add_special_tokens is None else add_special_tokens
-        return [self.prefix.token] * begins + self.engine.tokenizer.encode(string, chat=False)
+        return [self.prefix.token] * begins + self.engine.tokenizer.encode_part(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Tokens, Tokens]], **kwargs: Any

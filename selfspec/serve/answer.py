@@ -1,6 +1,7 @@
 """A call as our engine takes it, and the engine's progress as chunks of text."""
 
 import secrets
+from itertools import zip_longest
 from typing import Any
 
 from selfspec.config import Serve
@@ -40,17 +41,19 @@ def request(engine: Opens, call: Call, settings: Serve) -> Request:
 
 def _tokens(engine: Opens, call: Call) -> tuple[str, tuple[int, ...]]:
     """The field they come from, and the prompt's tokens."""
+    param, tokens = "prompt", call.prompt or ()
     if call.messages is not None:
         try:
-            return "messages", tuple(engine.tokenizer.encode_chat(call.messages))
+            param, tokens = "messages", tuple(engine.tokenizer.encode_chat(call.messages))
         except ValueError as error:
             raise Invalid(f"messages: {error}", "messages") from error
-    if isinstance(call.prompt, str):
-        return "prompt", tuple(engine.tokenizer.encode(call.prompt, chat=False))
-    tokens, vocab = call.prompt or (), engine.limits().vocab
-    if any(not 0 <= token < vocab for token in tokens):
-        raise Invalid(f"prompt: token ids are from 0 to {vocab - 1}", "prompt")
-    return "prompt", tokens
+    elif isinstance(call.prompt, str):
+        tokens = tuple(engine.tokenizer.encode(call.prompt, chat=False))
+    vocab = engine.limits().vocab
+    assert not isinstance(tokens, str)
+    if any(not 0 <= token < vocab for token in tokens):  # a text's too: a tokenizer may have more than the model
+        raise Invalid(f"{param}: token ids are from 0 to {vocab - 1}", param)
+    return param, tokens
 
 
 def _sampling(call: Call) -> Sampling:
@@ -64,9 +67,11 @@ class Answer:
     """Makes chunks of a request's progress."""
 
     def __init__(self, tokenizer: Tokenizer, call: Call, asked: Request) -> None:
-        self._decode, self._call, self._asked = tokenizer.decode, call, asked
-        self._detokenizer, self._stops = Detokenizer(tokenizer.decode), Stops(call.stop)
-        self._count = 0
+        self._tokenizer, self._call, self._asked = tokenizer, call, asked
+        # A text goes on where its prompt ends, with a space if need be; a chat's answer is a text of its own.
+        before = asked.tokens if call.messages is None else ()
+        self._detokenizer, self._stops = Detokenizer(tokenizer.decode, before), Stops(call.stop)
+        self._count = self._offset = 0
 
     @property
     def stopped(self) -> bool:
@@ -75,18 +80,20 @@ class Answer:
 
     def take(self, progress: RequestOutput) -> Chunk:
         """What is new of the text; token by token, so that nothing counts after a stop text."""
-        text, count = "", 0
-        for token in progress.tokens:
-            text, count = text + self._stops.push(self._detokenizer.push(token)), count + 1
+        text, count, logprobs = "", 0, list[TokenLogprob]()
+        for token, logprob in zip_longest(progress.tokens, progress.logprobs):
+            if logprob is not None:
+                logprobs.append(self._logprob(token, logprob))
+            new = self._detokenizer.push(token)
+            self._offset += len(new)
+            text, count = text + self._stops.push(new), count + 1
             if self.stopped:
                 break
         self._count += count
-        if self._call.logprobs is None:
-            return Chunk(text, count)
         ended = progress.completion is not None and progress.completion.finish == "stop" and not self.stopped
-        shown = count - 1 if ended else count  # the end-of-sequence token is no part of the text
-        logprobs = [self._logprob(*pair) for pair in zip(progress.tokens[:shown], progress.logprobs, strict=False)]
-        return Chunk(text, count, logprobs)
+        if ended:
+            del logprobs[-1:]  # the end-of-sequence token is no part of the text
+        return Chunk(text, count, None if self._call.logprobs is None else logprobs)
 
     def last(self, completion: Completion) -> Chunk:
         """What was held back, how it ended, and what it took."""
@@ -105,8 +112,24 @@ class Answer:
         return found
 
     def _logprob(self, token: int, logprob: Logprob) -> TokenLogprob:
-        top = tuple((self._decode([other]), value) for other, value in logprob.top)
-        return TokenLogprob(self._decode([token]), logprob.logprob, top)
+        top = dict[str, TokenLogprob]()
+        for other, value in logprob.top:
+            text, data = self._text(other)
+            name = f"token_id:{other}" if text in top else text
+            top[name] = TokenLogprob(name, value, data)
+        text, data = self._text(token)
+        return TokenLogprob(text, logprob.logprob, data, self._offset, tuple(top.values()))
+
+    def _text(self, token: int) -> tuple[str, bytes]:
+        """A token that comes next: its text, and that as bytes."""
+        text = self._detokenizer.ahead(token)
+        if text is not None:
+            return text, text.encode()
+        piece = self._tokenizer.piece(token)
+        try:
+            return piece.decode(), piece
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece), piece
 
 
 def statistics(completion: Completion) -> dict[str, Any]:

@@ -55,11 +55,20 @@ class Usage(NamedTuple):
 
 
 class TokenLogprob(NamedTuple):
-    """A token's natural log-probability under the model, and its ``top`` alternatives', likeliest first."""
+    """A token's natural log-probability under the model, and its ``top`` alternatives', likeliest first.
+
+    Attributes:
+        token: its text where it stands; ``bytes:\\xf0\\x9f`` of a part of a character, ``token_id:7`` where another
+            alternative has the same text.
+        utf8: what it is of the text; ``None``: not known.
+        offset: the character of the answer's text at which it begins; ``None``: not known.
+    """
 
     token: str
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    utf8: bytes | None = None
+    offset: int | None = None
+    top: "tuple[TokenLogprob, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from selfspec.config import BackendConfig
@@ -234,12 +234,20 @@ def _logprobs(found: Any) -> list[TokenLogprob] | None:
     if found is None:
         return None
     if getattr(found, "content", None) is not None:  # chat
-        return [
-            TokenLogprob(item.token, item.logprob, tuple((top.token, top.logprob) for top in item.top_logprobs))
-            for item in found.content
-        ]
+        return [_of_chat(item)._replace(top=tuple(map(_of_chat, item.top_logprobs))) for item in found.content]
     tops = found.top_logprobs or [{}] * len(found.tokens or ())
+    offsets = found.text_offset or [None] * len(found.tokens or ())
     return [
-        TokenLogprob(token, logprob, tuple(sorted((top or {}).items(), key=lambda pair: -pair[1])))
-        for token, logprob, top in zip(found.tokens or (), found.token_logprobs or (), tops, strict=True)
+        TokenLogprob(token, logprob, None, offset, tuple(TokenLogprob(*each) for each in _best_first(top or {})))
+        for token, logprob, offset, top in zip(
+            found.tokens or (), found.token_logprobs or (), offsets, tops, strict=True
+        )
     ]
+
+
+def _best_first(top: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(top.items(), key=lambda pair: -pair[1])
+
+
+def _of_chat(item: Any) -> TokenLogprob:
+    return TokenLogprob(item.token, item.logprob, None if item.bytes is None else bytes(item.bytes))

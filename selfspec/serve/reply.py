@@ -153,12 +153,12 @@ class Completion:
             return None
         offsets = []
         for each in found:
-            offsets.append(self._offset)
-            self._offset += len(each.token)
+            offsets.append(self._offset if each.offset is None else each.offset)
+            self._offset = offsets[-1] + len(each.token)
         return {
             "tokens": [each.token for each in found],
             "token_logprobs": [each.logprob for each in found],
-            "top_logprobs": [dict(each.top) for each in found],
+            "top_logprobs": [{top.token: top.logprob for top in each.top} for each in found],
             "text_offset": offsets,
         }
 
@@ -183,10 +183,11 @@ class Chat(Completion):
         if self._call.logprobs is None:
             return None
 
-        def told(token: str, logprob: float) -> dict[str, Any]:
-            return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        def told(of: TokenLogprob) -> dict[str, Any]:
+            data = of.token.encode() if of.utf8 is None else of.utf8
+            return {"token": of.token, "logprob": of.logprob, "bytes": list(data)}
 
-        content = [told(e.token, e.logprob) | {"top_logprobs": [told(*top) for top in e.top]} for e in found]
+        content = [told(each) | {"top_logprobs": [told(top) for top in each.top]} for each in found]
         return {"content": content, "refusal": None}
 
 

@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a decoder puts for bytes that are no character, or not yet."""
 
+_CONTEXT = 8
+"""Tokens before an answer that say how its first ones are written: enough to end in whole characters."""
+
 
 class Detokenizer:
     """Decodes a growing sequence; what it has given out together is the decoded whole.
@@ -13,10 +16,11 @@ class Detokenizer:
     in a whole character are decoded again with what is new (as Text Generation Inference does).
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
+        """``before``: what the sequence goes on from, whose text is not given out."""
         self._decode = decode
-        self._tokens: list[int] = []
-        self._known = 0
+        self._tokens = list(before[-_CONTEXT:])
+        self._known = len(self._tokens)
         """Of the tokens kept, those whose text is out."""
 
     def push(self, token: int) -> str:
@@ -28,6 +32,16 @@ class Detokenizer:
         self._tokens = self._tokens[self._known :]
         self._known = len(self._tokens)
         return text
+
+    def ahead(self, token: int) -> str | None:
+        """The text that a token would add, were it next; ``None`` where it adds or goes on with a part of a character.
+
+        A special token, too, has no text.
+        """
+        before, whole = self._decode(self._tokens) if self._tokens else "", self._decode([*self._tokens, token])
+        text = whole[len(before) :]
+        plain = text and UNFINISHED not in text and not before.endswith(UNFINISHED) and whole.startswith(before)
+        return text if plain else None
 
     def flush(self) -> str:
         """What is left where the sequence ends, unfinished as it may be."""

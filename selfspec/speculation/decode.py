@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfspec.model import finite
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
@@ -70,6 +71,7 @@ class Speculation:
         """Gives the first token of a row whose prompt has been read, given its states ``[P, D]``."""
         # The last token of the prompt is a tree of one node, and nothing is drafted yet.
         trees, logits = [Tree.chain(row.request.tokens[-1:])], self.target.model.logits(states[-1:])
+        finite.check(self.target.model, row.request.tokens, logits)
         (verdict,) = self.policy(trees, logits, [_choice(row)])
         row.tokens.append(verdict.token)
         if row.request.logprobs is not None:

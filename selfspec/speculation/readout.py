@@ -33,12 +33,16 @@ class Readout:
         ids = None if ids is None else ids.to(model.device)
         self.ids, self.vocab = ids, model.shape.vocab
         self.weight = model.lm_head if ids is None else model.lm_head[ids]
-        frequent = None if ids is None else packed(self.weight, model.native)
-        self._read = model.logits if frequent is None else lambda state: linear(state, frequent)
+        self._model = model
+        # A head that biases, scales or caps its logits is read whole, by the model: its rows alone say something else.
+        self._frequent = None if ids is None or not model.plain_head else packed(self.weight, model.native)
 
     def __call__(self, state: Tensor) -> Tensor:
         """``[N, D]`` -> ``[N, V]``."""
-        return self._read(state)
+        if self._frequent is not None:
+            return linear(state, self._frequent)
+        logits = self._model.logits(state)
+        return logits if self.ids is None else logits[:, self.ids]
 
     def likeliest(self, logits: Tensor, width: int = 1) -> Tensor:
         """The best token ids of each row of ``[N, V]``, best first: ``[N, width]``."""

@@ -164,7 +164,7 @@ class Quality(Stage):
         configured = engine.generate(requests) if drafts else plain
         rows = []
         for prompt, one, other in zip(prompts, plain, configured, strict=True):
-            answer = engine.tokenizer.encode(prompt.answer, chat=False)[: self.plan.quality.answer_tokens]
+            answer = engine.tokenizer.encode_part(prompt.answer)[: self.plan.quality.answer_tokens]
             (reference,) = engine.score(prompt.tokens, [answer], plain=True)
             (decoded,) = engine.score(prompt.tokens, [answer]) if drafts else (reference,)
             texts = engine.score(prompt.tokens, [one.tokens, other.tokens], plain=True)

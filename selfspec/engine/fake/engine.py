@@ -37,6 +37,10 @@ class Bytes(Tokenizer):
         """UTF-8 bytes."""
         return list(text.encode())
 
+    def encode_part(self, text: str) -> list[int]:
+        """UTF-8 bytes."""
+        return list(text.encode())
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Every message's role and content."""
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages), chat=False)
@@ -44,6 +48,10 @@ class Bytes(Tokenizer):
     def decode(self, tokens: Sequence[int]) -> str:
         """As UTF-8 bytes."""
         return bytes(tokens).decode(errors="replace")
+
+    def piece(self, token: int) -> bytes:
+        """The byte."""
+        return bytes([token])
 
     def prefix(self) -> Prefix:
         """The byte 0."""

@@ -90,6 +90,7 @@ class HFEngine(Scores, Probes):
         """Decodes requests one after the other; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`."""
         for request in requests:
             self.weights.check_room(len(request.tokens) + request.max_new_tokens)
+        self.weights.check_tokens(token for request in requests for token in request.tokens)
         depth = 0 if plain or self.plan.draft.name == "none" else k or self.plan.controller.K
         return [self._decode(request, depth) for request in requests]
 

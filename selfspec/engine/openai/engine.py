@@ -48,7 +48,7 @@ class OpenAIEngine(Engine):
 
     def _read(self, text: str, stopped: bool) -> list[int]:
         end = self.tokenizer.end
-        return [*self.tokenizer.encode(text, chat=False), *([end] if stopped and end is not None else [])]
+        return [*self.tokenizer.encode_part(text), *([end] if stopped and end is not None else [])]
 
     def describe(self) -> Mapping[str, object]:
         """What the server calls its model; where it runs is not known."""

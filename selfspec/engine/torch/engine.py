@@ -98,6 +98,7 @@ class TorchEngine(Opens, Fits, Scores, Probes, Profiles):
     ) -> list[Completion]:
         """Decodes requests as the plan says; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`."""
         speculation = self._plain if plain else self._speculation if k is None else self._fixed(k)
+        self.weights.check_tokens(token for request in requests for token in request.tokens)
         room = max(self.weights.check_room(len(r.tokens) + r.max_new_tokens) for r in requests)
         cache = self._cache(
             capacity=room + speculation.draft.nodes(k or self.plan.controller.max_k),
@@ -171,6 +172,7 @@ class TorchEngine(Opens, Fits, Scores, Probes, Profiles):
     ) -> list[Score]:
         """See :meth:`Scores.score <selfspec.engine.base.Scores.score>`."""
         self.weights.check_room(len(context) + max(map(len, continuations)) - 1)  # the last token is not read
+        self.weights.check_tokens([*context, *(token for tokens in continuations for token in tokens)])
         decides = self._plain if plain or self.plan.policy.verify else self._speculation
         step = self.plan.controller.max_k + 1 if self.plan.speculative and not plain else None
         return scoring.score(decides.target, context, continuations, step)

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +107,16 @@ class Weights:
         if positions > limit:
             raise ConfigError(f"workload: prompt and new tokens come to {positions} positions; the model has {limit}")
         return positions
+
+    def check_tokens(self, tokens: Iterable[int]) -> None:
+        """Refuses token ids that the model does not have.
+
+        Raises:
+            ConfigError: the tokenizer has more.
+        """
+        vocab, most = self.model.shape.vocab, max(tokens, default=0)
+        if most >= vocab:
+            raise ConfigError(f"model: its tokenizer gives token {most}; the model has {vocab}, from 0 to {vocab - 1}")
 
     def usage(self) -> Usage:
         """The high-water mark of the device's memory on CUDA, else of what is resident of the process."""
