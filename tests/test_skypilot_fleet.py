@@ -207,8 +207,8 @@ def test_at_a_terminal_there_is_one_table(jobs: list[Job]) -> None:
     ("overrides", "environment", "expected"),
     [
         ("tracking=none", {"MLFLOW_TRACKING_URI": "http://x"}, (None, [], "")),
-        ("", {}, ("sqlite", [], "tracking.name=none")),
-        ("", {"MLFLOW_TRACKING_URI": "http://x"}, ("sqlite", [], "tracking.name=none")),
+        ("tracking.uri=sqlite:///x", {}, ("sqlite", [], "tracking.name=none")),
+        ("", {"MLFLOW_TRACKING_URI": "http://x"}, (None, ["MLFLOW_TRACKING_URI"], "")),
         ("tracking.uri=null", {}, ("null", [], "tracking.name=none")),
         ("tracking.uri=null", {"MLFLOW_TRACKING_URI": "sqlite:///x"}, ("null", [], "tracking.name=none")),
         (
