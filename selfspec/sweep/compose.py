@@ -6,7 +6,8 @@ composed: a handle is a plain value at the root, and what refers to it is resolv
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +15,16 @@ from typing import Any, cast
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from selfspec import plan
 from selfspec.axes import AXES
 from selfspec.config import HANDLES
+from selfspec.plan import Plan
 
 _MOST = 32
 """Compositions kept, about half a megabyte each."""
@@ -69,7 +73,8 @@ def job(loader: ConfigLoader, sweep: DictConfig, overrides: Sequence[str], numbe
     config = loader.load_sweep_config(sweep, list(overrides))
     with open_dict(config):
         config.hydra.job.id, config.hydra.job.num = str(number), number
-    return config, Path(sweep.hydra.sweep.dir) / config.hydra.sweep.subdir
+    with hydras(config):
+        return config, Path(sweep.hydra.sweep.dir) / config.hydra.sweep.subdir
 
 
 def per_job(argv: Sequence[str]) -> list[str]:
@@ -100,6 +105,25 @@ def _once(word: str, override: Override) -> str:
     """The override as a sweep over its one value, if it is none."""
     key, _, value = word.partition("=")
     return word if override.is_sweep_override() else f"{key}=choice({value})"
+
+
+@contextmanager
+def hydras(config: DictConfig) -> Iterator[None]:
+    """``${hydra:...}`` means what stands in this config, as it will when its job runs."""
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    hydra.set_config(config)
+    OmegaConf.set_readonly(config.hydra, None)
+    try:
+        yield
+    finally:
+        hydra.cfg = before
+
+
+def planned(config: DictConfig) -> Plan:
+    """The plan of a config that has Hydra's own part."""
+    with hydras(config):
+        return plan.make(task(config))
 
 
 def given(overrides: ListConfig) -> list[str]:

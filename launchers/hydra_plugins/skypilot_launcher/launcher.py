@@ -100,7 +100,6 @@ class SkyPilotLauncher(Launcher):
         """One for each plan, in the order of the sweep."""
         from hydra_plugins.skypilot_launcher import _task
         from hydra_plugins.skypilot_launcher._fleet import Job
-        from selfspec import plan as plans
         from selfspec.sweep import compose
         from selfspec.sweep_context import SweepContext
 
@@ -109,7 +108,7 @@ class SkyPilotLauncher(Launcher):
         jobs: dict[str, Job] = {}
         for number, overrides in enumerate(job_overrides, first):
             config, folder = compose.job(self._context.config_loader, self._config, overrides, number)
-            plan = plans.make(compose.task(config))
+            plan = compose.planned(config)
             _task.check(self._settings, plan)  # another sweeper than Hydra's own chooses its jobs as it goes
             told = arguments(self._config, overrides, self._settings.workdir)
             task = _task.make(self._settings, plan, told, sweep)
