@@ -39,6 +39,8 @@ def sentence(error: Exception) -> str:
     cause = error.__cause__ or (error.__context__ if isinstance(error, HydraException) else None)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if not group:
+            return f"--config-name={option}: there is no such config"
         if group in AXES and option.endswith("_schema"):
             name = option.removesuffix("_schema")
             return f"{group}={name}: {AXES[group].load(name)}"
@@ -53,7 +55,7 @@ def sentence(error: Exception) -> str:
         return ": ".join(filter(None, (_composing(error), _unknown_key(cause))))
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         if file := _composing(error):
-            return f"{file}: {getattr(cause, 'full_key', None) or 'a key'}: {str(cause).splitlines()[0]}"
+            return ": ".join(filter(None, (file, getattr(cause, "full_key", ""), str(cause).splitlines()[0])))
         asked = str(error).removeprefix("Error merging override ").splitlines()[0]
         if asked in RENAMED:
             return f"{asked}: is now {RENAMED[asked]}"
@@ -63,9 +65,12 @@ def sentence(error: Exception) -> str:
         mark = error.problem_mark
         said = one_line(ValueError(error.problem or error.context))
         return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: is no YAML: {said}"
+    if file := _being_read(error):
+        return f"{file}: cannot be read: {one_line(error)[:300]}"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: cannot be written: {str(error.strerror).lower()}"
-    return one_line(error)
+    said = one_line(error) if str(error) else _where(error)
+    return said if len(said) <= _MOST else f"{said[:_MOST]}..."
 
 
 def _of_the_disk(error: Exception) -> bool:
@@ -77,6 +82,21 @@ def _composing(error: Exception) -> str:
     """The file in which Hydra found what is wrong, if it says so."""
     found = re.match(r"In '(.+)': \w+ raised while composing config", str(error))
     return f"{found[1]}.yaml" if found else ""
+
+
+def _being_read(error: Exception) -> str:
+    """The YAML that was being read, if one was."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "load_config" and "full_path" in frame.f_locals:
+            return str(frame.f_locals["full_path"])
+    return ""
+
+
+def _where(error: Exception) -> str:
+    """Of an assertion that says nothing, at least what it is of."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__} in {frame.name} of {frame.filename}: {frame.line}"
+    return f"the configuration is not as Hydra expects it: {what}"
 
 
 def _of_hydra(error: Exception) -> bool:
@@ -91,6 +111,8 @@ def _of_hydra(error: Exception) -> bool:
     return found in _HYDRA
 
 
+_MOST = 600
+"""Characters of a line, should a library say more."""
 _HYDRA, _OURS = ("hydra", "omegaconf", "yaml", "antlr4"), ("selfspec", "hydra_plugins", "__main__")
 
 

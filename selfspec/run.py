@@ -74,7 +74,7 @@ _hydras_groups = Hydra.format_config_groups
 Hydra.format_config_groups = _groups  # type: ignore[assignment, method-assign]
 
 
-def _words(argv: list[str]) -> list[str]:
+def ordered(argv: list[str]) -> list[str]:
     """The command line with Hydra's flags last: argparse wants what is none in one piece.
 
     Raises:
@@ -102,7 +102,7 @@ def main() -> None:
     full_errors = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing in its own way
     try:
-        sys.argv[1:] = per_job(_words(sys.argv[1:]))
+        sys.argv[1:] = per_job(ordered(sys.argv[1:]))
         with trap():
             run()
     except Interrupted as interrupted:

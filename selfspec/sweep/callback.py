@@ -122,7 +122,8 @@ def _begin(config: DictConfig) -> None:
     _refuse_alone(config)
     _refuse_chdir(config)
     with compose.hydras(config):
-        folder = Path(home("output_dir", config.hydra.run.dir))
+        home("output_dir", config.output_dir)
+        folder = Path(home("hydra.run.dir", config.hydra.run.dir))
     with read_write(config), open_dict(config):
         config.hydra.run.dir = str(folder)
     _check([(config, folder)], here=True)
@@ -133,7 +134,7 @@ def _begin(config: DictConfig) -> None:
 def _pin_folder(config: DictConfig) -> None:
     """One folder for all jobs: a sweep over experiments would otherwise put each under its own experiment's name."""
     with compose.hydras(config):
-        folder = home("output_dir", config.hydra.sweep.dir)
+        folder = home("hydra.sweep.dir", config.hydra.sweep.dir)
     with read_write(config), open_dict(config):
         config.hydra.sweep.dir = folder
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={compose.quoted(folder)}")
@@ -147,6 +148,8 @@ def _jobs(config: DictConfig) -> list[tuple[Plan, Path]]:
     launcher = get_class(config.hydra.launcher._target_)
     dry = bool(config.hydra.launcher.get("dryrun"))
     jobs = _check(_composed(config), here=not getattr(launcher, "elsewhere", False), ask_buckets=not dry)
+    if not jobs:
+        raise ConfigError(f"{' '.join(compose.given(config.hydra.overrides.task))}: is a sweep over nothing")
     if len({folder for _, folder in jobs}) < len(jobs):
         raise ConfigError("hydra.sweep.subdir: gives jobs a folder in common; ${hydra.job.num} tells them apart")
     check = getattr(launcher, "check", None)

@@ -23,7 +23,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from selfspec import plan
 from selfspec.axes import AXES
-from selfspec.config import HANDLES
+from selfspec.config import GROUPS, HANDLES
+from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 
 _MOST = 32
@@ -84,10 +85,24 @@ def per_job(argv: Sequence[str]) -> list[str]:
     applied to the default draft, which may not have it, in the place of those of ``draft=ngram,suffix``.
     """
     parsed = {word: override for word in argv if (override := _override(word)) is not None}
+    for override in parsed.values():
+        if override.key_or_group in GROUPS:
+            refuse_several(override.key_or_group, override._value)
     swept = {o.key_or_group for o in parsed.values() if o.is_sweep_override()} & AXES.keys()
     if not swept or not {"-m", "--multirun"} & {*argv}:
         return list(argv)
     return [_once(word, parsed[word]) if word in parsed and _group(parsed[word]) in swept else word for word in argv]
+
+
+def refuse_several(group: str, choice: Any) -> None:
+    """Refuses several options of a group, which Hydra would lay one over the other.
+
+    Raises:
+        ConfigError: with what was perhaps meant.
+    """
+    if isinstance(choice, (list, ListConfig)):
+        names = ",".join(map(str, choice))
+        raise ConfigError(f"{group}=[{names}]: must be one option; to sweep over them, -m {group}={names}")
 
 
 def _override(word: str) -> Override | None:
@@ -121,7 +136,13 @@ def hydras(config: DictConfig) -> Iterator[None]:
 
 
 def planned(config: DictConfig) -> Plan:
-    """The plan of a config that has Hydra's own part."""
+    """The plan of a config that has Hydra's own part.
+
+    Raises:
+        ConfigError: a value or a combination that is not allowed.
+    """
+    for group in GROUPS:
+        refuse_several(group, config.hydra.runtime.choices.get(group))
     with hydras(config):
         return plan.make(task(config))
 
