@@ -34,19 +34,21 @@ class ModelTokenizer(Tokenizer):
             return ids
         if not self._own.chat_template:
             raise ConfigError(f"workload.chat=true: {self._model.name} has no chat template; use workload.chat=false")
-        return self.encode_chat([{"role": "user", "content": text}])
+        try:
+            return self.encode_chat([{"role": "user", "content": text}])
+        except ValueError as error:
+            what = f"the chat template of {self._model.name} refuses a prompt: {error}"
+            raise ConfigError(f"workload.chat=true: {what}; use workload.chat=false") from error
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See :meth:`Tokenizer.encode_chat <selfspec.engine.base.Tokenizer.encode_chat>`."""
-        from jinja2 import TemplateError
-
         if not self._own.chat_template:
             raise ValueError(f"{self._model.name} has no chat template")
         try:
             ids: list[int] = self._own.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and raises what it likes
             raise ValueError(one_line(error)) from error
         return ids
 
