@@ -18,6 +18,8 @@ from selfspec.sweep_context import ALONE, SweepContext
 
 PREFIX = "selfspec-"
 """Of the names of our managed jobs; the plan's identity follows."""
+DRY_S = 20.0
+"""How long a dry run waits for SkyPilot, which may want to fetch catalogs, and tries for minutes."""
 _MLFLOW = tuple(f"MLFLOW_TRACKING_{key}" for key in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
 
 _MACHINE = ("accelerators", "cpus", "memory", "disk_size", "image_id", "use_spot")

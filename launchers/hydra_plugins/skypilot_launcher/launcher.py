@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from hydra_plugins.skypilot_launcher._fleet import Job
     from selfspec.plan import Plan
 
-DRY_S = 20.0
-"""How long a dry run waits for SkyPilot, which may want to fetch catalogs, and tries for minutes."""
-
 
 class SkyPilotLauncher(Launcher):
     """Hydra imports this file whatever is run, so all that costs time is imported within functions."""
@@ -130,10 +127,11 @@ def _prepared(sky: "Bridge", settings: SkyPilotConf, task: dict[str, Any]) -> di
         ConfigError: it refuses what was asked for.
         LaunchError: it cannot be asked, and jobs are to be launched.
     """
+    from hydra_plugins.skypilot_launcher import _task
     from selfspec.errors import LaunchError
 
     try:
-        found: dict[str, Any] = sky.ask("prepare", task=task, patience_s=DRY_S if settings.dryrun else None)
+        found: dict[str, Any] = sky.ask("prepare", task=task, patience_s=_task.DRY_S if settings.dryrun else None)
     except LaunchError as error:
         if not settings.dryrun:
             raise
