@@ -199,7 +199,8 @@ def invalid(errors: list[Any]) -> Invalid:
 
 
 def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+    """In one line, whatever a caller calls his fields."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def hashed(key: str) -> str:
