@@ -22,16 +22,20 @@ BY_USER = (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError)
 def exit_with(error: Exception) -> NoReturn:
     """Says what happened and exits: with 2 for what the user can put right, else with 1."""
     say(error)
-    foreseen = isinstance(error, BY_USER) or _of_the_disk(error) or _of_hydra(error)
-    sys.exit(getattr(error, "exit_code", UserError.exit_code if foreseen else 1))
+    sys.exit(getattr(error, "exit_code", UserError.exit_code if foreseen(error) else 1))
 
 
 def say(error: Exception) -> None:
     """One line on stderr for what selfspec or Hydra refuse or find; a traceback for what nobody foresaw."""
-    if isinstance(error, (*BY_USER, SelfspecError)) or _of_the_disk(error) or _of_hydra(error):
+    if isinstance(error, SelfspecError) or foreseen(error):
         print(f"error: {sentence(error)}", file=sys.stderr)
     else:
         traceback.print_exception(error)
+
+
+def foreseen(error: Exception) -> bool:
+    """Whether the user can put it right."""
+    return isinstance(error, BY_USER) or _of_the_disk(error) or _of_hydra(error)
 
 
 def sentence(error: Exception) -> str:

@@ -4,8 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from selfspec.run import ordered
+from selfspec import refusal
+from selfspec.config import load
+from selfspec.run import CONF, ordered
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., tuple[int, str, str]]
@@ -80,3 +87,35 @@ def test_hydras_own_values_and_the_home_folder(
 def test_a_sweep_given_to_the_sweeper(fake: list[str], run: Run) -> None:
     code, out, err = run("-m", *fake, "+hydra.sweeper.params.K='1,2'")
     assert (code, err) == (0, "") and "K=1 |" in out and "K=2 |" in out
+
+
+_KEYS = ["name", "source", "new_tokens", "chat", "defaults", "other"]
+
+
+def _yaml(node: object) -> bytes:
+    return yaml.safe_dump(node).encode(errors="surrogatepass")
+
+
+_NODES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just("${nope}"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=3),
+    max_leaves=6,
+)
+_TEXTS = st.text(st.sampled_from("abn:-[]{}&*!|>'\"%@`#?, \n\t\\$\x00\x85\ud800"), max_size=20)
+
+
+@settings(max_examples=25, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    content=st.binary(max_size=12) | _TEXTS.map(lambda text: text.encode(errors="surrogatepass")) | _NODES.map(_yaml)
+)
+def test_any_yaml_composes_or_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.mktemp("conf")
+    (folder / "workload").mkdir()
+    (folder / "workload" / "mine.yaml").write_bytes(content)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            load(compose("config", [f"hydra.searchpath=[file://{folder}]", "workload=mine", "draft=ngram"]))
+        except Exception as error:
+            assert refusal.foreseen(error), repr(error)
+            assert len(refusal.sentence(error).splitlines()) == 1
