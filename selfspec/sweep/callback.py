@@ -237,13 +237,14 @@ def _check(jobs: Iterable[tuple[DictConfig, Path]], here: bool, ask_buckets: boo
     idle: set[str] | None = None
     for config, folder in jobs:
         _refuse_key(config)
-        one = compose.planned(config)
+        with compose.hydras(config):
+            one = plan.make(ours := compose.task(config))
         made.append((known.setdefault((one.id, one.checkpoint.resume), one), folder))
         if idle is None:
             idle = {o.split("=", 1)[0] for o in compose.given(config.hydra.overrides.task)} & set(HANDLES)
         if idle:
             with compose.hydras(config):
-                idle &= set(plan.idle_handles(compose.task(config), idle))
+                idle &= set(plan.idle_handles(ours, idle))
     job.check(*known.values(), here=here, ask_buckets=ask_buckets)
     places = () if ask_buckets else dict.fromkeys(one.checkpoint.dir for one in known.values())
     for place in places:

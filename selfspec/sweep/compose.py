@@ -21,11 +21,9 @@ from hydra.core.override_parser.types import Override, OverrideType, Quote, Quot
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from selfspec import plan
 from selfspec.axes import AXES
 from selfspec.config import GROUPS, HANDLES
 from selfspec.errors import ConfigError
-from selfspec.plan import Plan
 
 _MOST = 32
 """Compositions kept, about half a megabyte each."""
@@ -135,25 +133,19 @@ def hydras(config: DictConfig) -> Iterator[None]:
         hydra.cfg = before
 
 
-def planned(config: DictConfig) -> Plan:
-    """The plan of a config that has Hydra's own part.
-
-    Raises:
-        ConfigError: a value or a combination that is not allowed.
-    """
-    for group in GROUPS:
-        refuse_several(group, config.hydra.runtime.choices.get(group))
-    with hydras(config):
-        return plan.make(task(config))
-
-
 def given(overrides: ListConfig) -> list[str]:
     """Overrides as they were given: what they refer to is for the job to look up, and may be a secret."""
     return cast("list[str]", OmegaConf.to_container(overrides, resolve=False))
 
 
 def task(config: DictConfig) -> DictConfig:
-    """A config less Hydra's own part."""
+    """A config less Hydra's own part.
+
+    Raises:
+        ConfigError: several options were chosen of one group.
+    """
+    for group in GROUPS:
+        refuse_several(group, config.hydra.runtime.choices.get(group))
     ours = config.copy()
     with open_dict(ours):
         del ours["hydra"]

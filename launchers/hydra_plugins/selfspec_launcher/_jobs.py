@@ -115,6 +115,7 @@ class ProcessLauncher(Launcher):
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=results.speedup(job.folder)) for job in jobs]
 
     def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
+        from selfspec import plan
         from selfspec.sweep import compose
 
         common = set.intersection(*(set(overrides) for overrides in job_overrides))
@@ -123,7 +124,8 @@ class ProcessLauncher(Launcher):
             config, folder = compose.job(self.context.config_loader, self.config, overrides, number)
             title = " ".join([f"job {number}", *(override for override in overrides if override not in common)])
             told = [*arguments(self.config, overrides), f"hydra.run.dir={compose.quoted(folder)}"]
-            jobs.append(Job(number, title, compose.planned(config), told, folder))
+            with compose.hydras(config):
+                jobs.append(Job(number, title, plan.make(compose.task(config)), told, folder))
         return jobs
 
     def _settle(self, job: Job, state: State) -> None:

@@ -102,6 +102,7 @@ class SkyPilotLauncher(Launcher):
         """One for each plan, in the order of the sweep."""
         from hydra_plugins.skypilot_launcher import _task
         from hydra_plugins.skypilot_launcher._fleet import Job
+        from selfspec import plan as plans
         from selfspec.sweep import compose
         from selfspec.sweep_context import SweepContext
 
@@ -110,7 +111,8 @@ class SkyPilotLauncher(Launcher):
         jobs: dict[str, Job] = {}
         for number, overrides in enumerate(job_overrides, first):
             config, folder = compose.job(self._context.config_loader, self._config, overrides, number)
-            plan = compose.planned(config)
+            with compose.hydras(config):
+                plan = plans.make(compose.task(config))
             _task.check(self._settings, plan)  # another sweeper than Hydra's own chooses its jobs as it goes
             told = arguments(self._config, overrides, self._settings.workdir)
             task = _task.make(self._settings, plan, told, sweep)
