@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -285,6 +286,8 @@ class Config:
             ConfigError: naming the key, the value and what is allowed.
         """
         check_bounds(self)
+        self.output_dir = home("output_dir", self.output_dir)
+        self.checkpoint.dir = home("checkpoint.dir", self.checkpoint.dir)
         if not self.stages or any(stage not in STAGES for stage in self.stages):
             raise ConfigError(f"stages={self.stages}: allowed are one or more of {', '.join(STAGES)}")
         within("quality.gate_prompts", self.quality.gate_prompts, 0, self.quality.prompts)
@@ -377,6 +380,20 @@ def with_handle(cfg: DictConfig, handle: str, value: Any) -> DictConfig:
     other = cfg.copy()
     OmegaConf.update(other, handle, value)
     return other
+
+
+def home(key: str, path: str) -> str:
+    """A path with its ``~`` as a shell has it.
+
+    Raises:
+        ConfigError: of a user there is none of.
+    """
+    if not path.startswith("~"):
+        return path  # as it is: a URL is no path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ConfigError(f"{key}={path}: there is no such home folder; a folder called so is ./{path}") from error
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

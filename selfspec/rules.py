@@ -34,6 +34,9 @@ def check(config: schema.Config) -> None:
         _check_unverified(config.draft)
     _check_backends(config.serve)
     _check_checkpoint(config.checkpoint.dir)
+    if (head := config.draft.get("head")) is not None and not config.draft.fitted:
+        lacks = "without draft.corpus=true" if config.draft.get("corpus") is False else f"to draft={config.draft.name}"
+        raise ConfigError(f"draft.head={head}: means nothing {lacks}, for which nothing is fitted")
     if config.draft.get("sample") and not config.policy.samples:
         raise ConfigError("draft.sample=true: only policy=rejection at a temperature above 0 draws tokens")
     _check_bench(config)

@@ -4,9 +4,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra._internal.hydra import Hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -14,7 +16,7 @@ from omegaconf import DictConfig
 
 from selfspec.axes import AXES
 from selfspec.config import Config
-from selfspec.errors import Interrupted, SelfspecError, StageError
+from selfspec.errors import ConfigError, Interrupted, SelfspecError, StageError
 from selfspec.interrupt import trap
 from selfspec.refusal import BY_USER, exit_with, say
 from selfspec.sweep.compose import per_job
@@ -72,12 +74,35 @@ _hydras_groups = Hydra.format_config_groups
 Hydra.format_config_groups = _groups  # type: ignore[assignment, method-assign]
 
 
+def ordered(argv: list[str]) -> list[str]:
+    """The command line with Hydra's flags last: argparse wants what is none in one piece.
+
+    Raises:
+        ConfigError: a flag that Hydra does not have; it would take it for another that begins so.
+    """
+
+    def refuse(said: str) -> NoReturn:
+        word = said.removeprefix("unrecognized arguments: ").split()[0]
+        setting = word.lstrip("-")
+        if word == said or not word.startswith("-"):
+            raise ConfigError(said)
+        raise ConfigError(f"{word}: no such flag; a setting is given as {setting}{'' if '=' in setting else '=...'}")
+
+    parser = get_args_parser()
+    parser.allow_abbrev, parser.error = False, refuse  # type: ignore[assignment]
+    settings: list[str] = parser.parse_intermixed_args(argv).overrides
+    flags = list(argv)
+    for setting in settings:
+        flags.remove(setting)
+    return [*settings, *flags]
+
+
 def main() -> None:
     """Runs Hydra; an error the user can put right ends in one line and exit code 2."""
     full_errors = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing in its own way
     try:
-        sys.argv[1:] = per_job(sys.argv[1:])
+        sys.argv[1:] = per_job(ordered(sys.argv[1:]))
         with trap():
             run()
     except Interrupted as interrupted:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from gcs import NO_RIGHT, Proxy
 
 from selfspec.checkpoint import bucket as module
@@ -157,8 +159,6 @@ def test_an_unusable_url_is_refused(url: str, says: str) -> None:
 
 
 def test_a_store_that_does_not_refuse_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fsspec.implementations.memory import MemoryFileSystem
-
     def always(self: MemoryFileSystem, path: str, data: bytes, mode: str = "overwrite", **kwargs: object) -> None:
         with self.open(path, "wb") as file:
             file.write(data)
@@ -174,3 +174,22 @@ def test_support_of_zonal_buckets_stays_off(gcs: Proxy, monkeypatch: pytest.Monk
     monkeypatch.delenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")
     Bucket(URL)
     assert os.environ.pop("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT") == "false"
+
+
+def test_a_listing_that_fails_once_is_not_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec's own ``find``, which many stores have, takes a listing that fails for an empty one."""
+    listed, faults = MemoryFileSystem.ls, [OSError("reset by peer"), TimeoutError()]
+
+    def unsteady(self: MemoryFileSystem, path: str, **settings: object) -> object:
+        if faults:
+            raise faults.pop()
+        return listed(self, path, **settings)
+
+    monkeypatch.setattr(MemoryFileSystem, "find", AbstractFileSystem.find)
+    bucket = Bucket("memory://unsteady", sleep=lambda seconds: None)
+    bucket.write("x/1", b"one")
+    monkeypatch.setattr(MemoryFileSystem, "ls", unsteady)
+    assert bucket.names("x") == ["1"] and not faults
+    faults += [PermissionError("no")]
+    with pytest.raises(StorageError, match="cannot be listed"):
+        bucket.names("x")

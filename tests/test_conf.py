@@ -124,10 +124,10 @@ def test_exits_and_lengths_swept() -> None:
 
 @pytest.mark.parametrize("hardware", [option for group, option in OPTIONS if group == "hardware"])
 def test_hardware_says_hardware(hardware: str) -> None:
-    """All that is compared stays the same; a machine that is taken away needs another checkpoint and tracker."""
+    """All that is compared stays the same; a machine that is taken away needs another checkpoint."""
     plain, made = composed("hardware=cpu").settings(), composed(*asked("hardware", hardware)).settings()
     differ = {group for group in made if made[group] != plain[group]} - {"hardware"}
-    assert differ == ({"checkpoint", "tracking"} if hardware == "h100_spot" else set())
+    assert differ == ({"checkpoint"} if hardware == "h100_spot" else set())
 
 
 def test_the_h100_one_liner_launches_the_model_that_was_chosen() -> None:

@@ -21,7 +21,7 @@ from selfspec.config import Resume
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.errors import AssetError, ConfigError, StageError
 from selfspec.plan import Plan
-from selfspec.quality import gates, perplexity, plot, tasks
+from selfspec.quality import gates, generation, perplexity, plot, tasks
 from selfspec.quality.config import TaskData
 from selfspec.quality.perplexity import Conversation, Nats
 from selfspec.report import quality as tables
@@ -29,7 +29,7 @@ from selfspec.report import tables as report
 from selfspec.report.results import Result
 from selfspec.stages import quality
 from selfspec.stages.quality import Quality
-from selfspec.types import Score, Signals
+from selfspec.types import Sampling, Score, Signals
 
 pytestmark = pytest.mark.slow
 
@@ -511,3 +511,12 @@ def test_the_hubs_documents_are_those_that_lm_eval_asks_for(
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(AssetError, match=r"quality\.tasks=arc_easy: its documents cannot be had: no route to the hub"):
         tasks.evaluate(FakeEngine(made), made.quality, "arc_easy", plain=True)
+
+
+def test_what_a_task_asks_and_we_do_not_do_is_refused_by_name() -> None:
+    done = {"until": ["\n"], "max_gen_toks": 9, "do_sample": False, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
+    neutral = {"repetition_penalty": 1.0, "num_beams": 1, "min_p": 0, "early_stopping": None}
+    assert generation.sampling(done | neutral) == Sampling(0.5, 3, 0.9)
+    for key, value in (("repetition_penalty", 1.5), ("num_beams", 4), ("bad_words", ["x"])):
+        with pytest.raises(ConfigError, match=rf"generation_kwargs\.{key}=.*: is not done here"):
+            generation.sampling(done | {key: value})

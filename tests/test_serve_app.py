@@ -299,6 +299,27 @@ class TestRefusals:
         status, got = post(server.url, "/v1/chat/completions", OK_CHAT | change)
         assert (status, got["error"]["param"]) == (400, param)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+            {"functions": [], "function_call": "none", "service_tier": "auto", "n": 1, "store": False},
+            {"modalities": ["text"], "audio": None, "prediction": None, "reasoning_effort": None},
+            {"repetition_penalty": 1.0, "min_p": 0, "top_logprobs": 0, "logprobs": False, "logit_bias": {}},
+            {"user": "me", "safety_identifier": "me", "prompt_cache_key": "k", "response_format": {"type": "text"}},
+        ],
+    )
+    def test_what_asks_for_nothing_is_taken(self, server: Serving, change: dict[str, Any]) -> None:
+        assert post(server.url, "/v1/chat/completions", OK_CHAT | change)[0] == 200
+
+    def test_our_own_answer_is_taken_back(self, server: Serving) -> None:
+        status, got = post(server.url, "/v1/chat/completions", OK_CHAT)
+        said = got["choices"][0]["message"]
+        theirs = said | {"tool_calls": [], "annotations": [], "function_call": None, "audio": None}
+        for turn in (said, theirs):
+            asked = OK_CHAT | {"messages": [*CHAT, turn, *CHAT]}
+            assert (status, post(server.url, "/v1/chat/completions", asked)[0]) == (200, 200)
+
     def test_another_content_type_is_refused(self, server: Serving) -> None:
         status, got = post(server.url, "/v1/completions", json.dumps(OK).encode(), content_type="text/plain")
         assert status == 400 and "JSON" in got["error"]["message"]

@@ -203,12 +203,30 @@ def test_at_a_terminal_there_is_one_table(jobs: list[Job]) -> None:
     assert all(word in said.getvalue() for word in (*_table.COLUMNS[:-1], "RECOVERING", jobs[0].plan.label, "..."))
 
 
+def test_a_job_is_named_after_its_plan_and_its_checkpoint(fake: list[str]) -> None:
+    here, same, there = (planned(*fake, f"checkpoint.dir=gs://b/{name}") for name in ("x", "x/", "y"))
+    assert _task.name(here) == _task.name(same) != _task.name(there)
+    assert _task.name(there).startswith(f"selfspec-{here.id}-"), "the plan is the same"
+
+
+def test_files_that_jobs_elsewhere_do_not_have_are_said(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    settings = replace(SETTINGS, workdir=".", mounts={"/data": "gs://b/data"})
+    for source, copied in (("in/it", True), ("../x", False), ("/there", False), ("/data/x", True)):
+        asked = ("workload.source=file:/data/p", f"model.source=file:{source}", "checkpoint.dir=gs://b/x")
+        said = _task.not_copied(settings, planned(*fake, *asked))
+        assert (said is None) == copied and (copied or f"model.source=file:{source}: jobs elsewhere" in str(said))
+
+
 @pytest.mark.parametrize(
     ("overrides", "environment", "expected"),
     [
         ("tracking=none", {"MLFLOW_TRACKING_URI": "http://x"}, (None, [], "")),
-        ("", {}, ("sqlite", [], "tracking.name=none")),
-        ("", {"MLFLOW_TRACKING_URI": "http://x"}, ("sqlite", [], "tracking.name=none")),
+        ("tracking.uri=sqlite:///x", {}, ("sqlite", [], "tracking.name=none")),
+        ("", {"MLFLOW_TRACKING_URI": "http://x"}, (None, ["MLFLOW_TRACKING_URI"], "")),
         ("tracking.uri=null", {}, ("null", [], "tracking.name=none")),
         ("tracking.uri=null", {"MLFLOW_TRACKING_URI": "sqlite:///x"}, ("null", [], "tracking.name=none")),
         (

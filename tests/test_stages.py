@@ -209,6 +209,22 @@ def test_a_head_of_the_users_is_taken_and_checked(make: Make, tmp_path: Path, mo
         run_job(other, tmp_path / "nan")
 
 
+def test_a_corpus_of_the_users_is_taken_and_one_that_means_nothing_refused(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = ("draft=suffix", "draft.corpus=true")
+    fitted = make(*corpus, "stages=[fit]")
+    run_job(fitted, tmp_path)
+    path = fitting.head_path(fitted).rename(tmp_path / "corpus.safetensors")
+    fits = spied(monkeypatch, "fit")
+    made = make(*corpus, f"draft.head={path}", "stages=[bench]", f"checkpoint.dir={tmp_path / 'other'}")
+    assert run_job(made, tmp_path / "bench")["lossless"] == "yes" and fits == []
+    with pytest.raises(ConfigError, match=r"^draft\.head=x: means nothing without draft\.corpus=true"):
+        make("draft=suffix", "draft.corpus=false", "draft.head=x")
+    with pytest.raises(ConfigError, match=r"^draft\.head=x: means nothing to draft=layerskip"):
+        make("draft=layerskip", "draft.head=x")
+
+
 def test_a_bench_without_its_head_is_refused(make: Make) -> None:
     with pytest.raises(ConfigError, match="draft=lsq needs a head and none is fitted yet; add fit, or name one"):
         job.check(make("stages=[bench]"))

@@ -226,6 +226,12 @@ class TestEncode:
         )
         assert self.said(engine(f"model.source=file:{folder}"), chat=True) == "<user> a model drafts <unk> <model>"
 
+    @pytest.mark.parametrize("template", ["{{ raise_exception('no such turn') }}", "{{ 1 / 0 }}", "{% nonsense %}"])
+    def test_a_chat_template_that_raises_is_one_line(self, engine: Maker, folder: Path, template: str) -> None:
+        self.edit(folder / "tokenizer_config.json", chat_template=template)
+        with pytest.raises(ConfigError, match=r"^workload\.chat=true: the chat template of tiny refuses a prompt: "):
+            engine(f"model.source=file:{folder}").tokenizer.encode("x", chat=True)
+
     def test_a_tokenizer_without_a_chat_template_is_refused(self, engine: Maker, folder: Path) -> None:
         self.edit(folder / "tokenizer_config.json", chat_template=None)
         with pytest.raises(ConfigError, match="chat"):

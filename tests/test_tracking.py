@@ -305,3 +305,23 @@ def test_a_uri_that_will_not_do_is_refused(uri: str, says: str, tmp_path: Path) 
 
 def test_flatten() -> None:
     assert flatten({"a": 1, "b": {"c": {"d": [2]}, "e": None}}) == {"a": 1, "b.c.d": [2], "b.e": None}
+
+
+@pytest.mark.parametrize("name", ["q?x", "p%20z", "q?x=1&cache=shared #é"])
+def test_a_path_is_no_url(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / name
+    tracker = tracking.make(config.Tracking(name=config.TrackerName.mlflow), folder)
+    start(tracker)
+    tracker.finish("FINISHED")
+    assert capfd.readouterr().err == ""
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (folder / "mlflow.db").stat().st_size > 0
+
+
+def test_without_a_uri_it_is_mlflows_own_or_a_file_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config.Tracking(name=config.TrackerName.mlflow)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(ConfigError, match=r"^MLFLOW_TRACKING_URI=\./mlruns: must be sqlite"):
+        tracking.make(asked, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/theirs.db")
+    start(tracking.make(asked, tmp_path / "ours"))
+    assert (tmp_path / "theirs.db").exists() and not (tmp_path / "ours" / "mlflow.db").exists()

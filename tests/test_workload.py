@@ -12,8 +12,9 @@ from typing import Any, get_args
 import pytest
 
 from selfspec.config import Model, Workload
-from selfspec.data import assets, workload
-from selfspec.data.workload import Split, conversations, select, table
+from selfspec.data import assets, records, workload
+from selfspec.data.records import documents
+from selfspec.data.workload import Split, select, table
 from selfspec.errors import AssetError, ConfigError
 from selfspec.types import Prompt
 
@@ -77,7 +78,7 @@ def prompts(content: Workload) -> dict[str, str]:
 
 
 def read(text: str) -> list[str]:
-    return [record["id"] for record in conversations(io.StringIO(text), "test")]
+    return [record["id"] for _, record in documents(io.StringIO(text), "test")]
 
 
 THREE = [talk("a_0", 'human:one\n"two" \u00e9 \\ ]'), talk("b_0", "gpt:{[,"), talk("c_0")]
@@ -87,13 +88,13 @@ class TestReading:
     @pytest.mark.parametrize("block", [1, 7, 1 << 20])
     @pytest.mark.parametrize("indent", [None, 2])
     def test_array_and_lines(self, block: int, indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workload, "_BLOCK", block)
+        monkeypatch.setattr(records, "_BLOCK", block)
         assert read(json.dumps(THREE, indent=indent)) == ["a_0", "b_0", "c_0"]
         assert read("\n".join(map(json.dumps, THREE))) == ["a_0", "b_0", "c_0"]
 
     @pytest.mark.parametrize("block", [5, 1 << 20])
     def test_cut_off_anywhere(self, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workload, "_BLOCK", block)
+        monkeypatch.setattr(records, "_BLOCK", block)
         text = json.dumps(THREE)
         ends = [text.index(f'{{"id": "{id}"') for id in ("b_0", "c_0")] + [len(text) + 1]
         for cut in range(len(text)):
@@ -114,8 +115,8 @@ class TestReading:
         [
             ("once upon a time in the west", "is not JSON after conversation 0"),
             (json.dumps(many(2)).replace('"gpt"', "gpt", 1), "is not JSON after conversation 0"),
-            (json.dumps(["a", "b"]), "item 0 is not"),
-            (json.dumps([talk("a_0", "human:x"), {"text": "b"}]), "item 1 is not"),
+            (json.dumps([["a", "b"]]), "line 1: is a list; must be an object with 'conversations'"),
+            (json.dumps([talk("a_0", "human:x"), {"text": "b"}]), "line 1: has the keys 'text'; must have 'conv"),
         ],
     )
     def test_something_else(self, text: str, reason: str, make: Maker) -> None:
@@ -148,7 +149,7 @@ class TestTable:
     def test_made_once(self, make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
         content = make(many(10))
         first = table(content)
-        monkeypatch.setattr(workload, "conversations", None)
+        monkeypatch.setattr(records, "read", None)
         assert table(content) == first
 
 
@@ -224,7 +225,7 @@ class TestSelect:
 
     def test_too_few(self, make: Maker) -> None:
         content = make(many(), prompt_tokens=69)
-        with pytest.raises(ConfigError, match=r"^scale\.prompts=500: must be at most \d+, .*prompt_tokens=69$"):
+        with pytest.raises(ConfigError, match=r"^scale\.prompts=500: must be at most \d+, .*prompt_tokens=69; "):
             select(content, "bench", 500, 0, encode)
 
 
@@ -246,8 +247,8 @@ def test_the_real_model_and_the_real_prompts() -> None:
     tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert tokens[0] == 1 and tokens[-4:] == [1, 520, 9531, 198]  # <|im_start|>assistant\n
 
-    with assets.fetch(SHAREGPT.source, SHAREGPT.sha256).open(encoding="utf-8") as file:
-        assert sum(1 for _ in conversations(file, SHAREGPT.source)) == 17_671
+    source = assets.fetch(SHAREGPT.source, SHAREGPT.sha256)
+    assert sum(1 for _ in records.read(source, SHAREGPT.source)) == 17_671
     found = [select(SHAREGPT, split, 100, 0, tokenizer.encode) for split in SPLITS]
     assert len({prompt.tokens for part in found for prompt in part}) == 300
 

@@ -8,6 +8,7 @@ lease.py       one holder at a time, wherever processes run
 bucket.py      objects by fsspec: retries, and errors in one line
 """
 
+from selfspec.checkpoint.bucket import trimmed
 from selfspec.checkpoint.folder import FILE, on_disk
 from selfspec.checkpoint.journal import Journal, Record, begun_here, inspect
 from selfspec.checkpoint.store import Store, answers_place, at, finished, map_concurrent, plan_place
@@ -25,4 +26,5 @@ __all__ = [
     "map_concurrent",
     "on_disk",
     "plan_place",
+    "trimmed",
 ]

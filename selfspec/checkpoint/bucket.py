@@ -76,7 +76,7 @@ class Bucket:
     def names(self, below: str) -> list[str]:
         """The objects directly in a folder, sorted, by their names there."""
         folder = self._path(below)
-        found = self._find("listed", below, lambda: self._fs.find(folder)) or []
+        found = self._find("listed", below, lambda: self._list(folder)) or []
         names = (path.removeprefix(folder).lstrip("/") for path in found)
         return sorted(name for name in names if name and "/" not in name)
 
@@ -129,6 +129,13 @@ class Bucket:
                 raise each
         return [each for each in found if isinstance(each, bytes)]
 
+    def _list(self, folder: str) -> list[str]:
+        """The objects in a folder, and perhaps below it."""
+        if _finds_by_walking(self._fs):  # which takes a listing that fails for an empty one
+            return [entry["name"] for entry in self._fs.ls(folder, detail=True) if entry["type"] != "directory"]
+        found: list[str] = self._fs.find(folder)
+        return found
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
@@ -136,9 +143,10 @@ class Bucket:
         """An object that is missing and a bucket that is missing read alike; a list tells them apart."""
         if self._name not in _there:
             try:
-                self._ask("listed", "", lambda: self._fs.find(self._path(".none")))
+                self._ask("listed", "", lambda: self._list(self._path(".none")))
             except FileNotFoundError as error:
-                raise self._nowhere() from error
+                if not _finds_by_walking(self._fs):  # else a folder is made when it is written to
+                    raise self._nowhere() from error
             _there.add(self._name)
 
     @property
@@ -193,6 +201,16 @@ _away = set[str]()
 def trimmed(place: str) -> str:
     """A URL or a path without slashes at its end, ready to have one and a name put behind it."""
     return re.sub("(?<![:/])/+$", "", place)
+
+
+def _finds_by_walking(fs: Any) -> bool:
+    """Whether its ``find`` is fsspec's own, and not one that asks the store for all that begins so."""
+    from fsspec import AbstractFileSystem
+    from fsspec.asyn import AsyncFileSystem
+
+    if isinstance(fs, AsyncFileSystem):
+        return type(fs)._find is AsyncFileSystem._find
+    return type(fs).find is AbstractFileSystem.find
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -54,7 +54,8 @@ class ModelTokenizer(Tokenizer):
         try:
             return self.encode_chat([{"role": "user", "content": text}])
         except ValueError as error:
-            raise ConfigError(f"workload.chat=true: {self._model.name}'s chat template refuses: {error}") from error
+            what = f"the chat template of {self._model.name} refuses a prompt: {error}"
+            raise ConfigError(f"workload.chat=true: {what}; use workload.chat=false") from error
 
     def encode_part(self, text: str) -> list[int]:
         """See :meth:`Tokenizer.encode_part <selfspec.engine.base.Tokenizer.encode_part>`."""
@@ -69,7 +70,7 @@ class ModelTokenizer(Tokenizer):
             ids: list[int] = self._own.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        except Exception as error:  # a template is a program
+        except Exception as error:  # a template is a program, and raises what it likes
             raise ValueError(one_line(error)) from error
         return ids
 

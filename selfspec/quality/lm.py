@@ -10,7 +10,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from selfspec.engine.base import Scores
-from selfspec.types import Request, Sampling
+from selfspec.quality.generation import sampling
+from selfspec.types import Request
 
 Tokens = Sequence[int]
 
@@ -61,8 +62,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         for context, settings in (request.args for request in requests):
             wanted = normalize_gen_kwargs(settings)
             tokens = self._fitting(self.tok_encode(context), wanted["max_gen_toks"] + 1)
-            sampling = Sampling(wanted.get("temperature", 0.0), wanted.get("top_k"), wanted.get("top_p"))
-            asked.append(Request(tuple(tokens), wanted["max_gen_toks"], sampling=sampling))
+            asked.append(Request(tuple(tokens), wanted["max_gen_toks"], sampling=sampling(wanted)))
             stops.append(wanted["until"])
         done = self.engine.generate(asked, plain=self.plain)
         texts = [self.engine.tokenizer.decode(completion.tokens) for completion in done]

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from selfspec.errors import ConfigError, SelfspecError
 from selfspec.refusal import BY_USER, exit_with
-from selfspec.run import CONF
+from selfspec.run import CONF, ordered
 
 _NOTHING_WRITTEN = ("hydra.run.dir=.", "hydra.output_subdir=null", "~hydra.callbacks.selfspec")
 """A server leaves no result, and has no job's folder."""
@@ -36,9 +36,7 @@ def main() -> None:
     try:
         if {"-m", "--multirun"} & set(sys.argv):
             raise ConfigError("--multirun: a gateway serves one plan; start one for each")
-        overrides = [at for at, word in enumerate(sys.argv) if at and "=" in word and not word.startswith("-")]
-        end = overrides[-1] + 1 if overrides else len(sys.argv)  # argparse wants positional arguments side by side
-        sys.argv[end:end] = _NOTHING_WRITTEN
+        sys.argv[1:] = ordered([*sys.argv[1:], *_NOTHING_WRITTEN])
         serve()
     except Exception as error:
         if full_errors:

@@ -27,6 +27,7 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 Token = Annotated[int, Field(ge=0)]
+Empty = Annotated[list[Any], Field(max_length=0)]
 
 
 class _Body(BaseModel):
@@ -67,7 +68,12 @@ class Common(_Body):
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=0)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
     user: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> "Common":
@@ -126,6 +132,13 @@ class Message(_Body):
     content: Text | list[Part]
     name: Text | None = None
 
+    # An answer of ours or of OpenAI's, sent back as it came.
+    refusal: Literal[""] | None = None
+    tool_calls: Empty | None = None
+    annotations: Empty | None = None
+    function_call: None = None
+    audio: None = None
+
     def plain(self) -> Mapping[str, str]:
         """As chat templates know it: a developer's message is the system's, pieces are one text."""
         role = "system" if self.role == "developer" else self.role
@@ -144,9 +157,20 @@ class ChatRequest(Common):
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
+    tools: Empty | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Empty | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    reasoning_effort: Literal["none"] | None = None
+
     @model_validator(mode="after")
     def _alternatives_of_something(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs=true")
         return self
 
@@ -175,7 +199,8 @@ def invalid(errors: list[Any]) -> Invalid:
 
 
 def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+    """In one line, whatever a caller calls his fields."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def hashed(key: str) -> str:

@@ -7,7 +7,7 @@ sweep by :class:`selfspec.sweep_context.SweepContext`.
 import hashlib
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from selfspec import checkpoint, job, plan, tracking
-from selfspec.config import HANDLES, Resume
+from selfspec.config import HANDLES, Resume, home
 from selfspec.errors import ConfigError, Interrupted, LaunchError, SelfspecError
 from selfspec.files import storing
 from selfspec.interrupt import shield
@@ -46,7 +46,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: refuses all of it if one of its plans cannot work; else opens its tracker run."""
-        _pin_folder(config)
+        _or_exit(lambda: _pin_folder(config))
         _or_exit(lambda: self._open(config))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -121,7 +121,11 @@ def _or_exit(action: Callable[[], object]) -> None:
 def _begin(config: DictConfig) -> None:
     _refuse_alone(config)
     _refuse_chdir(config)
-    folder = Path(config.hydra.run.dir)
+    with compose.hydras(config):
+        home("output_dir", config.output_dir)
+        folder = Path(home("hydra.run.dir", config.hydra.run.dir))
+    with read_write(config), open_dict(config):
+        config.hydra.run.dir = str(folder)
     _check([(config, folder)], here=True)
     with storing(folder):  # Hydra makes it next, and would not say why it cannot
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,8 +133,11 @@ def _begin(config: DictConfig) -> None:
 
 def _pin_folder(config: DictConfig) -> None:
     """One folder for all jobs: a sweep over experiments would otherwise put each under its own experiment's name."""
+    with compose.hydras(config):
+        folder = home("hydra.sweep.dir", config.hydra.sweep.dir)
     with read_write(config), open_dict(config):
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={compose.quoted(config.hydra.sweep.dir)}")
+        config.hydra.sweep.dir = folder
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={compose.quoted(folder)}")
 
 
 def _jobs(config: DictConfig) -> list[tuple[Plan, Path]]:
@@ -141,6 +148,8 @@ def _jobs(config: DictConfig) -> list[tuple[Plan, Path]]:
     launcher = get_class(config.hydra.launcher._target_)
     dry = bool(config.hydra.launcher.get("dryrun"))
     jobs = _check(_composed(config), here=not getattr(launcher, "elsewhere", False), ask_buckets=not dry)
+    if not jobs:
+        raise ConfigError(f"{' '.join(compose.given(config.hydra.overrides.task))}: is a sweep over nothing")
     if len({folder for _, folder in jobs}) < len(jobs):
         raise ConfigError("hydra.sweep.subdir: gives jobs a folder in common; ${hydra.job.num} tells them apart")
     check = getattr(launcher, "check", None)
@@ -155,10 +164,11 @@ def _composed(config: DictConfig) -> Iterator[tuple[DictConfig, Path]]:
     params = config.hydra.sweeper.params or {}
     asked = [f"{key}={value}" for key, value in params.items()] + compose.given(config.hydra.overrides.task)
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(asked)
+    given = {each.split("=", 1)[0] for each in compose.given(config.hydra.overrides.task)}
     swept = {each.get_key_element() for each in overrides if each.is_sweep_override()}
     for number, job_overrides in enumerate(BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]):
         composed, folder = compose.job(loader, config, job_overrides, number)
-        _refuse_dropped(config, composed, [each for each in job_overrides if each.split("=", 1)[0] in swept])
+        _refuse_dropped(config, composed, [each for each in job_overrides if each.split("=", 1)[0] in swept], given)
         yield composed, folder
 
 
@@ -183,10 +193,21 @@ def _refuse_alone(config: DictConfig) -> None:
         raise ConfigError(f"hydra/launcher={launcher}: launches the jobs of a sweep; add -m, for a single job too")
 
 
-def _refuse_dropped(config: DictConfig, composed: DictConfig, swept: list[str]) -> None:
-    """Hydra takes the launcher from what is not swept, and would drop without a word what a swept option asks for."""
+def _refuse_dropped(config: DictConfig, composed: DictConfig, swept: list[str], given: Collection[str]) -> None:
+    """Hydra takes launcher and sweeper from what is not swept, and would drop without a word what a swept option asks.
+
+    Args:
+        swept: the job's own choices.
+        given: keys that have values on the command line, which an option's own sweep over them gives way to.
+    """
     ours, theirs = (each.hydra.runtime.choices["hydra/launcher"] for each in (config, composed))
     settings, asked = (OmegaConf.to_container(each.hydra.launcher) for each in (config, composed))
+    params, inner = ({**(each.hydra.sweeper.get("params") or {})} for each in (config, composed))
+    if lost := [f"{key}={value}" for key, value in inner.items() if params.get(key) != value and key not in given]:
+        raise ConfigError(
+            f"{' '.join(swept)}: is a sweep over {' '.join(lost)}, which would be dropped; run it alone, or sweep over "
+            "that here as well"
+        )
     if settings == asked:
         return
     asking = " ".join(swept)
@@ -216,13 +237,14 @@ def _check(jobs: Iterable[tuple[DictConfig, Path]], here: bool, ask_buckets: boo
     idle: set[str] | None = None
     for config, folder in jobs:
         _refuse_key(config)
-        ours = compose.task(config)
-        one = plan.make(ours)
+        with compose.hydras(config):
+            one = plan.make(ours := compose.task(config))
         made.append((known.setdefault((one.id, one.checkpoint.resume), one), folder))
         if idle is None:
             idle = {o.split("=", 1)[0] for o in compose.given(config.hydra.overrides.task)} & set(HANDLES)
         if idle:
-            idle &= set(plan.idle_handles(ours, idle))
+            with compose.hydras(config):
+                idle &= set(plan.idle_handles(ours, idle))
     job.check(*known.values(), here=here, ask_buckets=ask_buckets)
     places = () if ask_buckets else dict.fromkeys(one.checkpoint.dir for one in known.values())
     for place in places:

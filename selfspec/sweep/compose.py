@@ -6,7 +6,8 @@ composed: a handle is a plain value at the root, and what refers to it is resolv
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +15,15 @@ from typing import Any, cast
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from selfspec.axes import AXES
-from selfspec.config import HANDLES
+from selfspec.config import GROUPS, HANDLES
+from selfspec.errors import ConfigError
 
 _MOST = 32
 """Compositions kept, about half a megabyte each."""
@@ -69,7 +72,8 @@ def job(loader: ConfigLoader, sweep: DictConfig, overrides: Sequence[str], numbe
     config = loader.load_sweep_config(sweep, list(overrides))
     with open_dict(config):
         config.hydra.job.id, config.hydra.job.num = str(number), number
-    return config, Path(sweep.hydra.sweep.dir) / config.hydra.sweep.subdir
+    with hydras(config):
+        return config, Path(sweep.hydra.sweep.dir) / config.hydra.sweep.subdir
 
 
 def per_job(argv: Sequence[str]) -> list[str]:
@@ -79,10 +83,24 @@ def per_job(argv: Sequence[str]) -> list[str]:
     applied to the default draft, which may not have it, in the place of those of ``draft=ngram,suffix``.
     """
     parsed = {word: override for word in argv if (override := _override(word)) is not None}
+    for override in parsed.values():
+        if override.key_or_group in GROUPS:
+            refuse_several(override.key_or_group, override._value)
     swept = {o.key_or_group for o in parsed.values() if o.is_sweep_override()} & AXES.keys()
     if not swept or not {"-m", "--multirun"} & {*argv}:
         return list(argv)
     return [_once(word, parsed[word]) if word in parsed and _group(parsed[word]) in swept else word for word in argv]
+
+
+def refuse_several(group: str, choice: Any) -> None:
+    """Refuses several options of a group, which Hydra would lay one over the other.
+
+    Raises:
+        ConfigError: with what was perhaps meant.
+    """
+    if isinstance(choice, (list, ListConfig)):
+        names = ",".join(map(str, choice))
+        raise ConfigError(f"{group}=[{names}]: must be one option; to sweep over them, -m {group}={names}")
 
 
 def _override(word: str) -> Override | None:
@@ -102,13 +120,32 @@ def _once(word: str, override: Override) -> str:
     return word if override.is_sweep_override() else f"{key}=choice({value})"
 
 
+@contextmanager
+def hydras(config: DictConfig) -> Iterator[None]:
+    """``${hydra:...}`` means what stands in this config, as it will when its job runs."""
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    hydra.set_config(config)
+    OmegaConf.set_readonly(config.hydra, None)
+    try:
+        yield
+    finally:
+        hydra.cfg = before
+
+
 def given(overrides: ListConfig) -> list[str]:
     """Overrides as they were given: what they refer to is for the job to look up, and may be a secret."""
     return cast("list[str]", OmegaConf.to_container(overrides, resolve=False))
 
 
 def task(config: DictConfig) -> DictConfig:
-    """A config less Hydra's own part."""
+    """A config less Hydra's own part.
+
+    Raises:
+        ConfigError: several options were chosen of one group.
+    """
+    for group in GROUPS:
+        refuse_several(group, config.hydra.runtime.choices.get(group))
     ours = config.copy()
     with open_dict(ours):
         del ours["hydra"]

@@ -24,7 +24,7 @@ from selfspec.tracking.base import (
     Tracker,
     without_credentials,
 )
-from selfspec.tracking.mlflow import MLflowTracker
+from selfspec.tracking.mlflow import ENVIRONMENT, MLflowTracker, local_uri
 
 __all__ = [
     "JOURNAL_TAG",
@@ -39,28 +39,27 @@ __all__ = [
     "make",
 ]
 
-DEFAULT_URI = "sqlite:///mlflow.db"
-"""What ``mlflow ui`` opens when it is started in the same folder."""
-
 
 def make(tracking: schema.Tracking, output_dir: Path) -> Tracker:
     """The tracker that a config asks for; nothing is opened yet.
 
-    Without a ``uri`` it is MLflow's own: ``$MLFLOW_TRACKING_URI``, or ``mlflow.db`` in the working folder.
+    Without a ``uri`` it is ``$MLFLOW_TRACKING_URI``, or ``mlflow.db`` in ``output_dir``.
 
     Args:
         tracking: which tracker, where.
-        output_dir: a new experiment in a local store keeps its artifacts in ``mlartifacts`` below it.
+        output_dir: has the store where none is named; a new experiment in a local store keeps its artifacts in
+            ``mlartifacts`` below it.
 
     Raises:
         ConfigError: a URI that MLflow cannot log to.
     """
     if tracking.name is schema.TrackerName.none:
         return NoTracker()
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    given, key = (tracking.uri, "tracking.uri") if tracking.uri else (os.environ.get(ENVIRONMENT), ENVIRONMENT)
+    uri = given or local_uri(output_dir / "mlflow.db")
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         shown = without_credentials(uri)
-        raise ConfigError(f"tracking.uri={shown}: must be sqlite:///<file>, http(s)://<server> or another database URI")
+        raise ConfigError(f"{key}={shown}: must be sqlite:///<file>, http(s)://<server> or another database URI")
     if tracking.uri and without_credentials(tracking.uri) != tracking.uri:  # configs are kept and shown
         raise ConfigError(
             f"tracking.uri={without_credentials(uri)}: must hold no credentials; "

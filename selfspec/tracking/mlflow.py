@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from filelock import FileLock
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
+_PLAIN = "/ #&=+:;,@~!$'()*[]"
+"""What may stand in the path of a SQLite URL as it is."""
 _BATCH = 1000  # MLflow takes no more metrics in one call
 _PARAM_BATCH = 100  # ... and no more params or tags
 _NAME = 250  # what a run's name may have in a database that heeds its columns' widths, as PostgreSQL does
@@ -35,6 +38,9 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+ENVIRONMENT = "MLFLOW_TRACKING_URI"
+"""MLflow's own word for where runs are logged."""
+_TRIES = 4  # at a database that cannot be opened: three seconds; MLflow's own ten take two minutes
 _SQLITE = re.compile(r"(?P<scheme>sqlite(?:\+\w+)?:///)(?P<path>[^?:][^?]*)(?P<query>\?.*)?")
 
 
@@ -45,11 +51,12 @@ class MLflowTracker:
         """Opens nothing yet.
 
         Args:
-            uri: ``sqlite:///...`` (made absolute, its folder created) or any other MLflow tracking URI.
+            uri: ``sqlite:///...`` (made absolute, its folder created; ``%3F`` stands for a ``?`` of the path, ``%25``
+                for a ``%``) or any other MLflow tracking URI.
             experiment: name; created if there is none.
             artifact_root: where a new experiment of a local SQLite store keeps its artifacts.
         """
-        self._uri, self._database = _absolute(uri)
+        self._uri, self._database, self._query = _parsed(uri)
         self._experiment = experiment
         self._artifact_root = artifact_root.absolute()
         self._run_id = ""
@@ -137,9 +144,10 @@ class MLflowTracker:
 
     @cached_property
     def _client(self) -> "MlflowClient":
-        client = _import_client()
+        client = _import_client(self._uri)
+        uri = self._uri if self._database is None else f"{_openable(self._database)}{self._query}"
         with self._lock:  # two processes that create the tables at once would trip over each other
-            return client(tracking_uri=self._uri)
+            return client(tracking_uri=uri)
 
     @cached_property
     def _experiment_id(self) -> str:
@@ -207,22 +215,48 @@ class MLflowTracker:
         return bool(self._client.search_runs([self._experiment_id], wanted, max_results=1))
 
 
-def _import_client() -> "type[MlflowClient]":
+def _import_client(uri: str) -> "type[MlflowClient]":
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())  # it may be imported already
+    if "://" in uri and not uri.startswith(("http", "databricks")):  # a database
+        from mlflow.store.db import utils
+
+        utils.MAX_RETRY_COUNT = min(utils.MAX_RETRY_COUNT, _TRIES)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of every retry
     return MlflowClient
 
 
-def _absolute(uri: str) -> tuple[str, Path | None]:
+def local_uri(path: Path) -> str:
+    """A store in a file: a path is no URL, so what a URL reads otherwise is quoted."""
+    return f"sqlite:///{quote(str(path), safe=_PLAIN)}"
+
+
+def _parsed(uri: str) -> tuple[str, Path | None, str]:
+    """The URI; of a SQLite one, the file in full and the query, too."""
     match = _SQLITE.fullmatch(uri)
     if match is None:
-        return uri, None
-    path = Path(match["path"]).absolute()
-    return f"{match['scheme']}{path}{match['query'] or ''}", path
+        return uri, None, ""
+    return uri, Path(unquote(match["path"])).expanduser().absolute(), match["query"] or ""
+
+
+def _openable(path: Path) -> str:
+    """What SQLAlchemy opens as this file: only from 2.1 on does it take quotes out of a path.
+
+    Raises:
+        OSError: it cannot be told of such a path.
+    """
+    from sqlalchemy import make_url
+
+    if not {"?", "%"} & {*str(path)}:
+        return f"sqlite:///{path}"
+    unquotes = make_url("sqlite:////%3F").database == "/?"
+    if not unquotes and "?" in str(path):
+        raise OSError(f"{path}: MLflow cannot keep a store in a folder with a question mark in its name")
+    # With a driver named, MLflow does not make the folder that the quoted path seems to name.
+    return f"sqlite+pysqlite:///{quote(str(path), safe=_PLAIN) if unquotes else path}"
 
 
 def _oldest(runs: "list[Run]") -> str:

@@ -124,7 +124,8 @@ class ProcessLauncher(Launcher):
             config, folder = compose.job(self.context.config_loader, self.config, overrides, number)
             title = " ".join([f"job {number}", *(override for override in overrides if override not in common)])
             told = [*arguments(self.config, overrides), f"hydra.run.dir={compose.quoted(folder)}"]
-            jobs.append(Job(number, title, plan.make(compose.task(config)), told, folder))
+            with compose.hydras(config):
+                jobs.append(Job(number, title, plan.make(compose.task(config)), told, folder))
         return jobs
 
     def _settle(self, job: Job, state: State) -> None:

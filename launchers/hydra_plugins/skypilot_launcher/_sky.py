@@ -13,8 +13,10 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 Record = dict[str, Any]
@@ -40,13 +42,40 @@ def hello() -> str:
     return str(sky.__version__)
 
 
-def prepare(task: Record) -> Record:
+def prepare(task: Record, patience_s: float | None = None) -> Record:
     """Has SkyPilot validate a task.
+
+    Args:
+        patience_s: how long that may take; a second task is not waited for where the first took longer.
 
     Returns:
         ``task`` less what its infra refuses; ``said``: words about that and about what could not be checked;
         ``hourly``: the least it costs, in US dollars, or None where no catalog is at hand.
     """
+    if patience_s is None:
+        return _prepare(task)
+    asked = Future[Record]()
+
+    def answer() -> None:
+        try:
+            asked.set_result(_prepare(task))
+        except BaseException as error:
+            asked.set_exception(error)
+
+    threading.Thread(target=answer, daemon=True).start()
+    try:
+        return asked.result(0 if _slow else patience_s)
+    except FutureTimeout as error:
+        _slow.append(patience_s)
+        raise TimeoutError(
+            f"no answer in {patience_s:g} s; it fetches catalogs, for which it needs a network"
+        ) from error
+
+
+_slow: list[float] = []
+
+
+def _prepare(task: Record) -> Record:
     task, said = copy.deepcopy(task), list[str]()
     spot = task["resources"].pop("use_spot", False)
     parsed = _task(task)

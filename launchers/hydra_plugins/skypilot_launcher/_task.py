@@ -1,5 +1,6 @@
 """What a job of the sweep is to SkyPilot: a task, as its YAML would say it."""
 
+import hashlib
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
+from selfspec import checkpoint
 from selfspec.config import Resume, TrackerName
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
@@ -16,6 +18,8 @@ from selfspec.sweep_context import ALONE, SweepContext
 
 PREFIX = "selfspec-"
 """Of the names of our managed jobs; the plan's identity follows."""
+DRY_S = 20.0
+"""How long a dry run waits for SkyPilot, which may want to fetch catalogs, and tries for minutes."""
 _MLFLOW = tuple(f"MLFLOW_TRACKING_{key}" for key in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
 
 _MACHINE = ("accelerators", "cpus", "memory", "disk_size", "image_id", "use_spot")
@@ -83,8 +87,39 @@ def check_configs(settings: SkyPilotConf, main: Path, more: Iterable[Path]) -> N
 
 
 def name(plan: Plan) -> str:
-    """Of the managed job that runs a plan: the same one wherever and whenever it is asked for."""
-    return PREFIX + plan.id
+    """Of the managed job that runs a plan for a checkpoint: the same one wherever and whenever it is asked for."""
+    place = hashlib.sha256(checkpoint.trimmed(plan.checkpoint.dir).encode()).hexdigest()
+    return f"{PREFIX}{plan.id}-{place[:6]}"
+
+
+def not_copied(settings: SkyPilotConf, plan: Plan) -> str | None:
+    """Which files of this machine a job elsewhere is told to read and has no copy of."""
+    head = plan.draft.get("head")
+    sources = {
+        "model.source": plan.model.source,
+        "workload.source": plan.workload.source,
+        "draft.source": plan.draft.get("source"),
+        "draft.head": head and f"file:{head}",
+        **{f"quality.data.{task}.source": data.source for task, data in plan.quality.data.items()},
+    }
+    for key, source in sources.items():
+        if source and source.startswith("file:") and not _is_there(settings, Path(source.removeprefix("file:"))):
+            return (
+                f"{key}={head if key == 'draft.head' else source}: jobs elsewhere have it "
+                "only if a mount or a file system that is shared does; what lies in "
+                f"hydra.launcher.workdir={settings.workdir} is copied, and named from there"
+            )
+    return None
+
+
+def _is_there(settings: SkyPilotConf, path: Path) -> bool:
+    """Whether a job that runs in a copy of the work folder finds a path there."""
+    if any(path.is_relative_to(mount) for mount in settings.mounts):
+        return True
+    if path.is_absolute() or settings.workdir is None:
+        return False
+    workdir = Path(settings.workdir).resolve()
+    return workdir == Path.cwd() and path.resolve().is_relative_to(workdir)
 
 
 def secrets(settings: SkyPilotConf, plan: Plan) -> list[str]:

@@ -14,6 +14,7 @@ from hydra_plugins.selfspec_launcher._jobs import arguments, config_folders
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
 
 if TYPE_CHECKING:
+    from hydra_plugins.skypilot_launcher._bridge import Bridge
     from hydra_plugins.skypilot_launcher._fleet import Job
     from selfspec.plan import Plan
 
@@ -42,8 +43,9 @@ class SkyPilotLauncher(Launcher):
         _task.check_configs(settings, *config_folders(config))
         for plan in plans:
             _task.check(settings, plan)
-        prepared = _bridge.connect(settings.python).ask("prepare", task=_task.make(settings, plans[0], []))
-        notes = [*prepared["said"], _task.left_to_the_pool(settings), *map(_task.untracked, plans)]
+        prepared = _prepared(_bridge.connect(settings.python), settings, _task.make(settings, plans[0], []))
+        unlikely = (_task.not_copied(settings, plan) for plan in plans)
+        notes = [*prepared["said"], _task.left_to_the_pool(settings), *map(_task.untracked, plans), *unlikely]
         for words in dict.fromkeys(filter(None, notes)):
             print(f"note: {words}", file=sys.stderr)
 
@@ -67,7 +69,7 @@ class SkyPilotLauncher(Launcher):
 
         sky, console = _bridge.connect(self._settings.python), Console(stderr=True)
         jobs = self._jobs(job_overrides, initial_job_idx)
-        prepared = sky.ask("prepare", task=jobs[0].task)
+        prepared = _prepared(sky, self._settings, jobs[0].task)
         for job in jobs:  # they ask for the same machine each
             job.task["resources"] = prepared["task"]["resources"]
         if self._settings.dryrun:
@@ -109,7 +111,8 @@ class SkyPilotLauncher(Launcher):
         jobs: dict[str, Job] = {}
         for number, overrides in enumerate(job_overrides, first):
             config, folder = compose.job(self._context.config_loader, self._config, overrides, number)
-            plan = plans.make(compose.task(config))
+            with compose.hydras(config):
+                plan = plans.make(compose.task(config))
             _task.check(self._settings, plan)  # another sweeper than Hydra's own chooses its jobs as it goes
             told = arguments(self._config, overrides, self._settings.workdir)
             task = _task.make(self._settings, plan, told, sweep)
@@ -117,6 +120,25 @@ class SkyPilotLauncher(Launcher):
             job.numbers.append(number)
             job.folders.append(folder)
         return list(jobs.values())
+
+
+def _prepared(sky: "Bridge", settings: SkyPilotConf, task: dict[str, Any]) -> dict[str, Any]:
+    """What SkyPilot makes of a task; in a dry run the task as it is, where that cannot be asked.
+
+    Raises:
+        ConfigError: it refuses what was asked for.
+        LaunchError: it cannot be asked, and jobs are to be launched.
+    """
+    from hydra_plugins.skypilot_launcher import _task
+    from selfspec.errors import LaunchError
+
+    try:
+        found: dict[str, Any] = sky.ask("prepare", task=task, patience_s=_task.DRY_S if settings.dryrun else None)
+    except LaunchError as error:
+        if not settings.dryrun:
+            raise
+        return {"task": task, "said": [f"hydra.launcher: not checked by SkyPilot: {error}"], "hourly": None}
+    return found
 
 
 def _ending(jobs: "Sequence[Job]") -> list[str]:

@@ -58,6 +58,8 @@ class Options(LookupOptions):
     """Look into what earlier requests said, too."""
     corpus: bool = setting(False, fact=True)
     """Look into the model's answers to the fit prompts, too (REST, 2311.08252)."""
+    head: str | None = setting(None, use=True)
+    """A file with such answers, to use instead of having the model give them."""
 
     @property
     def fitted(self) -> bool:
