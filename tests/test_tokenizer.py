@@ -201,7 +201,9 @@ class TestPrompt:
 
     def test_a_template_that_refuses_is_one_line(self, tmp_path: Path) -> None:
         ours, _ = saved(words, tmp_path, REFUSES)
-        with pytest.raises(ConfigError, match=r"^workload\.chat=true: the chat template of tiny refuses a prompt: A system message"):
+        with pytest.raises(
+            ConfigError, match=r"^workload\.chat=true: the chat template of tiny refuses a prompt: A system message"
+        ):
             ours.encode("a", chat=True)
 
     @pytest.mark.parametrize("template", ["{{ messages[0]['content'] + 1 }}", "{{ 1 // 0 }}", "{{ messages.a.b }}"])

@@ -129,8 +129,12 @@ class HFEngine(Scores, Probes):
 
         arrival = time.perf_counter()
         watch = Watch(k, request.max_new_tokens)
-        with watch.over(lm):
-            out = lm.generate(ids, streamer=watch, **arguments)
+        layers = lm.config.num_hidden_layers
+        try:
+            with watch.over(lm):
+                out = lm.generate(ids, streamer=watch, **arguments)
+        finally:  # an early exit that raises would leave the model, which others share, as short as its draft
+            lm.config.num_hidden_layers = layers
         total = time.perf_counter() - arrival
         tokens = tuple(out[0, len(request.tokens) :].tolist())
         return Completion(
