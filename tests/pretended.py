@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfspec.model import llama, transfer
+from selfspec.model import checkpoint, transfer
 from selfspec.speculation import sampling
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -110,7 +110,13 @@ class PretendedGPU(TorchDispatchMode):
         self._launched = self._done = 0  # kernels; a wait is for the launched ones
 
     def __enter__(self) -> "PretendedGPU":
-        PretendedGPU.current, self._stack = self, ExitStack()
+        PretendedGPU.current = self
+        with ExitStack() as stack:  # undone at once should one of these fail
+            self._pretend(stack)
+            self._stack = stack.pop_all()
+        return super().__enter__()
+
+    def _pretend(self, stack: ExitStack) -> None:
         cuda = {
             "_lazy_init": lambda: None,
             "is_available": lambda: True,
@@ -120,14 +126,13 @@ class PretendedGPU(TorchDispatchMode):
             "Event": _Moment,
         }
         for name, value in cuda.items():
-            self._stack.enter_context(mock.patch.object(torch.cuda, name, value))
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
         # safetensors would ask a driver for memory, and no Triton kernel reads such tensors.
-        self._stack.enter_context(mock.patch.object(llama, "load_file", _load))
-        self._stack.enter_context(mock.patch.object(sampling, "has_triton", lambda: False))
-        self._stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        stack.enter_context(mock.patch.object(checkpoint, "load_file", _load))
+        stack.enter_context(mock.patch.object(sampling, "has_triton", lambda: False))
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device="cuda")` is then a tensor and a copy
-        self._stack.enter_context(_Calls())
-        return super().__enter__()
+        stack.enter_context(_Calls())
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
