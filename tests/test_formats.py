@@ -114,7 +114,7 @@ def test_every_layout_gives_every_prompt(layout: str, make: Make, tmp_path: Path
             "crlf": "\ufeff" + jsonl(rows).replace("\n", "\r\n"),
         }
         text = texts.get(layout, jsonl(rows)).encode()
-        workload = make(gzip.compress(text) if layout == "gzip" else text)
+        workload = make(gzip.compress(text, mtime=0) if layout == "gzip" else text)
     assert [*prompts(workload).values()] == [row["prompt"] for row in rows]
 
 
@@ -149,13 +149,13 @@ def test_too_few_in_a_split_says_why(make: Make) -> None:
     ("content", "says"),
     [
         (jsonl(asks(2)).encode() + '{"prompt": "Où?"}\n'.encode("latin-1"), "line 3: byte 0xf9 is not UTF-8; must be"),
-        (gzip.compress('\n{"prompt": "Où?"}'.encode("latin-1")), "line 2: byte 0xf9 is not UTF-8"),
+        (gzip.compress('\n{"prompt": "Où?"}'.encode("latin-1"), mtime=0), "line 2: byte 0xf9 is not UTF-8"),
         (jsonl(asks(2)).encode("utf-16"), "line 1: is UTF-16; must be"),
         (jsonl(asks(2)) + '{"m":' + "[" * 100_000, "line 3: .*: nested too deeply"),
         (jsonl(asks(2)) + "[1" + "0" * 5000 + "]", "line 3: .*: Exceeds the limit"),
         (json.dumps(asks(2)) + " and more", "line 1: is not JSON after conversation 2"),
         (jsonl(asks(2)) + "{'prompt': 1}", "line 3: is not JSON after conversation 2: Expecting property name"),
-        (gzip.compress(jsonl(asks(90)).encode())[:-20], "is a damaged gzip file"),
+        (gzip.compress(jsonl(asks(90)).encode(), mtime=0)[:-20], "is a damaged gzip file"),
         (b"PAR1 and nothing that is one", "is a damaged Parquet file"),
         (b"\xff\xfe", "line 1: is UTF-16"),
     ],
