@@ -20,7 +20,7 @@ from selfspec.model.tree import Tree
 
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined
-pytest.importorskip("triton", reason="needs Triton: pip install 'selfspec[gpu]'")
+pytest.importorskip("triton", reason="needs Triton, which Linux has: pip install 'selfspec[dev]'")
 from selfspec.model.kernels import fused
 
 pytestmark = pytest.mark.usefixtures("inference")

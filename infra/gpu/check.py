@@ -29,11 +29,11 @@ sys.path[:0] = [str(REPO), str(REPO / "launchers")]
 from selfspec.engine.torch.session import Scheduler  # noqa: E402
 from selfspec.model.llama import Llama  # noqa: E402
 from selfspec.model.tree import Tree  # noqa: E402
-from selfspec.speculation.controller import Fixed  # noqa: E402
+from selfspec.speculation.controller.base import Controller  # noqa: E402
 from selfspec.speculation.decode import Speculation, Target  # noqa: E402
 from selfspec.speculation.draft.base import Draft  # noqa: E402
-from selfspec.speculation.gate import Gate  # noqa: E402
-from selfspec.speculation.policy import LongestPrefix  # noqa: E402
+from selfspec.speculation.gate.base import Gate  # noqa: E402
+from selfspec.speculation.policy.longest_prefix import LongestPrefix  # noqa: E402
 from selfspec.speculation.sampling import likeliest  # noqa: E402
 from selfspec.types import Request  # noqa: E402
 
@@ -130,8 +130,7 @@ class Check:
                         times[name] = self.wall(step, 20)
                         if model.graphs and self.cuda:
                             (made,) = model._graphs[cache]._passes.values()
-                            assert made.graph is not None
-                            times[f"{name} replayed"] = self.ms(made.graph.replay, 20)
+                            times[f"{name} replayed"] = self.ms(made.replay, 20)
                     found[f"{shape} {rows}x{nodes}"] = times
                     print(
                         f"{shape} rows {rows} nodes {nodes}: " + ", ".join(f"{k} {v:.3f} ms" for k, v in times.items()),
@@ -149,7 +148,7 @@ class Check:
                 )
                 request, times = Request(prompt, self.args.new, ignore_eos=True), {}
                 target = Target(model, model.shape.layers, model.norm)
-                plain, said = Speculation(target, Draft(model), Gate(), Fixed(0), LongestPrefix()), {}
+                plain, said = Speculation(target, Draft(model), Gate(), Controller(0), LongestPrefix()), {}
                 for name in self.ways:
                     model.graphs, model.fused = name != "eager", name == "fused"
                     cache = model.new_cache(512, 1, lasts=True)
