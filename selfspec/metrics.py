@@ -108,7 +108,10 @@ def summarise(units: Sequence[Unit], seed: int) -> Measurements:
 
 def _speedups(units: Sequence[Unit], seed: int) -> Measurements:
     """Over plain decoding, unit by unit and by total time; of all units, and without those that loop."""
-    found: Measurements = {"looping": len({prompt for unit in units for prompt in _looping(unit)})}
+    found: Measurements = {
+        "looping": len({prompt for unit in units for prompt in _looping(unit)}),
+        "stalled": len({prompt for unit in units for prompt in _those(unit, _stalled)}),
+    }
     for suffix, some in _with_and_without_loops(units):
         ratios = _by_prompts(some, speedup)
         found |= _with_interval(f"speedup{suffix}", ratios, seed)
@@ -122,9 +125,21 @@ def _with_and_without_loops(units: Sequence[Unit]) -> tuple[tuple[str, Sequence[
 
 
 def _looping(unit: Unit) -> list[str]:
-    """Those of its prompts whose answer loops, plainly or as configured."""
+    return _those(unit, lambda answer: loops(answer["tokens"]))
+
+
+def _those(unit: Unit, like_this: Callable[[Packed], bool]) -> list[str]:
+    """Those of its prompts whose answer is like this, plainly or as configured."""
     answers = zip(unit["prompts"], unit["plain"], unit["configured"], strict=True)
-    return [prompt for prompt, *both in answers if any(loops(one["tokens"]) for one in both)]
+    return [prompt for prompt, *both in answers if any(map(like_this, both))]
+
+
+def _stalled(answer: Packed) -> bool:
+    """Whether passes of ten times its median took over a tenth of its decode time: the machine did something else."""
+    passes = np.asarray(answer["cycles"]["verify_ms"], dtype=float)
+    usual = np.median(passes) if passes.size else 0.0
+    waited = (passes - usual)[passes > 10 * usual].sum()
+    return bool(waited > 100 * (answer["total_s"] - answer["ttft_s"]))
 
 
 def _by_total_time(name: str, units: Sequence[Unit], seed: int) -> Measurements:
@@ -140,8 +155,11 @@ def _by_total_time(name: str, units: Sequence[Unit], seed: int) -> Measurements:
     drawn = sums[np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))].sum(1)
     tokens, seconds, plain_tokens, plain_seconds = np.vstack([sums.sum(0), drawn]).T
     ratios = (tokens / seconds) / (plain_tokens / plain_seconds)
-    low, high = np.percentile(ratios[1:], [2.5, 97.5])
-    return {name: float(ratios[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+    found: Measurements = {name: float(ratios[0])}
+    if len(sums) > 1:
+        low, high = np.percentile(ratios[1:], [2.5, 97.5])
+        found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return found
 
 
 def _against(name: str, units: Sequence[Unit], seed: int) -> Measurements:
@@ -245,10 +263,11 @@ def _total(completions: Sequence[Packed], name: str) -> int:
 
 
 def _with_interval(name: str, values: list[float], seed: int) -> Measurements:
-    if not values:
-        return {}
-    low, high = bootstrap_median(values, seed)
-    return {name: float(np.median(values)), f"{name}_low": low, f"{name}_high": high}
+    """The median; of a single value no interval, which would say that it is certain."""
+    found: Measurements = {name: float(np.median(values))} if values else {}
+    if len(values) > 1:
+        found[f"{name}_low"], found[f"{name}_high"] = bootstrap_median(values, seed)
+    return found
 
 
 def _median(values: Iterable[float]) -> float:

@@ -1,5 +1,6 @@
 """metrics: every definition on a case worked out by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,10 +119,10 @@ class TestBootstrap:
         values = list(np.random.default_rng(1).normal(size=20))
         assert bootstrap_median(values, 3) == bootstrap_median(values, 3) != bootstrap_median(values, 4)
 
-    def test_of_one_value_is_that_value(self) -> None:
-        assert bootstrap_median([2.5], 0) == (2.5, 2.5)
-        found = summarise([timed("a", 3.0, 1.0)], 0)
-        assert found["speedup_low"] == found["speedup"] == found["speedup_high"] == 3
+    def test_one_prompt_has_no_interval(self) -> None:
+        found = summarise([timed("a", 3.0, 1.0), timed("a", 3.2, 1.0)], 0)
+        assert found["speedup"] == pytest.approx(3.1) and found["speedup_total"] > 3
+        assert not [name for name in found if name.endswith(("_low", "_high"))]
 
     def test_lies_within_the_values_around_their_median(self) -> None:
         values = [1.0, 1.5, 2.0, 2.5, 9.0]
@@ -285,6 +286,14 @@ class TestTotalTime:
         found = summarise(units, 0)
         assert found["speedup_total"] == pytest.approx(131 / 210.5)
         assert found["speedup_total_low"] <= found["speedup_total"] <= found["speedup_total_high"]
+
+    @pytest.mark.parametrize(("slow", "count"), [([], 0), ([90.0] * 2, 0), ([2000.0], 1), ([10.0] * 40 + [2000.0], 1)])
+    def test_answers_in_which_the_machine_stalled_are_counted(self, slow: list[float], count: int) -> None:
+        passes = [replace(cycle(1, 1), verify_ms=ms) for ms in [9.0] * 40 + slow]
+        ways = [
+            completion(80, 1.0, 1.0 + sum(p.verify_ms for p in some) / 1e3, *some) for some in (passes, passes[:40])
+        ]
+        assert [summarise([unit(*both)], 0)["stalled"] for both in (ways, ways[::-1])] == [count, count]
 
     def test_of_unequal_answers_it_is_by_token(self) -> None:
         """40 tokens in 8 s against 10 in 4 s."""

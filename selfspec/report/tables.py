@@ -179,6 +179,11 @@ def _caption(rows: Sequence[Result]) -> str:
         lines.append("LOSSY, NO: these tokens are not those of plain decoding; the speed-up is not for the same text.")
     for row, label in zip(rows, labels(rows), strict=True):
         lines += [f"{label}: {words}" for words in against(row)]
+        if stalled := value(row, "bench/stalled"):
+            lines.append(
+                f"{label}: the machine stalled in {stalled:.0f} of the answers (passes of ten times the usual length): "
+                "measure again before you believe its time"
+            )
         if row["status"] == "failed":
             lines.append(f"{label}: FAILED: {_line(row['error'] or 'no reason given')}")
         lines += [f"{label}: {_line(note)}" for note in row["notes"]]
@@ -186,14 +191,12 @@ def _caption(rows: Sequence[Result]) -> str:
 
 
 def repetition(row: Result) -> str:
-    """The speed-up by total time and without loops, such as ``1.87x; 1.55x (8/24 loop)``; a dash without one."""
+    """The speed-up by total time and without loops: ``1.87x; 1.55x [1.40, 1.81] (8/24 loop)``; a dash without one."""
     looping, prompts = (value(row, f"bench/{key}") for key in ("looping", "prompts"))
     if looping is None or prompts is None or value(row, "bench/speedup_total") is None:
         return "-"
-    total, without = (value(row, f"bench/speedup_{key}") for key in ("total", "without_loops"))
-    return "; ".join("-" if one is None else f"{one:.2f}x" for one in (total, without)) + (
-        f" ({looping:.0f}/{prompts:.0f} loop)"
-    )
+    total, without = number(row, "bench/speedup_total", ".2f"), interval(row, "bench/speedup_without_loops", ".2f", "x")
+    return f"{total}x; {without} ({looping:.0f}/{prompts:.0f} loop)"
 
 
 def against(row: Result) -> list[str]:
@@ -206,8 +209,8 @@ def against(row: Result) -> list[str]:
         ratio, rate = (
             interval(row, f"bench/against/{name}/{key}", form) for key, form in (("ratio", ".2f"), ("tok_s", ".1f"))
         )
-        without = value(row, f"bench/against/{name}/ratio_without_loops")
-        return f"{ratio} times {words} ({rate} tok/s)" + (f"; {without:.2f} without loops" if without else "")
+        without = interval(row, f"bench/against/{name}/ratio_without_loops", ".2f")
+        return f"{ratio} times {words} ({rate} tok/s)" + (f"; {without} without loops" if without != "-" else "")
 
     said = [beside(name, name) for name in names if not name.startswith("K=")]
     if fixed := [name for name in names if name.startswith("K=")]:
