@@ -13,6 +13,7 @@ from torch import Tensor
 from selfspec.errors import AssetError, ConfigError, one_line
 from selfspec.model.gguf import silence
 
+_MOST = 100_000
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -26,7 +27,7 @@ def config(folder: Path) -> dict[str, Any]:
     """
     from transformers import CONFIG_MAPPING, GenerationConfig
 
-    written = _json(folder / "config.json")
+    written = _settings(folder)
     kind = written.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return written
@@ -87,6 +88,7 @@ def model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _settings(folder)
     try:
         with silence():
             config = AutoConfig.from_pretrained(folder)
@@ -133,6 +135,22 @@ def stop_tokens(lm: Any) -> frozenset[int]:
     """The end-of-sequence tokens that ``generate`` stops at: of the generation config, or what it is made from."""
     eos = lm.generation_config.eos_token_id
     return frozenset([eos] if isinstance(eos, int) else eos or [])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """``config.json`` as it is written.
+
+    Raises:
+        AssetError: it cannot be read, or counts more of something than any model has.
+    """
+    path = folder / "config.json"
+    written = _json(path)
+    for settings in (written, *(each for each in written.values() if isinstance(each, dict))):
+        for key, value in settings.items():
+            # Of so many layers, or classes, transformers would make a list as long, in all the memory that there is.
+            if key.startswith(("num_", "n_layer", "n_head")) and isinstance(value, int | float) and value > _MOST:
+                raise AssetError(f"{path}: {key}={value:g}: no model has more than {_MOST}")
+    return written
 
 
 def _file(path: Path, device: torch.device) -> dict[str, Tensor]:
