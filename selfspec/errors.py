@@ -8,6 +8,7 @@
     │   ├── JournalError          a checkpoint that cannot be read or resumed
     │   └── StorageError          an output folder or a bucket that cannot be written
     ├── StageError                a stage ran and its result is a failure, such as lost losslessness
+    │   └── NotFiniteError        logits that no token can be told from
     ├── LeaseError                another process has taken the plan over; this one must not write any more
     └── LaunchError               where jobs were to be launched, it could not be done
     Interrupted                   SIGTERM, SIGINT or SIGUSR2 arrived: exit code 143, 130 or 140
@@ -52,6 +53,10 @@ class StorageError(UserError):
 
 class StageError(SelfspecError):
     """A stage ran to its end and its result is a failure, such as an exact policy that changed tokens."""
+
+
+class NotFiniteError(StageError):
+    """A token is to be told from logits that are NaN or infinite."""
 
 
 class LeaseError(SelfspecError):

@@ -20,6 +20,7 @@ from selfspec import config as schema
 from selfspec import rules
 from selfspec.axes import GATE, ControllerOptions, DraftOptions, EngineOptions, GateOptions, PolicyOptions
 from selfspec.data import assets
+from selfspec.data.config import Workload
 from selfspec.errors import ConfigError
 from selfspec.quality.config import Quality
 
@@ -53,7 +54,7 @@ class Plan:
     policy: PolicyOptions
     engine: EngineOptions
     hardware: schema.Hardware
-    workload: schema.Workload
+    workload: Workload
     scale: schema.Scale
     bench: schema.Bench
     quality: Quality

@@ -40,6 +40,7 @@ def check(config: schema.Config) -> None:
     if config.draft.get("sample") and not config.policy.samples:
         raise ConfigError("draft.sample=true: only policy=rejection at a temperature above 0 draws tokens")
     _check_bench(config)
+    _check_turns(config)
     if config.controller.chosen_exits:
         _check_exits(config)
 
@@ -106,6 +107,16 @@ def _check_bench(config: schema.Config) -> None:
     for k in config.bench.fixed_k:
         if not 1 <= k <= 64:
             raise ConfigError(f"bench.fixed_k={k}: must be from 1 to 64")
+
+
+def _check_turns(config: schema.Config) -> None:
+    workload, asked = config.workload, f"workload.turns={config.workload.turns}"
+    if workload.turns == 1:
+        return
+    if not workload.chat or workload.prompt_tokens is not None:
+        raise ConfigError(f"{asked}: needs a chat: workload.chat=true and workload.prompt_tokens=null")
+    if "bench" not in config.stages:
+        raise ConfigError(f"{asked}: only the bench stage asks more than the first; stages={config.stages}")
 
 
 def _check_exits(config: schema.Config) -> None:

@@ -10,12 +10,14 @@ class Prompt:
 
     ``id`` is stable over seeds and scales (the conversation's id in its source), ``tokens`` are the
     ids the model is given, chat template included where the workload asks for it; ``answer`` is what the
-    source's conversation goes on with, as text, blank where it ends.
+    source's conversation goes on with, as text, blank where it ends; ``turns`` is all that is to be asked, as text,
+    one after the other.
     """
 
     id: str
     tokens: tuple[int, ...]
     answer: str = ""
+    turns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from selfspec.config import Workload
 from selfspec.data import formats, records
+from selfspec.data.config import Workload
 from selfspec.data.workload import SPLITS, select, table
 from selfspec.errors import AssetError, ConfigError
 
@@ -176,7 +176,7 @@ def test_what_cannot_be_read_is_one_line(content: bytes | str, says: str, make: 
         (jsonl([*asks(2), *asks(1)]), "left out: 1 with a prompt there before"),
         (jsonl([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}]), "left out: 1 with an id there before"),
         (jsonl([{"messages": [{"role": "system", "content": "Be brief."}, USER]}]), "left out: 1 system messages"),
-        (jsonl([{"turns": ["a", "b", "c"]}]), "left out: 2 later turns"),
+        (jsonl([{"turns": ["a", "b", "c"]}]), "left out: 2 later turns (workload.turns asks them)"),
     ],
 )
 def test_what_is_left_out_is_said(text: str, says: str, make: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,9 @@ class TestOps:
         for value in (float("nan"), -float("inf"), float("inf")):
             logits[-1] = value
             assert fused.argmax(logits)[-1] == -1, "of no number, none is the largest"
+        logits[-1] = 1
+        logits[-1, size - 3] = float("nan")
+        assert fused.argmax(logits)[-1] == -1, "no NaN is stepped over"
 
     def test_a_token_is_the_same_beside_others(self, dtype: torch.dtype) -> None:
         """Bit by bit: what is verified are the numbers that plain decoding would have seen."""

@@ -315,3 +315,32 @@ class TestRefusals:
         (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
         with pytest.raises(AssetError, match="cannot be read as a model"):
             HFModel.load(copy, CPU, torch.float32)
+
+
+def test_packed_experts_are_read_as_the_weights_they_stand_for(tmp_path: Path) -> None:
+    """GPT-OSS as it is published, in MXFP4 (OCP's Microscaling Formats 1.0): 32 numbers of 4 bits share an exponent."""
+    sizes = {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+    build("GptOssForCausalLM", MODERN | HEADS | WINDOW | sizes, tmp_path / "plain")
+    weights, random = load_file(tmp_path / "plain" / "model.safetensors"), torch.Generator().manual_seed(0)
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers, packed = torch.cat([numbers, -numbers]), dict(weights)
+    for name in [name for name in weights if name.endswith("_proj") and "experts" in name]:
+        experts, inputs, outputs = weights[name].shape
+        digits = torch.randint(16, (experts, outputs, inputs), generator=random)
+        exponents = torch.randint(124, 128, (experts, outputs, inputs // 32), generator=random)
+        weights[name] = (numbers[digits] * (exponents - 127.0).exp2().repeat_interleave(32, -1)).mT.contiguous()
+        del packed[name]
+        pairs = digits.view(experts, outputs, inputs // 32, 16, 2)
+        packed |= {f"{name}_blocks": (pairs[..., 0] | pairs[..., 1] << 4).byte(), f"{name}_scales": exponents.byte()}
+    assert len(packed) == len(weights) + 2 * 4
+    save_file(weights, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "packed").mkdir()
+    save_file(packed, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config | quantised))
+    plain, made = (hf.load(tmp_path / name, CPU, torch.float32, Layers.auto) for name in ("plain", "packed"))
+    assert isinstance(plain, HFModel) and isinstance(made, HFModel)
+    wanted, found = plain.lm.state_dict(), made.lm.state_dict()
+    assert wanted.keys() == found.keys() and all(found[name].equal(weight) for name, weight in wanted.items())
+    assert made.to(torch.bfloat16).dtype is torch.bfloat16, "a copy to look at ties with"

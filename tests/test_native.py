@@ -223,3 +223,7 @@ def test_the_first_of_equals_is_the_likeliest(dtype: torch.dtype) -> None:
     logits[10] = -float("inf")
     assert native.takes_rows(logits)
     assert torch.ops.selfspec.argmax(logits).tolist() == logits.float().numpy().argmax(-1).tolist()
+    for at in (0, 1, 80, 159):
+        logits[:, at] = float("nan")
+        assert torch.ops.selfspec.argmax(logits).tolist() == [-1] * 40, "no NaN is stepped over"
+        logits[:, at] = 0

@@ -27,6 +27,8 @@ ARGV = [
     ("workload=[sharegpt,fixed_8_16]", "workload=[sharegpt,fixed_8_16]: must be one option"),
     ("-m K=glob(a*)", "K=glob(a*): is a sweep over nothing"),
     ("output_dir='~nobodyhere/x'", "output_dir=~nobodyhere/x: there is no such home folder"),
+    ("workload.source='file:~nobodyhere/x'", "file:~nobodyhere/x: there is no such home folder"),
+    ("tracking=mlflow tracking.uri='sqlite:///~nobodyhere/x'", "tracking.uri=~nobodyhere/x: there is no such home"),
     ("-m experiment=k_sweep,exit_sweep", "experiment=k_sweep: is a sweep over K=1,2,3,4,6,8, which would be dropped"),
 ]
 YAMLS = [

@@ -214,11 +214,13 @@ def test_files_that_jobs_elsewhere_do_not_have_are_said(
 ) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    settings = replace(SETTINGS, workdir=".", mounts={"/data": "gs://b/data"})
-    for source, copied in (("in/it", True), ("../x", False), ("/there", False), ("/data/x", True)):
-        asked = ("workload.source=file:/data/p", f"model.source=file:{source}", "checkpoint.dir=gs://b/x")
-        said = _task.not_copied(settings, planned(*fake, *asked))
-        assert (said is None) == copied and (copied or f"model.source=file:{source}: jobs elsewhere" in str(said))
+    settings = replace(SETTINGS, workdir=".", mounts={"/data": "gs://b/data", "~/data": "gs://b/data"})
+    there, elsewhere = ("in/it", "/data/x", "~/data/x"), ("../x", "/there", "~/x", "~nobodyhere/x")
+    for source in (*there, *elsewhere):
+        asked = ("workload.source=file:/other/p", f"model.source='file:{source}'", "checkpoint.dir=gs://b/x")
+        said = [words.split(": jobs elsewhere")[0] for words in _task.not_copied(settings, planned(*fake, *asked))]
+        missing = [f"model.source=file:{source}"] if source in elsewhere else []
+        assert said == [*missing, "workload.source=file:/other/p"]
 
 
 @pytest.mark.parametrize(

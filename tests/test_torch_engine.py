@@ -417,6 +417,7 @@ class TestNonsense:
             ("model.embed_tokens.weight", "in the embedding"),
             ("model.layers.2.mlp.down_proj.weight", "after layer 3 of 6"),
             ("model.norm.weight", "in the final norm"),
+            ("lm_head.weight", "in the head"),
         ],
     )
     @pytest.mark.parametrize("layers", ["fast", "hf"])
@@ -425,9 +426,12 @@ class TestNonsense:
     ) -> None:
         folder = shutil.copytree(tiny_folder, tmp_path / "broken")
         weights = load_file(folder / "model.safetensors")
-        weights[name][..., 3] = float("nan")
-        if name == "model.norm.weight":
+        if name in ("model.norm.weight", "lm_head.weight"):
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        if name == "lm_head.weight":
+            weights[name][40] = float("nan")  # of one token alone
+        else:
+            weights[name][..., 3] = float("nan")
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         made = engine(f"model.source=file:{folder}", f"engine.layers={layers}")
         with pytest.raises(AssetError, match=rf"^model: its logits are not finite in float32: first {where}$"):

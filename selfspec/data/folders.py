@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from selfspec.config import home
 from selfspec.errors import StorageError
 from selfspec.files import acquire
 
@@ -28,7 +29,7 @@ Report = Callable[[int, int], None]
 def cache_dir() -> Path:
     """``$SELFSPEC_CACHE``, else ``$XDG_CACHE_HOME/selfspec``, else ``~/.cache/selfspec``; may not exist yet."""
     if own := os.environ.get("SELFSPEC_CACHE"):
-        return Path(own).expanduser().absolute()
+        return Path(home("SELFSPEC_CACHE", own)).absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache").absolute() / "selfspec"
 

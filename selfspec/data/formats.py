@@ -37,14 +37,14 @@ class Exchange:
         prompt: the first thing asked that is not blank, stripped; blank where nothing is asked.
         answer: what is answered to it, stripped; blank where nothing is.
         system: whether a system message stands before it, which the prompt is without.
-        later: how many more things are asked after it.
+        later: what else is asked after it, stripped, in order.
     """
 
     id: str | None
     prompt: str
     answer: str = ""
     system: bool = False
-    later: int = 0
+    later: tuple[str, ...] = ()
 
 
 def exchange(record: Any) -> Exchange:
@@ -84,7 +84,7 @@ def _turns(id: str | None, record: Mapping[str, Any]) -> Exchange:
     if not isinstance(turns, list) or not turns:
         raise Malformed("turns: must be a list of texts")
     asked = [text for n, turn in enumerate(turns) if (text := _text(f"turns[{n}]", turn))]
-    return Exchange(id, asked[0] if asked else "", later=max(0, len(asked) - 1))
+    return Exchange(id, asked[0] if asked else "", later=tuple(asked[1:]))
 
 
 def _instruction(id: str | None, record: Mapping[str, Any]) -> Exchange:
@@ -123,9 +123,10 @@ def _chat(id: str | None, key: str, turns: Any) -> Exchange:
     system = any(who in ("system", "developer") and text for who, text in said)
     if not asked:
         return Exchange(id, "", system=system)
-    first = asked[0]
+    first, *later = asked
     after = said[first + 1] if first + 1 < len(said) else ("", "")
-    return Exchange(id, said[first][1], after[1] if after[0] in ANSWERS else "", system, len(asked) - 1)
+    answer = after[1] if after[0] in ANSWERS else ""
+    return Exchange(id, said[first][1], answer, system, tuple(said[n][1] for n in later))
 
 
 def _turn(key: str, turn: Any) -> tuple[str, str] | None:

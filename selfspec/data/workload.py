@@ -12,7 +12,8 @@ How a file is read is told in ``records.py``, what of a record is the prompt in 
 3. *The order* within a split is that of a hash of seed and id. Prompts that fit are taken in that order, so the
    first n are the same whatever count is asked for.
 4. *Fitting*: with ``prompt_tokens=P`` a prompt of at least P tokens, cut to its first P; else one of at most
-   ``max_prompt_tokens``. Of prompts that are equal once cut, the first stands.
+   ``max_prompt_tokens``. Of prompts that are equal once cut, the first stands. Where several turns are asked for, a
+   conversation has as many, and none of what is asked in it is longer.
 """
 
 import hashlib
@@ -24,8 +25,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from selfspec.config import Workload
 from selfspec.data import assets, folders, formats, records
+from selfspec.data.config import Workload
 from selfspec.data.records import note
 from selfspec.errors import AssetError, ConfigError
 from selfspec.types import Prompt
@@ -33,13 +34,13 @@ from selfspec.types import Prompt
 Split = Literal["fit", "bench", "quality"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-_VERSION = 3
+_VERSION = 4
 """Raise it when the same file would give other prompts: the old table is then not taken."""
 _TABLE = "prompts.jsonl"
 _MOST_PARTS, _MOST_SHARE = 20, 0.05
 """A stem that more prompts have, and a larger share of them, is not a conversation's."""
 _NOTHING, _SAME_ID, _SAME_TEXT = "without a prompt of a human", "with an id there before", "with a prompt there before"
-_SYSTEM, _LATER = "system messages", "later turns"
+_SYSTEM, _LATER = "system messages", "later turns (workload.turns asks them)"
 
 
 def select(
@@ -49,6 +50,7 @@ def select(
     seed: int,
     encode: Callable[[str], Sequence[int]],
     answered: bool = False,
+    turns: int = 1,
 ) -> list[Prompt]:
     """The first ``count`` prompts of a split that fit, by the rule at the head of this module.
 
@@ -59,6 +61,7 @@ def select(
         seed: another seed is another order, and never moves a prompt to another split.
         encode: text -> token ids, chat template included where asked for; called only as often as needed.
         answered: pass over prompts that the conversation has no answer to.
+        turns: pass over conversations in which less often something is asked.
 
     Raises:
         AssetError: the source cannot be had or read, or holds no prompts.
@@ -67,31 +70,32 @@ def select(
     """
     chosen: dict[tuple[int, ...], Prompt] = {}
     rows, total = _ordered(table(workload), split, seed)
-    for id, text, answer in rows:
+    for id, answer, *asked in rows:
         if len(chosen) == count:
             break
-        if answered and not answer:
+        if (answered and not answer) or len(asked) < turns:
             continue
-        tokens = tuple(encode(text))
+        tokens, *later = (tuple(encode(text)) for text in asked[:turns])
         if workload.prompt_tokens is not None:
             if len(tokens) < workload.prompt_tokens:
                 continue
             tokens = tokens[: workload.prompt_tokens]
-        elif not 0 < len(tokens) <= workload.max_prompt_tokens:
+        elif not all(0 < len(each) <= workload.max_prompt_tokens for each in (tokens, *later)):
             continue
-        chosen.setdefault(tokens, Prompt(id, tokens, answer))
+        chosen.setdefault(tokens, Prompt(id, tokens, answer, tuple(asked[:turns])))
     if len(chosen) < count:
         key = {"fit": "scale.fit_prompts", "bench": "scale.prompts", "quality": "quality.prompts"}[split]
         limit = "max_prompt_tokens" if workload.prompt_tokens is None else "prompt_tokens"
         raise ConfigError(
             f"{key}={count}: must be at most {len(chosen)}, the {split} prompts that workload={workload.name} has "
-            f"with workload.{limit}={getattr(workload, limit)}; {len(rows)} of its {total} prompts are in that split"
+            f"with workload.{limit}={getattr(workload, limit)}{f' and workload.turns={turns}' if turns > 1 else ''}; "
+            f"{len(rows)} of its {total} prompts are in that split"
         )
     return [*chosen.values()]
 
 
 def table(workload: Workload) -> Path:
-    """The workload's prompts as a JSONL of {"id", "prompt", "answer"}, made once from its source (rule 1 above).
+    """The workload's prompts as a JSONL of {"id", "prompt", "answer", "later"}, made once from its source (rule 1).
 
     Raises:
         AssetError: the source cannot be had or read, or holds no prompts.
@@ -127,20 +131,23 @@ def _write_table(found: Iterator[tuple[str, Any]], path: Path, source: str) -> N
             ids[id] = read.id is not None
             texts.add(digest)
             left[_SYSTEM] += read.system
-            left[_LATER] += read.later
-            file.write(json.dumps({"id": id, "prompt": read.prompt, "answer": read.answer}, ensure_ascii=False) + "\n")
+            left[_LATER] += len(read.later)
+            row = {"id": id, "prompt": read.prompt, "answer": read.answer, "later": read.later}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if not ids:
         raise AssetError(f"{source}: holds {total} whole conversations, and no prompt of a human in them")
     if said := ", ".join(f"{n} {what}" for what, n in left.items() if n):
         note(source, f"{len(ids)} prompts of {total} conversations; left out: {said}")
 
 
-def _ordered(path: Path, split: Split, seed: int) -> tuple[list[tuple[str, str, str]], int]:
-    """(id, prompt, answer) of every prompt of a split, in the order of the seed; and how many all splits have."""
+def _ordered(path: Path, split: Split, seed: int) -> tuple[list[tuple[str, ...]], int]:
+    """(id, answer, prompt, *later) of a split's prompts, in the order of the seed; and how many all splits have."""
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     parts = _stems(row["id"] for row in rows)
-    mine = [(row["id"], row["prompt"], row["answer"]) for row in rows if _split_of(row["id"], parts) == split]
+    mine = [
+        (row["id"], row["answer"], row["prompt"], *row["later"]) for row in rows if _split_of(row["id"], parts) == split
+    ]
     return sorted(mine, key=lambda row: _hash(f"order:{seed}:{row[0]}")), len(rows)
 
 

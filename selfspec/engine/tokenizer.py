@@ -42,7 +42,10 @@ class ModelTokenizer(Tokenizer):
         folder = self._folder()
         if not (folder / "tokenizer.json").is_file():
             raise AssetError(f"model.source={self._model.source}: {folder} has no tokenizer.json")
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        except Exception as error:  # a file of another kind fails in as many ways as there are kinds
+            raise AssetError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from error
 
     def encode(self, text: str, chat: bool) -> list[int]:
         """See :meth:`Tokenizer.encode <selfspec.engine.base.Tokenizer.encode>`."""

@@ -1,4 +1,4 @@
-"""A model folder as transformers reads it: its config with its class's defaults, its stop tokens, its tensors."""
+"""A model folder as transformers reads it: its config with its class's defaults, stop tokens, tensors; or all of it."""
 
 import json
 from collections.abc import Mapping
@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from selfspec.errors import AssetError, one_line
+from selfspec.errors import AssetError, ConfigError, one_line
 from selfspec.model.gguf import silence
 
+_MOST = 100_000
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -26,9 +27,9 @@ def config(folder: Path) -> dict[str, Any]:
     """
     from transformers import CONFIG_MAPPING, GenerationConfig
 
-    written = _json(folder / "config.json")
+    written = _settings(folder)
     kind = written.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return written
     try:
         with silence():
@@ -76,6 +77,80 @@ def check_shapes(folder: Path, wanted: Mapping[str, tuple[int, ...]], weights: M
         shape = next((shape for end, shape in wanted.items() if name.endswith(end)), None)
         if shape is not None and tuple(tensor.shape) != shape:
             raise AssetError(f"{folder}: {name} is {tuple(tensor.shape)}; by config.json it must be {shape}")
+
+
+def model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model folder as ``transformers`` reads it: safetensors only, no code but its own.
+
+    Raises:
+        AssetError: a file is missing or corrupt.
+        ConfigError: the architecture is unknown, has an encoder, or is quantised.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _settings(folder)
+    try:
+        with silence():
+            config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise AssetError(f"{folder}: config.json cannot be read: {one_line(error)}") from error
+    if config.is_encoder_decoder:
+        raise ConfigError(f"model: architecture {config.model_type!r} has an encoder; only decoders are run")
+    plainly = _plainly(config)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(f"model: architecture {config.model_type!r} is not a causal language model")
+    try:
+        with silence():
+            lm, seen = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **plainly
+            )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise AssetError(f"{folder}: cannot be read as a model: {one_line(error)}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"model: architecture {config.model_type!r}: {one_line(error).split('. ')[0]}") from error
+    lost = sorted(seen["missing_keys"])
+    if lost:
+        raise AssetError(f"{folder}: the weights lack {lost[0]}" + f" and {len(lost) - 1} more" * (len(lost) > 1))
+    return lm.to(device)
+
+
+def _plainly(config: Any) -> dict[str, Any]:
+    """What makes plain weights of quantised ones as they are read.
+
+    Raises:
+        ConfigError: nothing does.
+    """
+    quantised = getattr(config, "quantization_config", None)
+    if not quantised:
+        return {}
+    kind = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    if kind != "mxfp4":  # GPT-OSS; of the others, few are read without a GPU, and most by packages of their own
+        raise ConfigError(f"model: its weights are quantised ({kind}); plain ones, GGUF and mxfp4 are run")
+    from transformers import Mxfp4Config
+
+    return {"quantization_config": Mxfp4Config(dequantize=True)}
+
+
+def stop_tokens(lm: Any) -> frozenset[int]:
+    """The end-of-sequence tokens that ``generate`` stops at: of the generation config, or what it is made from."""
+    eos = lm.generation_config.eos_token_id
+    return frozenset([eos] if isinstance(eos, int) else eos or [])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """``config.json`` as it is written.
+
+    Raises:
+        AssetError: it cannot be read, or counts more of something than any model has.
+    """
+    path = folder / "config.json"
+    written = _json(path)
+    for settings in (written, *(each for each in written.values() if isinstance(each, dict))):
+        for key, value in settings.items():
+            # Of so many layers, or classes, transformers would make a list as long, in all the memory that there is.
+            if key.startswith(("num_", "n_layer", "n_head")) and isinstance(value, int | float) and value > _MOST:
+                raise AssetError(f"{path}: {key}={value:g}: no model has more than {_MOST}")
+    return written
 
 
 def _file(path: Path, device: torch.device) -> dict[str, Tensor]:

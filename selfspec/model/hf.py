@@ -5,7 +5,7 @@ rotary table or a mask for each kind of layer, multiply or cap its logits. A pas
 is that forward with every layer's ``forward`` behind a gate (:meth:`HFModel._gate`): layers before are passed by, the
 first is handed our residual stream, and after the last the forward is left. In the place of a cache it is given a
 :class:`Slots`, which writes where our :class:`~selfspec.model.attention.AttentionMetadata` says; and its masks are made
-by its own rules (causal, windows, chunks) from the *positions* of our slots, within what a draft's tree lets be seen.
+by its own rules from the *positions* of our slots (``masks.py``). What it is made of, one pass shows (``seen.py``).
 
 Every model that is loaded first proves, on a few tokens, that it comes to its own logits so.
 
@@ -17,30 +17,28 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from selfspec.errors import AssetError, ConfigError, one_line
+from selfspec.errors import ConfigError, one_line
+from selfspec.model import checkpoint, masks
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Layers, Model, Shape
 from selfspec.model.cache import KVCache
 from selfspec.model.gguf import silence
 from selfspec.model.llama import Llama
+from selfspec.model.seen import Seen, epsilon_of, kind, max_positions, stack_of
 from selfspec.model.transfer import to_device
 from selfspec.model.tree import Tree
 
 _CACHES = ("cache", "past_key_values")  # 5.24 renamed the second
 _KEEP_NOTHING = {"linear_attention", "mamba", "mamba2", "recurrent", "conv"}
 """Kinds of layers, as configs name them, that carry a state along: what a rejected draft did to it cannot be undone."""
-_UNBOUNDED = 1 << 17
-"""Positions of a model that names no limit."""
 
 
 def load(
@@ -91,10 +89,6 @@ class _Reached(BaseException):
         self.hidden = hidden
 
 
-_RUNNING: ContextVar[AttentionMetadata | None] = ContextVar("pass", default=None)
-"""Whose masks are made; ``None``: transformers' own, as in its ``generate``."""
-
-
 class HFModel:
     """A frozen ``transformers`` model whose layers run in ranges; see :class:`~selfspec.model.base.Model`."""
 
@@ -115,21 +109,21 @@ class HFModel:
         config = lm.config.get_text_config(decoder=True)
         kept = next((kind for kind in getattr(config, "layer_types", None) or () if kind in _KEEP_NOTHING), None)
         if kept:
-            raise ConfigError(f"model: {_kind(lm)} has {kept} layers, which keep no keys and values to go back to")
-        self._stack, self.layers = _stack(lm, config.num_hidden_layers)
+            raise ConfigError(f"model: {kind(lm)} has {kept} layers, which keep no keys and values to go back to")
+        self._stack, self.layers = stack_of(lm, config.num_hidden_layers)
         taken = inspect.signature(self._stack.forward).parameters
         cache_name = next((name for name in _CACHES if name in taken), None)
         if cache_name is None:
-            raise ConfigError(f"model: {_kind(lm)} takes no cache of keys and values")
+            raise ConfigError(f"model: {kind(lm)} takes no cache of keys and values")
         self._cache_name, self._takes_positions = cache_name, "position_ids" in taken
-        _make_masks_by_positions()
+        masks.install()
         self._gates = [partial(self._gate, index, layer.forward) for index, layer in enumerate(self.layers)]
         self.embedding: Tensor = lm.get_input_embeddings().weight
         self.lm_head: Tensor = lm.get_output_embeddings().weight
         if self.lm_head.shape[1] != config.hidden_size:
-            raise ConfigError(f"model: {_kind(lm)} reads out states of another size than its layers'")
+            raise ConfigError(f"model: {kind(lm)} reads out states of another size than its layers'")
         self.dtype, self.device = self.lm_head.dtype, self.lm_head.device
-        seen = _Seen(self)
+        seen = Seen(lm, cache_name, self._stack, self.layers)
         self._tuples, self._after = seen.tuples, seen.after
         self.shape = Shape(
             layers=len(self.layers),
@@ -138,13 +132,13 @@ class HFModel:
             kv_heads=seen.kv_heads,
             head_dim=seen.head_dim,
             vocab=len(self.lm_head),
-            max_positions=_max_positions(config),
-            norm_eps=_epsilon(self._after),
-            eos=stop_tokens(lm),
+            max_positions=max_positions(config),
+            norm_eps=epsilon_of(self._after),
+            eos=checkpoint.stop_tokens(lm),
         )
         self.plain_head = self._reads_plainly()
-        masks = (buffer for buffer in self.layers.buffers() if buffer.dtype is torch.bool and buffer.dim() == 4)
-        self.batches = next(masks, None) is None
+        own = (buffer for buffer in self.layers.buffers() if buffer.dtype is torch.bool and buffer.dim() == 4)
+        self.batches = next(own, None) is None
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> "HFModel":
@@ -154,7 +148,7 @@ class HFModel:
             AssetError: a file is missing or corrupt.
             ConfigError: the architecture is unknown, or its layers cannot be run in ranges.
         """
-        lm = read(folder, device, dtype)
+        lm = checkpoint.model(folder, device, dtype)
         most = 1e-3 if dtype is torch.float32 else 0.1
         try:
             with silence(), torch.inference_mode():
@@ -165,10 +159,10 @@ class HFModel:
         except ConfigError:
             raise
         except Exception as refusal:  # a layer of another kind fails in as many ways as there are kinds
-            raise ConfigError(f"model: {_kind(lm)} cannot be run layer by layer: {one_line(refusal)}") from refusal
+            raise ConfigError(f"model: {kind(lm)} cannot be run layer by layer: {one_line(refusal)}") from refusal
         # A NaN is no difference: such weights are found, and told of, where they are run.
         if error >= most:
-            raise ConfigError(f"model: {_kind(lm)} cannot be run layer by layer: its logits then differ by {error:.0%}")
+            raise ConfigError(f"model: {kind(lm)} cannot be run layer by layer: its logits then differ by {error:.0%}")
         model.folder = folder
         return model
 
@@ -201,7 +195,7 @@ class HFModel:
         """
         if first == last:
             return hidden
-        by_slots = f"{_kind(self.lm)} tells places by slots"
+        by_slots = f"{kind(self.lm)} tells places by slots"
         if not (self.trees or all(tree.is_chain for tree in at.trees)):
             raise ConfigError(f"draft: {by_slots} (ALiBi, or masks of its own), so that chains are verified, not trees")
         if not self.batches and at.count > 1:
@@ -241,7 +235,7 @@ class HFModel:
                 positions = torch.arange(positions.start, positions.stop, device=self.device)
             given["position_ids"] = _rows(positions, at)
         given |= {self._cache_name: cache or Slots(None, at), "use_cache": True}  # type: ignore[dict-item]
-        self._what, token = what, _RUNNING.set(at)
+        self._what, token = what, masks.RUNNING.set(at)
         try:
             with _instead(self.layers, self._gates):
                 self._stack(**given)
@@ -249,8 +243,8 @@ class HFModel:
             hidden = reached.hidden.flatten(0, 1)
             return hidden if at.unpad is None else hidden[at.unpad]
         finally:
-            _RUNNING.reset(token)
-        raise RuntimeError(f"{_kind(self.lm)} did not run its layers in order")
+            masks.RUNNING.reset(token)
+        raise RuntimeError(f"{kind(self.lm)} did not run its layers in order")
 
     def _gate(self, index: int, forward: Callable[..., Any], hidden: Tensor, *args: Any, **more: Any) -> Any:
         """A layer's ``forward`` within a pass."""
@@ -334,59 +328,6 @@ class Slots:
         return self.at.stop, 0
 
 
-class _Seen:
-    """What one pass of a model over two tokens shows of it.
-
-    Attributes:
-        tuples: whether layers give tuples, whose first is the residual stream.
-        after: what runs after the last layer: the final norm, mostly.
-        kv_heads, head_dim: of the keys and values that layers keep.
-    """
-
-    is_compileable = False
-
-    def __init__(self, model: HFModel) -> None:
-        self.tuples, self.after = False, list[nn.Module]()
-        self._kept: dict[int, tuple[int, ...]] = {}
-        stack, layers = model._stack, model.layers
-        hooks = [layers[-1].register_forward_hook(self._last)]
-        hooks += [child.register_forward_hook(self._other) for child in stack.children() if child is not layers]
-        ids = torch.tensor([[0, 1]], device=model.device)
-        try:
-            # The stack alone: what a wrapper around it would refuse of such a cache is none of our business.
-            stack(input_ids=ids, use_cache=True, **{model._cache_name: self})
-        finally:
-            for hook in hooks:
-                hook.remove()
-        sizes = set(self._kept.values())
-        if len(self._kept) < len(layers):
-            raise ConfigError(f"model: {_kind(model.lm)} has layers that keep no keys and values of their own")
-        if len(sizes) > 1:
-            raise ConfigError(f"model: {_kind(model.lm)} keeps keys and values of several sizes")
-        ((self.kv_heads, self.head_dim),) = sizes
-
-    def _last(self, layer: nn.Module, given: Any, out: Any) -> None:
-        self.tuples, self.after = isinstance(out, tuple), []
-
-    def _other(self, module: nn.Module, given: Any, out: Any) -> None:
-        self.after.append(module)
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """As a cache that is empty."""
-        self._kept[layer] = (keys.shape[1], max(keys.shape[3], values.shape[3]))
-        return keys, values
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Nothing is before."""
-        return 0
-
-    get_query_offset = get_seq_length
-
-    def get_mask_sizes(self, count: Any, *_: Any) -> tuple[int, int]:
-        """Two tokens, and the first of them."""
-        return 2, 0
-
-
 @contextmanager
 def _instead(modules: Iterable[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Other ``forward`` methods for some modules, for a while."""
@@ -399,108 +340,7 @@ def _instead(modules: Iterable[nn.Module], forwards: Sequence[Callable[..., Any]
             module.__dict__.pop("forward", None)
 
 
-def _make_masks_by_positions() -> None:
-    """Within our passes masks are ours; transformers makes them through a table of functions, one an implementation."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as TABLE
-
-    for name in ("sdpa", "eager"):
-        if not isinstance(TABLE[name], partial):
-            TABLE[name] = partial(_mask, name == "sdpa", TABLE[name])
-
-
-def _mask(by_sdpa: bool, theirs: Callable[..., Any], *args: Any, **told: Any) -> Tensor | None:
-    """A mask ``[R, 1, T, S]`` to be added to scores, where the model's own rule and the trees let a token look.
-
-    ``told["mask_function"]`` is that rule: of a row, a head, a query's position and a key's, whether it is seen.
-    """
-    at = _RUNNING.get()
-    if at is None:
-        made: Tensor | None = theirs(*args, **told)
-        return made
-    from transformers.masking_utils import causal_mask_function
-
-    rule = told["mask_function"]
-    if rule is causal_mask_function and at.causal and by_sdpa and told.get("allow_is_causal_skip", True):
-        return None  # a prompt: attention has a kernel for it
-    query, key = at.query_positions, at.key_positions
-    row = torch.arange(at.count, device=at.device)[:, None, None, None]
-    seen = rule(row, 0, query[:, None, :, None], key[:, None, None, :]) & at.visible
-    dtype = told.get("dtype", torch.float32)
-    return torch.zeros(seen.shape, dtype=dtype, device=at.device).masked_fill_(~seen, torch.finfo(dtype).min)
-
-
-def read(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model folder as ``transformers`` reads it: safetensors only, no code but its own.
-
-    Raises:
-        AssetError: a file is missing or corrupt.
-        ConfigError: the architecture is unknown, has an encoder, or is quantised.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with silence():
-            config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise AssetError(f"{folder}: config.json cannot be read: {one_line(error)}") from error
-    if config.is_encoder_decoder:
-        raise ConfigError(f"model: architecture {config.model_type!r} has an encoder; only decoders are run")
-    if getattr(config, "quantization_config", None):
-        raise ConfigError("model: its weights are quantised; plain ones are run")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ConfigError(f"model: architecture {config.model_type!r} is not a causal language model")
-    try:
-        with silence():
-            lm, seen = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise AssetError(f"{folder}: cannot be read as a model: {one_line(error)}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"model: architecture {config.model_type!r}: {one_line(error).split('. ')[0]}") from error
-    lost = sorted(seen["missing_keys"])
-    if lost:
-        raise AssetError(f"{folder}: the weights lack {lost[0]}" + f" and {len(lost) - 1} more" * (len(lost) > 1))
-    return lm.to(device)
-
-
-def stop_tokens(lm: Any) -> frozenset[int]:
-    """The end-of-sequence tokens that ``generate`` stops at: of the generation config, or what it is made from."""
-    eos = lm.generation_config.eos_token_id
-    return frozenset([eos] if isinstance(eos, int) else eos or [])
-
-
 def _rows(tokens: Tensor, at: AttentionMetadata) -> Tensor:
     """``[N, ...]`` -> ``[R, T, ...]``; shorter rows repeat their last token."""
     tokens = tokens if at.pad is None else tokens[at.pad]
     return tokens.view(at.count, at.width, *tokens.shape[1:])
-
-
-def _kind(lm: Any) -> str:
-    return f"architecture {lm.config.model_type!r}"
-
-
-def _stack(lm: nn.Module, layers: int) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that runs the decoder's layers, and the list of them."""
-    for module in lm.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == layers:
-                return module, child
-    raise ConfigError(f"model: {_kind(lm)} has no list of its {layers} layers")
-
-
-def _epsilon(after: Sequence[nn.Module]) -> float:
-    """Of the final norm."""
-    found = (getattr(module, name, None) for module in after for name in ("variance_epsilon", "eps"))
-    return next((epsilon for epsilon in found if epsilon is not None), 0.0)
-
-
-def _max_positions(config: Any) -> int:
-    """As many as its rules for positions are the same in every pass."""
-    limits = [getattr(config, "max_position_embeddings", None)]
-    if getattr(config, "attn_temperature_tuning", False):  # Llama 4's grows from here on; before it is 1
-        limits.append(config.floor_scale - 1)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # one set of frequencies up to here, another beyond
-        limits.append(rope.get("original_max_position_embeddings"))
-    return min((limit for limit in limits if limit), default=_UNBOUNDED)

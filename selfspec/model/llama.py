@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfspec.errors import AssetError, ConfigError
+from selfspec.errors import AssetError, ConfigError, one_line
 from selfspec.model import checkpoint
 from selfspec.model.attention import AttentionMetadata, attend
 from selfspec.model.base import Shape
@@ -32,6 +32,8 @@ from selfspec.model.weights import Layer, Weight
 
 _ALIGNED = 64
 """Slots of a cache that graphs read come to a multiple of this."""
+_LARGEST = 1 << 24
+"""Of a model's sizes, positions included: more is a mistake, and its tables fill any memory."""
 _MATRICES = ("qkv", "out", "gate_up", "down")
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -77,6 +79,8 @@ class Llama:
             model = cls(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
         except KeyError as error:
             raise AssetError(f"{folder}: lacks the tensor or setting {error}") from error
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # config.json's: of another kind
+            raise AssetError(f"{folder}: cannot be run as a model: {one_line(error)}") from error
         model.folder = folder
         model.pack(native)
         return model
@@ -249,7 +253,7 @@ def _shape(config: dict[str, Any]) -> Shape:
         raise ConfigError("model: engine=torch runs SwiGLU layers without biases only")
     heads = config["num_attention_heads"]
     eos = config.get("eos_token_id")
-    return Shape(
+    shape = Shape(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
         heads=heads,
@@ -260,6 +264,10 @@ def _shape(config: dict[str, Any]) -> Shape:
         norm_eps=config["rms_norm_eps"],
         eos=frozenset([eos] if isinstance(eos, int) else eos or []),
     )
+    sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "max_positions")
+    if senseless := [f"{size}={getattr(shape, size)}" for size in sizes if not 1 <= getattr(shape, size) <= _LARGEST]:
+        raise ValueError(f"by config.json, {', '.join(senseless)}")
+    return shape
 
 
 def _window(config: dict[str, Any]) -> tuple[int | None, frozenset[int]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfspec.errors import NotFiniteError
 from selfspec.model import finite
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
@@ -71,8 +72,10 @@ class Speculation:
         """Gives the first token of a row whose prompt has been read, given its states ``[P, D]``."""
         # The last token of the prompt is a tree of one node, and nothing is drafted yet.
         trees, logits = [Tree.chain(row.request.tokens[-1:])], self.target.model.logits(states[-1:])
-        finite.check(self.target.model, row.request.tokens, logits)
-        (verdict,) = self.policy(trees, logits, [_choice(row)])
+        try:
+            (verdict,) = self.policy(trees, logits, [_choice(row)])
+        except NotFiniteError as error:
+            raise finite.located(self.target.model, row.request.tokens) from error
         row.tokens.append(verdict.token)
         if row.request.logprobs is not None:
             row.logprobs += _logprobs(row.request.logprobs, logits, [verdict.token])

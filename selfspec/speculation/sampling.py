@@ -11,7 +11,7 @@ from enum import Enum
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from selfspec.errors import StageError
+from selfspec.errors import NotFiniteError
 from selfspec.lazy import np, torch
 from selfspec.model.kernels import has_triton, native
 from selfspec.types import Sampling
@@ -66,12 +66,12 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         float32 ``[vocab]`` on the CPU, summing to one.
 
     Raises:
-        StageError: the largest of the logits is not finite.
+        NotFiniteError: the largest of the logits is not finite, or one is NaN.
     """
     x = logits.float().cpu().numpy()
     largest = float(x.max())  # NaN where there is one
     if not math.isfinite(largest):
-        raise StageError(NOT_FINITE)
+        raise NotFiniteError(NOT_FINITE)
     if sampling.temperature == 0:
         certain = torch.zeros(len(x))
         certain[int(x.argmax())] = 1
@@ -116,7 +116,7 @@ def likeliest(logits: Tensor) -> list[int]:
     """The argmax of every row of ``[N, vocab]``, the first of equals.
 
     Raises:
-        StageError: one of the rows has an argmax that is not finite, as all of it has where a state is not.
+        NotFiniteError: the largest of a row is not finite, or one of it is NaN.
     """
     if logits.device.type == "cuda" and has_triton():
         from selfspec.model.kernels import fused
@@ -134,5 +134,5 @@ def likeliest(logits: Tensor) -> list[int]:
     if min(tokens, default=0) < 0 or (
         logits.device.type == "cpu" and not math.isfinite(logits.gather(1, rows[:, None]).sum(dtype=torch.float32))
     ):
-        raise StageError(NOT_FINITE)
+        raise NotFiniteError(NOT_FINITE)
     return tokens

@@ -4,6 +4,9 @@ Each unit decodes its prompts both ways, in turn first, so that what drifts (clo
 the ratio is per unit. The references of ``bench.baselines`` (and, where the controller adapts, every fixed K of
 ``bench.fixed_k``) are decoded in the same turn. An exact policy must give plain decoding's tokens: where one
 differs, the two candidates are compared in float32, and what the dtype's rounding explains is a tie.
+
+Of conversations that are asked turn by turn, every way is asked the same: after plain decoding's answers to the turns
+before, which are in the journal. Each turn is a unit of its own.
 """
 
 import io
@@ -12,6 +15,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +23,7 @@ from selfspec import metrics, sense
 from selfspec.checkpoint import Journal, Record
 from selfspec.data import workload
 from selfspec.engine import factory
-from selfspec.engine.base import Engine, LazyEngine, TieJudge
+from selfspec.engine.base import Engine, LazyEngine, TieJudge, Tokenizer
 from selfspec.errors import StageError
 from selfspec.files import write_atomic
 from selfspec.fitting import install
@@ -34,7 +38,7 @@ Way = Callable[[list[Request]], list[Completion]]
 
 
 class Bench(Stage):
-    """A unit is as many prompts as are decoded at once, in one repeat."""
+    """A unit is as many prompts as are decoded at once, in one repeat and at one turn."""
 
     name = "bench"
 
@@ -45,18 +49,19 @@ class Bench(Stage):
             StageError: what came of a unit cannot be.
         """
         scale, size = self.plan.scale, self.plan.engine.max_batch
-        chunks = -(-scale.prompts // size)
-        turns = {_name(repeat, n): (repeat, n) for repeat in range(scale.repeats) for n in range(chunks)}
-        missing = self.missing(turns, journal)
+        each = product(range(scale.repeats), range(-(-scale.prompts // size)), range(self.plan.workload.turns))
+        wanted = {_name(*numbers): numbers for numbers in each}
+        missing = self.missing(wanted, journal)
         if not missing:
             return
         made = engine()
         prompts, ways = self._prepare(made, journal)
         provenance = collect(made.describe())
-        with progress(self.name, len(turns), len(turns) - len(missing)) as advance:
+        with progress(self.name, len(wanted), len(wanted) - len(missing)) as advance:
             for unit in missing:
-                repeat, n = turns[unit]
-                data = _unit(made, self.plan, ways, prompts[n * size : (n + 1) * size], repeat + n)
+                repeat, n, turn = wanted[unit]
+                asked = self._asked(made.tokenizer, prompts[n * size : (n + 1) * size], journal, repeat, n, turn)
+                data = _unit(made, self.plan, ways, asked, repeat + n + turn)
                 if (wrong := sense.impossible(data)) is not None:
                     raise StageError(f"what was measured makes no sense: {wrong}")
                 yield Unit.measured(unit, data, provenance)
@@ -67,7 +72,9 @@ class Bench(Stage):
         plan = self.plan
         install(engine, plan)  # a job may be resumed after its head was deleted
         encode = partial(engine.tokenizer.encode, chat=plan.workload.chat)
-        prompts = workload.select(plan.workload, "bench", plan.scale.prompts, plan.seed, encode)
+        prompts = workload.select(
+            plan.workload, "bench", plan.scale.prompts, plan.seed, encode, turns=plan.workload.turns
+        )
         ways = _ways(engine, plan)
         for prompt in workload.select(plan.workload, "fit", plan.scale.warmup, plan.seed, encode):
             _unit(engine, plan, ways, [prompt], 0)
@@ -75,6 +82,27 @@ class Bench(Stage):
         if learned:
             engine.restore(learned[-1])
         return prompts, ways
+
+    def _asked(
+        self, tokenizer: Tokenizer, prompts: Sequence[Prompt], journal: Journal, repeat: int, n: int, turn: int
+    ) -> Sequence[Prompt]:
+        """What a turn asks: the conversation so far, by the model's chat template.
+
+        Raises:
+            StageError: the template refuses it.
+        """
+        if not turn:
+            return prompts
+        before = [record for t in range(turn) if (record := journal.get(self.name, _name(repeat, n, t)))]
+        answers = zip(*([answer["tokens"] for answer in record.data["plain"]] for record in before), strict=True)
+        try:
+            return [
+                replace(prompt, tokens=tuple(tokenizer.encode_chat(_messages(prompt, [*map(tokenizer.decode, said)]))))
+                for prompt, said in zip(prompts, answers, strict=True)
+            ]
+        except ValueError as error:
+            asked = f"workload.turns={self.plan.workload.turns}"
+            raise StageError(f"{asked}: the model's chat template refuses turn {turn + 1}: {error}") from error
 
     def measurements(self, journal: Journal) -> Measurements:
         """Speed, latency and acceptance, with intervals."""
@@ -90,6 +118,8 @@ class Bench(Stage):
         pooled = poolable(records)
         left_out = len(records) - len(pooled)
         said = [f"{left_out} of {len(records)} units ran on other hardware and are left out"] if left_out else []
+        if (turns := self.plan.workload.turns) > 1:
+            said.append(f"{turns} turns of each conversation, asked after plain decoding's answers to those before")
         untimed = sum(metrics.speedup(record.data) is None for record in pooled)
         if untimed and self._drafts:
             said.append(f"{untimed} of {len(pooled)} units have no speed-up: no tokens after the first to time")
@@ -236,5 +266,12 @@ def compared(
     return {"verdict": verdict, "differs_at": at, "gap": tie.gap, "rounding": tie.rounding}
 
 
-def _name(repeat: int, number: int) -> str:
-    return f"unit-{number:04d}/repeat-{repeat}"
+def _messages(prompt: Prompt, answers: Sequence[str]) -> list[dict[str, str]]:
+    """A conversation up to the turn after these answers."""
+    asked = [{"role": "user", "content": text} for text in prompt.turns]
+    said = [{"role": "assistant", "content": text} for text in answers]
+    return [*chain.from_iterable(zip(asked, said, strict=False)), asked[len(said)]]
+
+
+def _name(repeat: int, number: int, turn: int) -> str:
+    return f"unit-{number:04d}/repeat-{repeat}" + (f"/turn-{turn}" if turn else "")

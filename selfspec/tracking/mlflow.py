@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 
 from filelock import FileLock
 
-from selfspec.config import flatten
+from selfspec.config import flatten, home
 from selfspec.tracking.base import JOURNAL_TAG, PARENT_TAG, PLAN_TAG, SWEEP_TAG, Status
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _parsed(uri: str) -> tuple[str, Path | None, str]:
     match = _SQLITE.fullmatch(uri)
     if match is None:
         return uri, None, ""
-    return uri, Path(unquote(match["path"])).expanduser().absolute(), match["query"] or ""
+    return uri, Path(home("tracking.uri", unquote(match["path"]))).absolute(), match["query"] or ""
 
 
 def _openable(path: Path) -> str:

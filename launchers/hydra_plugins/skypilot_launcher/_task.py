@@ -92,8 +92,8 @@ def name(plan: Plan) -> str:
     return f"{PREFIX}{plan.id}-{place[:6]}"
 
 
-def not_copied(settings: SkyPilotConf, plan: Plan) -> str | None:
-    """Which files of this machine a job elsewhere is told to read and has no copy of."""
+def not_copied(settings: SkyPilotConf, plan: Plan) -> list[str]:
+    """Which files of this machine a job elsewhere is told to read and has no copy of, each in a line."""
     head = plan.draft.get("head")
     sources = {
         "model.source": plan.model.source,
@@ -102,21 +102,20 @@ def not_copied(settings: SkyPilotConf, plan: Plan) -> str | None:
         "draft.head": head and f"file:{head}",
         **{f"quality.data.{task}.source": data.source for task, data in plan.quality.data.items()},
     }
-    for key, source in sources.items():
-        if source and source.startswith("file:") and not _is_there(settings, Path(source.removeprefix("file:"))):
-            return (
-                f"{key}={head if key == 'draft.head' else source}: jobs elsewhere have it "
-                "only if a mount or a file system that is shared does; what lies in "
-                f"hydra.launcher.workdir={settings.workdir} is copied, and named from there"
-            )
-    return None
+    return [
+        f"{key}={head if key == 'draft.head' else source}: jobs elsewhere have it "
+        "only if a mount or a file system that is shared does; what lies in "
+        f"hydra.launcher.workdir={settings.workdir} is copied, and named from there"
+        for key, source in sources.items()
+        if source and source.startswith("file:") and not _is_there(settings, Path(source.removeprefix("file:")))
+    ]
 
 
 def _is_there(settings: SkyPilotConf, path: Path) -> bool:
     """Whether a job that runs in a copy of the work folder finds a path there."""
     if any(path.is_relative_to(mount) for mount in settings.mounts):
         return True
-    if path.is_absolute() or settings.workdir is None:
+    if path.is_absolute() or settings.workdir is None or path.parts[0].startswith("~"):
         return False
     workdir = Path(settings.workdir).resolve()
     return workdir == Path.cwd() and path.resolve().is_relative_to(workdir)

@@ -44,7 +44,7 @@ class SkyPilotLauncher(Launcher):
         for plan in plans:
             _task.check(settings, plan)
         prepared = _prepared(_bridge.connect(settings.python), settings, _task.make(settings, plans[0], []))
-        unlikely = (_task.not_copied(settings, plan) for plan in plans)
+        unlikely = (words for plan in plans for words in _task.not_copied(settings, plan))
         notes = [*prepared["said"], _task.left_to_the_pool(settings), *map(_task.untracked, plans), *unlikely]
         for words in dict.fromkeys(filter(None, notes)):
             print(f"note: {words}", file=sys.stderr)

@@ -22,7 +22,7 @@ from selfspec.engine.base import Limits, Probes, Scores, Usage
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.engine.torch.weights import Weights
 from selfspec.errors import ConfigError, StageError
-from selfspec.model import gguf, hf
+from selfspec.model import checkpoint, gguf
 from selfspec.model.hf import HFModel
 from selfspec.plan import Plan
 from selfspec.speculation.draft import draft_model
@@ -75,7 +75,7 @@ class HFEngine(Scores, Probes):
         folder = gguf.model_folder(schema.Model(name="draft", source=source, sha256=sha256))
         if draft_model.vocabulary(folder) != draft_model.vocabulary(self.weights.folder):
             raise ConfigError(f"draft.source={source}: its tokenizer's vocabulary is not the target's")
-        return hf.read(folder, self.weights.device, self.weights.dtype).eval()
+        return checkpoint.model(folder, self.weights.device, self.weights.dtype).eval()
 
     def describe(self) -> Mapping[str, object]:
         """Device, dtype, threads, torch, transformers."""

@@ -145,7 +145,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, at: Static) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The largest of every row of ``[N, V]``, the first of equals; -1 where it is not finite: int64 ``[N]``."""
+    """The largest of every row of ``[N, V]``, the first of equals; -1 where it is not finite, or one is NaN: int64."""
     tokens, size = logits.shape
     best = torch.empty(tokens, _SHARES, dtype=torch.float32, device=logits.device)
     where = torch.empty(tokens, _SHARES, dtype=torch.int32, device=logits.device)
@@ -287,13 +287,15 @@ def _largest(logits, best, where, size, SPAN: tl.constexpr, SHARES: tl.constexpr
     n, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
     at = tl.full((BLOCK,), 2147483647, tl.int32)
+    none = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, SPAN, BLOCK):
         i = share * SPAN + start + tl.arange(0, BLOCK)
         x = tl.load(logits + n * size + i, i < size, -float("inf")).to(tl.float32)
+        none = tl.where(x != x, 1, none)  # NaN is larger than nothing, and would be stepped over
         better = x > top
         top, at = tl.where(better, x, top), tl.where(better, i, at)
     most = tl.max(top, 0)
-    tl.store(best + n * SHARES + share, most)
+    tl.store(best + n * SHARES + share, tl.where(tl.max(none, 0) == 1, float("inf"), most))
     tl.store(where + n * SHARES + share, tl.min(tl.where(top == most, at, 2147483647), 0))
 
 
@@ -303,5 +305,4 @@ def _largest_of(best, where, out, SHARES: tl.constexpr):
     most, at = tl.load(best + n * SHARES + i), tl.load(where + n * SHARES + i)
     top = tl.max(most, 0)
     first = tl.min(tl.where(most == top, at, 2147483647), 0)
-    # A row without a single number is -inf here: no NaN is larger than what `_largest` begins with.
     tl.store(out + n, tl.where(tl.abs(top) < float("inf"), first, -1).to(tl.int64))

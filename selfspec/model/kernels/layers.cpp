@@ -255,10 +255,17 @@ void likeliest(const Tensor& logits, int64_t* best) {
   at::parallel_for(0, logits.size(0), 1, [&](int64_t from, int64_t to) {
     for (int64_t n = from; n < to; n++) {
       const auto* row = all + n * width;
-      floats tops = floats{} - INFINITY;
+      floats tops = floats{} - INFINITY, sums = floats{};
       for (int64_t i = 0; i < width; i += LANES) {
         const floats here = Format::load(row + i);
         tops = here > tops ? here : tops;
+        sums += here;  // NaN is larger than nothing, and would be stepped over; a sum with one stays NaN
+      }
+      float sum = 0;
+      for (int64_t lane = 0; lane < LANES; lane++) sum += sums[lane];
+      if (std::isnan(sum)) {
+        best[n] = -1;
+        continue;
       }
       const float top = highest(tops);
       int64_t i = 0;
