@@ -7,6 +7,7 @@ run, an exit layer beyond the model) by ``rules.py``.
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -17,7 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from selfspec.axes import AXES, ControllerOptions, DraftOptions, EngineOptions, GateOptions, PolicyOptions, foreign
 from selfspec.data.config import Workload
-from selfspec.errors import ConfigError
+from selfspec.errors import ConfigError, printable
 from selfspec.options import Option, bounded, check_bounds, within
 from selfspec.quality.config import Quality
 
@@ -271,6 +272,12 @@ class Config:
             ConfigError: naming the key, the value and what is allowed.
         """
         check_bounds(self)
+        plain_text(self)
+        part = r"[^/\\.\s][^/\\\n\t]*"
+        if not re.fullmatch(f"{part}(/{part})*", self.name):
+            raise ConfigError(
+                f"name={self.name}: must name a folder below output_dir, no part of it with a dot before it"
+            )
         self.output_dir = home("output_dir", self.output_dir)
         self.checkpoint.dir = home("checkpoint.dir", self.checkpoint.dir)
         if not self.stages or any(stage not in STAGES for stage in self.stages):
@@ -344,6 +351,22 @@ def without_schema(group: str) -> str:
     """What is said of an option whose YAML lacks its schema."""
     names = ", ".join(AXES[group].options)
     return f"{group}: its file must begin with 'defaults: [NAME_schema, _self_]', NAME one of {names}"
+
+
+def plain_text(of: Any, prefix: str = "") -> None:
+    """Refuses text that no terminal should be shown: what is configured ends up in labels, tables and messages.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if is_dataclass(of) and not isinstance(of, type):
+        of = {f.name: getattr(of, f.name) for f in fields(of)}
+    items = of.items() if isinstance(of, dict) else enumerate(of) if isinstance(of, (list, tuple)) else ()
+    for key, value in items:
+        name = f"{prefix}{key}"
+        if isinstance(value, str) and printable(value) != value:
+            raise ConfigError(f"{name}: has control characters")
+        plain_text(value, f"{name}.")
 
 
 def _refuse_unknown(node: DictConfig, kind: type[Any], prefix: str = "") -> None:

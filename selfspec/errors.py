@@ -16,6 +16,7 @@
 A ``UserError``'s message names the key, the value and what is allowed.
 """
 
+import re
 import signal
 
 
@@ -80,6 +81,16 @@ class Interrupted(BaseException):
         return 128 + self.signum
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; its type stands in where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys or what turns text around, and halves of a character; not a tab or a line's end."""
+
+
+def printable(text: str) -> str:
+    """A text that may be anybody's, fit for a terminal: what is no text in it becomes question marks."""
+    return _CONTROLS.sub("?", text)
+
+
+def one_line(said: BaseException | str) -> str:
+    """An error's message, or any text, as one printable line; an error's type stands in where it has no message."""
+    line = printable(" ".join(str(said).split()))
+    return line if line or isinstance(said, str) else type(said).__name__

@@ -3,12 +3,15 @@
 import csv
 import errno
 import io
+import json
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -36,6 +39,57 @@ def write_atomic(path: Path, data: bytes | str) -> None:
                 temporary.unlink()
             raise
         sync_folder(path.parent)
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """A descriptor of a regular file; in a folder that others write to, a link may lead to any file of ours.
+
+    Args:
+        flags: of ``os.open``.
+
+    Raises:
+        OSError: it is a link, a pipe, a device or a folder; or it cannot be opened.
+    """
+    try:  # without waiting: a pipe's other end may never come
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "is a symbolic link, and none is followed here", str(path)) from error
+        raise
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is a directory" if stat.S_ISDIR(mode) else "is no regular file", str(path))
+    return fd
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file in the place of what was there: of a link, not of what it leads to."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def own_folder(path: Path) -> None:
+    """Make a folder that is ours alone, if need be.
+
+    Raises:
+        OSError: it is a link, or cannot be made.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a symbolic link, and none is followed here", str(path))
+
+
+def from_json(data: bytes | str) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is none, or none that is read here: nested by the hundred.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 @contextmanager

@@ -118,8 +118,9 @@ def answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequen
                     journal.append("answers", batches[i], data, fingerprint(made.describe()))
                     advance()
         records = [journal.get("answers", unit) for unit in batches]
-    pairs = [pair for r in records if r for pair in zip(r.data["prompts"], r.data["answers"], strict=True)]
-    return pairs
+        with journal.reading():
+            found = [pair for r in records if r for pair in zip(r.data["prompts"], r.data["answers"], strict=True)]
+            return [([*map(int, prompt)], [*map(int, answer)]) for prompt, answer in found]
 
 
 def _store(plan: Plan) -> checkpoint.Store:

@@ -92,13 +92,15 @@ def run(plan: Plan, folder: Path, sweep: SweepContext = ALONE) -> results.Result
         measured: Measurements = {}
         for stage in ours:
             _finish(stage, engine, journal, tracker)
-            measured |= {f"{stage.name}/{name}": value for name, value in stage.measurements(journal).items()}
+            with journal.reading():
+                measured |= {f"{stage.name}/{name}": value for name, value in stage.measurements(journal).items()}
 
-        result = _result(plan, ours, journal, measured)
-        tables.write(folder, [result])
-        for stage in ours:
-            stage.write(folder, journal)
-        results.write_result(folder, result)
+        with journal.reading():
+            result = _result(plan, ours, journal, measured)
+            tables.write(folder, [result])
+            for stage in ours:
+                stage.write(folder, journal)
+            results.write_result(folder, result)
 
         ended = max((record.at for stage in ours for record in journal.records(stage.name)), default=0)
         tracker.log(measured, 0, ended)
@@ -140,7 +142,9 @@ def _finish(stage: Stage, engine: LazyEngine, journal: Journal, tracker: Tracker
         new = (journal.append(stage.name, *unit) for unit in units)
         # Earlier runs' too: a tracker may have missed the last one, and what it has stored stays as it is.
         for step, record in enumerate(chain(journal.records(stage.name), new)):
-            if shown := stage.per_unit(record.data):
+            with journal.reading():
+                shown = stage.per_unit(record.data)
+            if shown:
                 tracker.log(shown, step, record.at)
 
 

@@ -180,13 +180,17 @@ def make(cfg: DictConfig) -> Plan:
         gate = GATE.new("none")  # nothing is drafted here, or nothing verified: there is nothing to stop
     if draft.name == "none":
         policy = replace(policy, verify=True)
+    # Here, and once: the plan's identity, its settings and what is fetched for it all name the same commit.
+    model = replace(config.model, source=assets.pinned(config.model.source))
+    if (source := draft.get("source")) is not None:
+        draft = replace(draft, source=assets.pinned(source))
     stages = tuple(stage for stage in schema.STAGES if stage in config.stages)
     return Plan(
         name=config.name,
         output_dir=Path(config.output_dir),
         seed=config.seed,
         stages=stages,
-        model=config.model,
+        model=model,
         draft=draft,
         gate=gate,
         controller=config.controller,

@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from selfspec.axes import AXES
 from selfspec.config import RENAMED, BackendConfig, unknown
-from selfspec.errors import SelfspecError, UserError, one_line
+from selfspec.errors import SelfspecError, UserError, one_line, printable
 
 BY_USER = (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError)
 """What the user can put right: told in one line, exit code 2."""
@@ -28,9 +28,9 @@ def exit_with(error: Exception) -> NoReturn:
 def say(error: Exception) -> None:
     """One line on stderr for what selfspec or Hydra refuse or find; a traceback for what nobody foresaw."""
     if isinstance(error, SelfspecError) or foreseen(error):
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        print(f"error: {one_line(sentence(error))}", file=sys.stderr)
     else:
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr, end="")
 
 
 def foreseen(error: Exception) -> bool:

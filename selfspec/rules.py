@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 from selfspec import config as schema
+from selfspec import credentials
 from selfspec.axes import DRAFT, DraftOptions
 from selfspec.data import assets
 from selfspec.errors import ConfigError
@@ -66,9 +67,11 @@ def _check_backends(serve: schema.Serve) -> None:
             raise ConfigError(
                 f"{key}.url=null: must be a server's http(s)://HOST/v1; our engine has no model, no key_env"
             )
-        if backend.url is not None and not re.fullmatch(r"https?://[^@/\s]+(/[^@\s]*)?", backend.url):
-            shown = re.sub(r"//[^/\s]*@", "//", backend.url)
-            raise ConfigError(f"{key}.url={shown}: must be http(s)://HOST/..., without credentials (see key_env)")
+        if backend.url is not None and not re.fullmatch(credentials.SERVER, backend.url):
+            shown = credentials.without(backend.url)
+            raise ConfigError(
+                f"{key}.url={shown}: must be http(s)://HOST/..., without credentials (see key_env), query or fragment"
+            )
         if backend.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", backend.key_env):
             raise ConfigError(f"{key}.key_env: must be the name of an environment variable, not a key")
     if serve.router.policy is schema.RouteName.length and serve.router.max_total_tokens is None:
@@ -81,8 +84,8 @@ def _check_checkpoint(place: str) -> None:
             "checkpoint.dir: has no value; give one as checkpoint.dir=gs://BUCKET/PREFIX, or in the environment as "
             "SELFSPEC_CHECKPOINT"
         )
-    if re.search(r"://[^/@]*:[^/@]*@", place):
-        shown = re.sub(r"//[^/@]*@", "//", place)
+    if credentials.in_url(place, user=False):  # abfs://CONTAINER@ACCOUNT names no user
+        shown = credentials.without(place)
         raise ConfigError(f"checkpoint.dir={shown}: must be without credentials, which belong in the environment")
     if re.match(r"\w+:(?!//)|(gs|gcs|s3|s3a|az|abfs)://(/|$)", place):  # gs:/BUCKET; gs://$BUCKET/PREFIX, and no BUCKET
         raise ConfigError(

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from selfspec.files import write_atomic
+from selfspec.errors import StorageError, one_line
+from selfspec.files import from_json, write_atomic
 
 FILE = "sweep.json"
 """In a sweep's folder: what its jobs are told of it."""
@@ -33,10 +34,12 @@ class SweepContext:
     def load(cls, folder: Path) -> Self:
         """The sweep in a folder."""
         try:
-            noted = json.loads((folder / FILE).read_text())
+            noted = from_json((folder / FILE).read_text())
+            return cls(noted["launch"], noted["run_id"], tuple(noted["plans"]))
         except FileNotFoundError:
             return cls()
-        return cls(noted["launch"], noted["run_id"], tuple(noted["plans"]))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise StorageError(f"{folder / FILE}: is nothing a sweep left: {one_line(error)}; delete it") from error
 
     @classmethod
     def from_env(cls) -> Self:

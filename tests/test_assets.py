@@ -9,10 +9,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from selfspec.data import assets, folders
+from selfspec.data import assets, download, folders
 from selfspec.errors import AssetError, StorageError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -104,6 +105,22 @@ class TestPypi:
         path = assets.fetch(SOURCE, SHA256.upper())
         assert (path.name, path.read_bytes()) == ("words.txt", CONTENT)
         assert [Path(name).name for name in _left(cache)] == [".selfspec-sizes.json", "words.txt"]
+
+    def test_pip_is_no_folder_of_that_name(self, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for place in ("here", "there"):
+            (tmp_path / place / "pip").mkdir(parents=True)
+            (tmp_path / place / "pip" / "__main__.py").write_text("open('ran', 'w')")
+        monkeypatch.chdir(tmp_path / "here")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "there"))
+        assert assets.fetch(SOURCE, SHA256).read_bytes() == CONTENT
+        assert not list(tmp_path.rglob("ran"))
+
+    def test_what_is_taken_unchecked_is_said(self, index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assets.fetch(SOURCE)
+        assert capsys.readouterr().err.startswith(f"warning: {SOURCE}: taken as the index gave it")
+        assets.fetch(SOURCE)
+        assets.fetch(SOURCE, SHA256)
+        assert capsys.readouterr().err == ""
 
     @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")])
     def test_a_damaged_copy_is_fetched_again(self, index: Path, damage: object) -> None:
@@ -220,6 +237,29 @@ class TestHub:
             self._answer(monkeypatch, error)
             with pytest.raises(kind, match=says):
                 assets.fetch("hf:org/name")
+
+    def test_a_plan_is_of_a_commit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the one that main is at, which is asked for once; without the hub, of the one it was last known at."""
+        asked = []
+
+        def repo_info(self: object, repo_id: str, **options: object) -> SimpleNamespace:
+            asked.append((repo_id, options["revision"]))
+            return SimpleNamespace(sha="b" * 40 if options["revision"] == "v1" else "a" * 40)
+
+        monkeypatch.setattr("huggingface_hub.hf_api.HfApi.repo_info", repo_info)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        download._commit.cache_clear()
+        for source in ("hf:org/name", "hf:org/name@v1", "hf:org/name"):
+            pinned = assets.pinned(source)
+            assert pinned == f"hf:org/name@{('b' if 'v1' in source else 'a') * 40}" == assets.pinned(pinned)
+        assert asked == [("org/name", None), ("org/name", "v1")]
+        download._commit.cache_clear()
+        monkeypatch.setenv("SELFSPEC_OFFLINE", "1")
+        assert assets.pinned("hf:org/name@v1") == f"hf:org/name@{'b' * 40}"
+        assert assets.pinned("hf:org/never-seen") == "hf:org/never-seen", "refused when it is fetched"
+        for source in (SOURCE, "file:/a", "nonsense", "hf:../.."):
+            assert assets.pinned(source) == source
+        download._commit.cache_clear()
 
     def test_sha256_is_refused(self) -> None:
         with pytest.raises(AssetError, match="pin hf:org/name@<commit>"):

@@ -17,8 +17,10 @@ import pytest
 
 import selfspec
 from selfspec.checkpoint import FILE, Journal, Record, at, inspect
+from selfspec.checkpoint.folder import read
 from selfspec.config import Resume
 from selfspec.errors import Interrupted, JournalError, StorageError
+from selfspec.files import create
 from selfspec.interrupt import trap
 
 REPO = Path(selfspec.__file__).parents[1]
@@ -159,7 +161,47 @@ def test_a_journal_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         begin(tmp_path)
 
 
+@pytest.mark.parametrize("name", [FILE, "lock", "."])
+def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
+    """In a folder that others write to, a link may lead to any file of ours."""
+    ours, folder = tmp_path / "ours", tmp_path / "shared"
+    if name == ".":
+        ours.mkdir()
+        folder.symlink_to(ours)
+    else:
+        folder.mkdir()
+        ours.write_text("precious")
+        (folder / name).symlink_to(ours)
+    with pytest.raises((JournalError, StorageError), match="symbolic link"):
+        begin(folder)
+    assert list(ours.iterdir()) == [] if name == "." else ours.read_text() == "precious"
+
+
+def test_neither_a_pipe_nor_a_device_is_a_journal(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE)
+    for ask in (lambda: inspect(tmp_path, PLAN), lambda: begin(tmp_path), lambda: read(Path("/dev/zero"))):
+        with pytest.raises(JournalError, match="is no regular file"):
+            ask()
+
+
+def test_a_file_is_made_in_the_place_of_a_link(tmp_path: Path) -> None:
+    (tmp_path / "ours").write_text("precious")
+    (tmp_path / "log").symlink_to(tmp_path / "ours")
+    with create(tmp_path / "log") as file:
+        file.write(b"mine")
+    assert ((tmp_path / "ours").read_text(), (tmp_path / "log").read_text()) == ("precious", "mine")
+
+
 # --- torn and corrupt
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"a":' * 50_000, b"1" * 5000, b"\xff", b'{"at": 1e999}', b"null"])
+def test_what_is_no_line_is_refused(tmp_path: Path, line: bytes) -> None:
+    data = written(tmp_path, 1)
+    (tmp_path / FILE).write_bytes(data + line + b"\n" + data.splitlines()[1] + b"\n")
+    for ask in (lambda: inspect(tmp_path, PLAN), lambda: begin(tmp_path)):
+        with pytest.raises(JournalError, match=r"journal\.jsonl, line 3: is (not JSON|no line)"):
+            ask()
 
 
 def test_a_journal_torn_at_any_byte_keeps_its_whole_units(tmp_path: Path) -> None:

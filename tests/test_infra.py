@@ -169,6 +169,13 @@ def test_a_run_in_the_cloud_keeps_its_files_and_says_how_it_ended(tmp_path: Path
     assert "checkpoint.dir=gs://mine/selfspec gate=varH tau_v=4" in (tmp_path / "given").read_text()
 
 
+def test_every_package_has_one_index() -> None:
+    """Of two, pip takes the newest of either: whoever may publish on the second could replace any package."""
+    root = INFRA.parent
+    pages = [root / "README.md", INFRA / "Dockerfile", INFRA / "README.md", *(root / "docs").glob("*.md")]
+    assert not [page for page in pages if "--extra-index-url" in page.read_text()]
+
+
 def test_the_container_starts_what_there_is() -> None:
     """Docker is not at hand: what its file copies is there, and what it starts takes these overrides."""
     lines = (INFRA / "Dockerfile").read_text().splitlines()

@@ -71,6 +71,29 @@ def elsewhere(made: Plan, folder: Path) -> Plan:
     return replace(made, checkpoint=replace(made.checkpoint, dir=str(folder)))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plain": 3},
+        {"configured": [{"tokens": ["a"], "cycles": {}}]},
+        {"state": {"gate": [[[]]], "controller": 3}, "verdicts": [3]},
+        {"prompts": None},
+        {"provenance": "x", "against": []},
+    ],
+)
+def test_units_that_no_stage_left_are_refused_in_one_line(make: Make, tmp_path: Path, change: dict[str, Any]) -> None:
+    made = elsewhere(make(), tmp_path / "journal")
+    run_job(made, tmp_path / "first")
+    path = tmp_path / "journal" / "plans" / made.id / FILE
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    last = max(n for n, line in enumerate(lines) if line.get("stage") == "bench")
+    lines[last]["data"] |= change
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(JournalError, match=r"journal\.jsonl: holds units that are none of a stage's") as refused:
+        run_job(made, tmp_path / "second")
+    assert "\n" not in str(refused.value)
+
+
 def units(made: Plan) -> list[Record]:
     """What is in the journal; opening it fails if a unit is there twice."""
     with Journal.open(job.place(made), made.id, {}, Resume.require) as journal:

@@ -216,6 +216,29 @@ def test_a_failing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         native._library(str(broken))
 
 
+def test_only_what_was_built_here_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho built > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("SELFSPEC_CACHE", str(tmp_path / "cache"))
+    kernels, theirs = tmp_path / "cache" / "kernels", tmp_path / "theirs"
+    kernels.mkdir(parents=True)
+    kernels.chmod(0o777)
+    library, built = native._library(str(compiler)), "built\n"
+    assert (library.read_text(), kernels.stat().st_mode & 0o777) == (built, 0o700)
+    theirs.write_text("theirs")
+    for plant in (lambda: library.write_text("theirs"), lambda: (library.unlink(), library.symlink_to(theirs))):
+        plant()
+        assert native._library(str(compiler)).read_text() == built
+        assert not library.is_symlink() and theirs.read_text() == "theirs"
+    library.with_suffix(".sha256").unlink()
+    library.write_text("of an earlier selfspec")
+    assert native._library(str(compiler)).read_text() == built
+    monkeypatch.setattr("os.geteuid", lambda: kernels.stat().st_uid + 1)
+    with pytest.raises(OSError, match="belongs to another user"):
+        native._library(str(compiler))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_of_equals_is_the_likeliest(dtype: torch.dtype) -> None:
     logits = torch.randn(40, 160, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from selfspec.errors import printable
 from selfspec.report import plots
 from selfspec.report import tables as report
 from selfspec.report.__main__ import main as command_line
@@ -280,6 +281,17 @@ def test_command_line(tmp_path: Path) -> None:
         (json.dumps(result() | {"measurements": 3}), "is not a result: measurements is missing or of the wrong type"),
         (json.dumps(result(version=2)), "has version 2, made by a newer selfspec; this one reads up to 1"),
         (b"\xff\xfe", "is not JSON"),
+        ("[" * 100_000, "is not JSON: nested too deep"),
+        (json.dumps(result() | {"notes": [[[[[[[[[[[[[[]]]]]]]]]]]]]]}), "is not JSON: nested too deep"),
+        (json.dumps(result() | {"notes": [3]}), "notes is missing or of the wrong type"),
+        (json.dumps(result() | {"lossless": []}), "lossless is missing or of the wrong type"),
+        (json.dumps(result() | {"error": {}}), "error is missing or of the wrong type"),
+        (json.dumps(result() | {"acceptance_by_position": ["a"]}), "acceptance_by_position is missing"),
+        (json.dumps(result(policy=[])), "settings.policy is missing or of the wrong type"),
+        (json.dumps(result(policy={"name": []})), "settings.policy.name is missing or of the wrong type"),
+        (json.dumps(result(scale={"repeats": "2"})), "settings.scale.repeats is missing or of the wrong type"),
+        (json.dumps(result() | {"provenance": {"hardware": 3}}), "provenance.hardware is missing"),
+        (json.dumps(result() | {"version": None}), "is not a result: version is missing"),
     ],
 )
 def test_what_is_no_result_is_refused_in_one_line(
@@ -292,6 +304,18 @@ def test_what_is_no_result_is_refused_in_one_line(
     assert out == ""
     assert err.startswith(f"error: {tmp_path}") and err.count("\n") == 1
     assert says in err
+
+
+def test_what_a_result_says_is_no_command_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\u2028"
+    odd: dict[str, Any] = {**result(label=f"a{evil}"), "notes": [evil], "error": evil, "status": "failed"}
+    odd |= {"lossless": evil, "measurements": BENCH | {f"bench/against/{evil}/ratio": 1.0, "bench/tok_s": 10**400}}
+    odd["settings"]["model"]["name"] = odd["provenance"]["hardware"]["cpu"] = evil
+    (tmp_path / FILE).write_text(json.dumps(odd))
+    assert command_line([str(tmp_path)]) == 0
+    said = capsys.readouterr().out + "".join(path.read_text() for path in tmp_path.glob("*.[ct]*"))
+    assert "a?" in said
+    assert said == printable(said)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -296,11 +296,26 @@ def test_none_tracks_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     [
         *((uri, r"^tracking\.uri=.*: must be sqlite") for uri in ("mlruns", "file:///tmp/mlruns", "./mlflow.db")),
         ("http://me:secret@host", r"^tracking\.uri=http://host: must hold no credentials"),
+        *(
+            (uri, r"^tracking\.uri=[^3]*: must hold no credentials")
+            for uri in (
+                *("https://host/?token=s3cr3t", "https://host/x#s3cr3t", "https://host/;key=s3cr3t"),
+                *("postgresql://host/db?user=me&password=s3cr3t", "postgresql://me:s3/cr3t@host/db"),
+                *("mysql+pymysql://host/db?charset=utf8mb4&pass%77d=s3cr3t", "sqlite:///a.db?mode=ro&key=s3cr3t"),
+            )
+        ),
     ],
 )
 def test_a_uri_that_will_not_do_is_refused(uri: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says):
         make(uri, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://host:5432/db?sslmode=require", "http://host:5000/a@b", "sqlite:////home/a@b/#1;/x.db?mode=ro"]
+)
+def test_a_uri_without_credentials_will_do(uri: str, tmp_path: Path) -> None:
+    assert make(uri, tmp_path) is not None
 
 
 def test_flatten() -> None:

@@ -270,5 +270,5 @@ def _reason(error: BaseException) -> str:
         said = f"no credentials, or ones that have run out: {said}"
     elif isinstance(error, TimeoutError):
         said = "no answer in time"
-    said = " ".join(said.split()) or type(error).__name__
+    said = one_line(said) if said else type(error).__name__
     return said if len(said) <= 300 else f"{said[:300]}..."

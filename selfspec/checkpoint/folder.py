@@ -1,6 +1,5 @@
 """The lines of a journal in a file on this disk: JSONL, synced line by line, under a file lock."""
 
-import json
 import logging
 import os
 from contextlib import suppress
@@ -11,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from selfspec.errors import JournalError
-from selfspec.files import acquire, reason, storing, sync_folder, write_atomic
+from selfspec.files import acquire, from_json, open_regular, own_folder, reason, storing, sync_folder, write_atomic
 from selfspec.interrupt import shield
 
 FILE = "journal.jsonl"
@@ -38,7 +37,7 @@ class FileLines:
     def hold(self) -> None:
         """Lock the folder, which is made if need be; waits for who has locked it."""
         with storing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            own_folder(self.folder)
             acquire(self._lock, f"runs the same plan: {self.folder}")
 
     def where(self, number: int | None = None) -> str:
@@ -65,7 +64,7 @@ class FileLines:
         lines = whole_lines(data)
         self._end = sum(len(line) + 1 for line in lines)
         with storing(self.path), shield():
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._fd = open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             if self._end < len(data):
                 log.warning("%s: the last line was torn when its writer died, and is dropped", self.path)
                 os.ftruncate(self._fd, self._end)
@@ -123,7 +122,7 @@ def read(path: Path, count: int = -1) -> bytes | None:
         JournalError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
             return file.read(count)
     except FileNotFoundError:
         return None
@@ -136,7 +135,7 @@ def whole_lines(data: bytes) -> list[bytes]:
     *lines, tail = data.split(b"\n")
     if lines and not tail:
         try:
-            json.loads(lines[-1])
+            from_json(lines[-1])
         except ValueError:  # after a power loss, a file can have its new length and not yet its new content
             lines.pop()
     return lines

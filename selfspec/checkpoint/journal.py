@@ -11,7 +11,8 @@ One line of JSON each, the first one a header::
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,8 @@ from selfspec.checkpoint.lease import LEASE_S
 from selfspec.checkpoint.segments import Segments
 from selfspec.checkpoint.store import RESULT
 from selfspec.config import Resume
-from selfspec.errors import JournalError
+from selfspec.errors import JournalError, SelfspecError, one_line
+from selfspec.files import from_json
 from selfspec.interrupt import shield
 
 FORMAT = 1
@@ -97,6 +99,7 @@ class Journal:
     def __init__(self, lines: Lines, contents: _Contents) -> None:
         self._lines = lines
         self._records = contents.records
+        self._restored = bool(contents.records)
         self._notes = contents.notes
         self.created = contents.created
 
@@ -164,6 +167,25 @@ class Journal:
     def get(self, stage: str, unit: str) -> Record | None:
         """A finished unit; ``None`` if it has not been."""
         return self._records.get((stage, unit))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A block that makes something of the units' data, which in a shared folder anybody may have written.
+
+        Raises:
+            JournalError: units of an earlier process are not as a stage leaves them.
+        """
+        try:
+            yield
+        except SelfspecError:
+            raise
+        except Exception as error:
+            if not self._restored:  # what is in it is ours
+                raise
+            raise JournalError(
+                f"{self._lines.where()}: holds units that are none of a stage's ({type(error).__name__}: "
+                f"{one_line(error)[:200]}): mend it, or use checkpoint.resume=never"
+            ) from error
 
     def append(self, stage: str, unit: str, data: Mapping[str, Any], on: str) -> Record:
         """Record a finished unit. Once this returns, nothing short of a broken disk loses it.
@@ -251,7 +273,7 @@ def _lines(place: Path | str, lease_s: float = LEASE_S) -> Lines:
 def _launch(lines: Lines) -> str | None:
     """What launch a journal was begun by; one that cannot be read, by none that we know."""
     try:
-        return str(json.loads(lines.peek()[0])["launch"])
+        return str(from_json(lines.peek()[0])["launch"])
     except (JournalError, ValueError, LookupError, TypeError):
         return None
 
@@ -261,7 +283,7 @@ def _parse(source: Lines, lines: list[bytes], plan_id: str) -> _Contents | None:
     contents = _Contents()
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
+            entry = from_json(line)
         except ValueError:
             raise _corrupt(source, number, "is not JSON") from None
         match entry:

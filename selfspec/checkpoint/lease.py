@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from selfspec.checkpoint.bucket import Bucket
 from selfspec.errors import JournalError, LeaseError, StorageError
+from selfspec.files import from_json
 from selfspec.interrupt import shield
 
 LEASE_S = 60.0
@@ -184,7 +185,7 @@ class Lease:
         if data is None:
             return epoch, {"until": 0.0, "term_s": 0.0}
         try:
-            lease = json.loads(data)
+            lease = from_json(data)
             return epoch, {"until": float(lease["until"]), "term_s": float(lease["term_s"]), "holder": lease["holder"]}
         except (ValueError, LookupError, TypeError):
             where = self.bucket.where(self._name(epoch))

@@ -21,6 +21,7 @@ from selfspec.checkpoint.bucket import Bucket
 from selfspec.checkpoint.lease import LEASE_S, Lease
 from selfspec.data import folders
 from selfspec.errors import JournalError, LeaseError
+from selfspec.files import from_json
 from selfspec.interrupt import shield
 
 FORMAT = 1
@@ -139,7 +140,7 @@ def scratch(url: str) -> Path:
 def _parse(number: int, data: bytes) -> _Segment:
     head, *lines = data.split(b"\n")
     try:
-        said = json.loads(head)
+        said = from_json(head)
         known = said["segment"] == FORMAT and lines.pop() == b""
         return _Segment(number, bool(said.get("fresh")) if known else None, lines)
     except (ValueError, LookupError, TypeError, AttributeError):

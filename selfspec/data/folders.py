@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from selfspec.config import home
 from selfspec.errors import StorageError
-from selfspec.files import acquire
+from selfspec.files import acquire, from_json
 
 _MANIFEST = ".selfspec-sizes.json"
 
@@ -118,9 +118,9 @@ def _write_manifest(folder: Path) -> None:
 
 def _complete(folder: Path) -> bool:
     try:
-        sizes: dict[str, int] = json.loads((folder / _MANIFEST).read_bytes())
+        sizes: dict[str, int] = from_json((folder / _MANIFEST).read_bytes())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 

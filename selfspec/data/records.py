@@ -105,7 +105,7 @@ def documents(file: TextIO, source: str) -> Iterator[Where]:
 
 def note(source: str, what: str) -> None:
     """Tells the user what is not as it was perhaps meant, and no error."""
-    print(f"note: {source}: {what}", file=sys.stderr, flush=True)
+    print(f"note: {one_line(f'{source}: {what}')}", file=sys.stderr, flush=True)
 
 
 def _near_end(error: Exception, buffer: str) -> bool:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfspec.errors import UserError
+from selfspec.errors import UserError, one_line
 from selfspec.report.results import find
 from selfspec.report.tables import show, write
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write(folder, results)
         show(results)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return error.exit_code
     return 0
 

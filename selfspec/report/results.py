@@ -1,16 +1,15 @@
 """What jobs leave: the form of ``result.json``, how it is read, and what a reader makes of one."""
 
 import json
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_origin, get_type_hints
 
 from selfspec.axes import POLICY
 from selfspec.config import flatten
-from selfspec.errors import UserError, one_line
-from selfspec.files import storing, write_atomic
+from selfspec.errors import UserError, one_line, printable
+from selfspec.files import from_json, storing, write_atomic
 from selfspec.plan import Plan
 
 VERSION = 1
@@ -46,6 +45,8 @@ class Result(TypedDict):
 
 _OPEN = ("lossless", "error")
 """What may be missing."""
+_GROUPS = ("draft", "policy", "model", "workload", "scale", "hardware")
+_DEPTH, _LARGEST = 12, 1e300
 
 
 def empty_result(plan: Plan, where: dict[str, Any]) -> Result:
@@ -100,7 +101,7 @@ def read(path: Path) -> Result:
         UserError: it cannot be read, is no result, or is one of a newer selfspec.
     """
     try:
-        result = json.loads(path.read_bytes())
+        result = _plain(from_json(path.read_bytes()))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -108,11 +109,45 @@ def read(path: Path) -> Result:
     version = result.get("version") if isinstance(result, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise UserError(f"{path}: has version {version}, made by a newer selfspec; this one reads up to {VERSION}")
-    kinds = {key: get_origin(kind) or kind for key, kind in get_type_hints(Result).items() if key not in _OPEN}
-    wrong = [key for key, kind in kinds.items() if version is None or not isinstance(result.get(key), kind)]
-    if wrong:
-        raise UserError(f"{path}: is not a result: {wrong[0]} is missing or of the wrong type")
+    if (wrong := next(_wrong(result), None)) is not None:
+        raise UserError(f"{path}: is not a result: {wrong} is missing or of the wrong type")
     return cast(Result, {**dict.fromkeys(_OPEN), **result})
+
+
+def _wrong(result: Any) -> Iterator[str]:
+    """What of a result is not what its readers count on."""
+    kinds = {key: get_origin(kind) or kind for key, kind in get_type_hints(Result).items() if key not in _OPEN}
+    found = result if isinstance(result, dict) else {}
+    yield from (key for key, kind in kinds.items() if not isinstance(found.get(key), kind))
+    yield from (key for key in _OPEN if not isinstance(found.get(key), str | None))
+    groups = {f"settings.{key}": found["settings"].get(key, {}) for key in _GROUPS}
+    groups |= {f"provenance.{key}": found["provenance"].get(key) or {} for key in ("hardware", "extra")}
+    yield from (key for key, group in groups.items() if not isinstance(group, dict))
+    if not isinstance(groups["settings.scale"].get("repeats", 1), int):
+        yield "settings.scale.repeats"
+    if not isinstance(groups["settings.policy"].get("name", ""), str):
+        yield "settings.policy.name"
+    yield from ("notes" for note in found["notes"] if not isinstance(note, str))
+    yield from ("acceptance_by_position" for rate in found["acceptance_by_position"] if not _finite(rate))
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """What JSON says, its text fit for a terminal: a result may be anybody's.
+
+    Raises:
+        ValueError: it is nested deeper than any result.
+    """
+    if depth > _DEPTH:
+        raise ValueError("nested too deep")
+    if isinstance(value, dict):
+        return {printable(key): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, depth + 1) for item in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= _LARGEST  # which NaN is not
 
 
 def find(folder: Path) -> list[Result]:
@@ -148,7 +183,7 @@ def speedup(folder: Path) -> float | None:
 def value(result: Result, key: str) -> float | None:
     """A measurement, or ``None`` where it is missing or not a finite number."""
     found = result["measurements"].get(key)
-    return found if isinstance(found, int | float) and math.isfinite(found) else None
+    return found if _finite(found) else None
 
 
 def number(result: Result, key: str, form: str) -> str:

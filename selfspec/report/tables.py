@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfspec.config import flatten
+from selfspec.errors import one_line
 from selfspec.files import csv_text, write_atomic
 from selfspec.report import plots, quality
 from selfspec.report.results import (
@@ -185,8 +186,8 @@ def _caption(rows: Sequence[Result]) -> str:
                 "measure again before you believe its time"
             )
         if row["status"] == "failed":
-            lines.append(f"{label}: FAILED: {_line(row['error'] or 'no reason given')}")
-        lines += [f"{label}: {_line(note)}" for note in row["notes"]]
+            lines.append(f"{label}: FAILED: {one_line(row['error'] or 'no reason given')}")
+        lines += [f"{label}: {one_line(note)}" for note in row["notes"]]
     return "\n".join(lines)
 
 
@@ -228,7 +229,7 @@ def _summary(rows: Sequence[Result]) -> str:
         values = [value(row, key) for key in measurements]
         lossless = "lossy" if lossy(row) and row["lossless"] is None else row["lossless"]
         head = [row["plan_id"], row["label"], row["name"], row["status"], lossless]
-        lines.append([*head, *(_cell(flat.get(key)) for key in settings), *values, _line(row["error"] or "")])
+        lines.append([*head, *(_cell(flat.get(key)) for key in settings), *values, one_line(row["error"] or "")])
     return csv_text([["plan_id", "label", "name", "status", "lossless", *settings, *measurements, "error"], *lines])
 
 
@@ -236,13 +237,9 @@ def _accept(rows: Sequence[Result]) -> str:
     lines = ["label\tposition\tacceptance"]
     for row, label in zip(rows, labels(rows), strict=True):
         for position, rate in enumerate(row["acceptance_by_position"], start=1):
-            lines.append(f"{_line(label)}\t{position}\t{rate}")
+            lines.append(f"{one_line(label)}\t{position}\t{rate}")
     return "\n".join(lines) + "\n"
 
 
 def _cell(setting: object) -> object:
     return json.dumps(setting) if isinstance(setting, list) else setting
-
-
-def _line(words: str) -> str:
-    return " ".join(words.split())

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfspec.files import create
 from selfspec.interrupt import shield
 
 GRACE_S = 15.0
@@ -58,7 +59,7 @@ def guarded(
         environment: all of its environment; ``None``: ours.
         folder: where it runs.
     """
-    with log.open("wb") as file:
+    with create(log) as file:
         process = subprocess.Popen(
             # In our own folder, where selfspec may be found; only the command is in the other.
             [sys.executable, "-m", "selfspec.soak.guard", str(folder), *command],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selfspec.config import SoakServer
-from selfspec.files import write_atomic
+from selfspec.files import create, write_atomic
 from selfspec.plan import Plan
 from selfspec.soak.guard import Guarded, guarded
 from selfspec.soak.judge import rounded
@@ -67,7 +67,7 @@ def calling(plan: Plan, url: str, prompts: Sequence[Prompt], folder: Path) -> It
     samples = folder / "samples.jsonl"
     for old in folder.glob("locust_*.csv"):
         old.unlink()
-    samples.write_bytes(b"")
+    create(samples).close()
     description = {
         "prompts": [prompt.tokens for prompt in prompts],
         "body": body(plan),

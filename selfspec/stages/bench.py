@@ -78,9 +78,9 @@ class Bench(Stage):
         ways = _ways(engine, plan)
         for prompt in workload.select(plan.workload, "fit", plan.scale.warmup, plan.seed, encode):
             _unit(engine, plan, ways, [prompt], 0)
-        learned = [record.data["state"] for record in journal.records(self.name)]
-        if learned:
-            engine.restore(learned[-1])
+        if records := journal.records(self.name):
+            with journal.reading():
+                engine.restore(records[-1].data["state"])
         return prompts, ways
 
     def _asked(

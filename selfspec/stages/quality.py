@@ -84,7 +84,8 @@ class Quality(Stage):
                     data = self._texts(made, prompts[_range(rest[0])])
                 else:
                     assert isinstance(made, Probes), "checked above"
-                    data = self._gates(made, _data(journal, "texts"), _range(rest[0]))
+                    with journal.reading():
+                        data = self._gates(made, _data(journal, "texts"), _range(rest[0]))
                 yield Unit.measured(unit, data, provenance)
                 advance()
 

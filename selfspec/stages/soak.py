@@ -15,21 +15,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from selfspec import sense
+from selfspec import credentials, sense
 from selfspec.checkpoint import Journal, Record
 from selfspec.config import SoakServer
 from selfspec.data import workload
 from selfspec.engine import factory
 from selfspec.engine.base import LazyEngine, Opens
 from selfspec.errors import ConfigError, StageError
-from selfspec.files import storing, write_atomic
+from selfspec.files import own_folder, storing, write_atomic
 from selfspec.fitting import ready
 from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import collect
 from selfspec.soak import chart, judge
 from selfspec.soak.load import Load, calling
-from selfspec.soak.server import Server, secret, serving
+from selfspec.soak.server import KEY, Server, secret, serving
 from selfspec.stages.base import Stage, Unit, Units
 from selfspec.stages.bench import compared, poolable, request
 from selfspec.types import Completion, Measurements, Prompt, Request
@@ -51,6 +51,9 @@ class Soak(Stage):
         factory.require(plan, Opens, "stages=soak serves")
         if soak.server is not SoakServer.vllm and soak.arguments:
             raise ConfigError(f"soak.arguments={soak.arguments}: of soak.server=vllm; the gateway is given the job's")
+        for argument in soak.arguments:
+            if argument.startswith("-") and credentials.named(name := argument.partition("=")[0]):
+                raise ConfigError(f"soak.arguments: {name} would be kept with the results; keys are given as {KEY}")
         for asked, limit in _LIMITS.items():
             most, wanted = getattr(plan.serve, limit), getattr(soak, asked)
             if wanted > most and soak.server is SoakServer.selfspec:
@@ -80,7 +83,7 @@ class Soak(Stage):
             ready(engine, plan)
         local, folder = engine(), journal.folder / "soak"
         with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            own_folder(folder)
         encode = partial(local.tokenizer.encode, chat=plan.workload.chat)
         prompts = workload.select(plan.workload, "bench", plan.soak.prompts, plan.seed, encode)
         sentinels = prompts[: plan.soak.sentinels]
@@ -96,8 +99,9 @@ class Soak(Stage):
             after = _answers(caller.answer, plan, sentinels)
         before = journal.get(self.name, "begin")
         assert before is not None, "yielded above"
-        pairs = zip(sentinels, before.data["answers"], after, strict=True)
-        verdicts = [compared(local.ties, plan, sentinel, one, other) for sentinel, one, other in pairs]
+        with journal.reading():
+            pairs = zip(sentinels, before.data["answers"], after, strict=True)
+            verdicts = [compared(local.ties, plan, sentinel, one, other) for sentinel, one, other in pairs]
         yield Unit("end", {"answers": after, "verdicts": verdicts}, on)
 
     def _load(
@@ -108,7 +112,8 @@ class Soak(Stage):
         missing = self.missing(map(_name, range(soak.intervals)), journal)
         if not missing:
             return
-        life = 1 + max((record.data["life"] for record in _intervals(journal)), default=0)
+        with journal.reading():
+            life = 1 + max((record.data["life"] for record in _intervals(journal)), default=0)
         with (
             progress(self.name, soak.intervals, soak.intervals - len(missing)) as advance,
             calling(self.plan, server.url, prompts, journal.folder / "soak") as load,

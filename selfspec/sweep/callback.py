@@ -5,6 +5,7 @@ sweep by :class:`selfspec.sweep_context.SweepContext`.
 """
 
 import hashlib
+import os
 import secrets
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,7 +20,7 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from selfspec import checkpoint, job, plan, tracking
+from selfspec import checkpoint, credentials, job, plan, tracking
 from selfspec.config import HANDLES, Resume, home
 from selfspec.errors import ConfigError, Interrupted, LaunchError, SelfspecError
 from selfspec.files import storing
@@ -152,6 +153,9 @@ def _jobs(config: DictConfig) -> list[tuple[Plan, Path]]:
         raise ConfigError(f"{' '.join(compose.given(config.hydra.overrides.task))}: is a sweep over nothing")
     if len({folder for _, folder in jobs}) < len(jobs):
         raise ConfigError("hydra.sweep.subdir: gives jobs a folder in common; ${hydra.job.num} tells them apart")
+    inside = os.path.normpath(config.hydra.sweep.dir)
+    if outside := [folder for _, folder in jobs if not Path(os.path.normpath(folder)).is_relative_to(inside)]:
+        raise ConfigError(f"hydra.sweep.subdir: gives a job the folder {outside[0]}, outside of the sweep's")
     check = getattr(launcher, "check", None)
     if check is not None:  # a launcher of ours
         check(config, [made for made, _ in jobs])
@@ -184,6 +188,13 @@ def _refuse_key(config: DictConfig) -> None:
         raise ConfigError(
             "serve.api_key: would be kept with the results; give it as SELFSPEC_API_KEY, in the environment"
         )
+    for key in ("hydra.job.env_set", "hydra.launcher.envs"):
+        for name in OmegaConf.select(config, key) or ():
+            if credentials.named(name):
+                raise ConfigError(
+                    f"{key}.{name}: would be kept with the results; set it in the environment, and name it in "
+                    "hydra.launcher.secrets where SkyPilot is to hand it on"
+                )
 
 
 def _refuse_alone(config: DictConfig) -> None:

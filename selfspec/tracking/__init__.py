@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from selfspec import config as schema
+from selfspec import credentials
 from selfspec.errors import ConfigError
 from selfspec.tracking.base import (
     JOURNAL_TAG,
@@ -22,7 +23,6 @@ from selfspec.tracking.base import (
     NoTracker,
     Status,
     Tracker,
-    without_credentials,
 )
 from selfspec.tracking.mlflow import ENVIRONMENT, MLflowTracker, local_uri
 
@@ -58,11 +58,12 @@ def make(tracking: schema.Tracking, output_dir: Path) -> Tracker:
     given, key = (tracking.uri, "tracking.uri") if tracking.uri else (os.environ.get(ENVIRONMENT), ENVIRONMENT)
     uri = given or local_uri(output_dir / "mlflow.db")
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
-        shown = without_credentials(uri)
-        raise ConfigError(f"{key}={shown}: must be sqlite:///<file>, http(s)://<server> or another database URI")
-    if tracking.uri and without_credentials(tracking.uri) != tracking.uri:  # configs are kept and shown
         raise ConfigError(
-            f"tracking.uri={without_credentials(uri)}: must hold no credentials; "
+            f"{key}={credentials.without(uri)}: must be sqlite:///<file>, http(s)://<server> or another database URI"
+        )
+    if tracking.uri and credentials.in_url(tracking.uri):  # configs are kept and shown
+        raise ConfigError(
+            f"tracking.uri={credentials.without(uri)}: must hold no credentials; "
             "use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or give it as MLFLOW_TRACKING_URI"
         )
     return BestEffortTracker(MLflowTracker(uri, tracking.experiment, output_dir / "mlartifacts"), uri)

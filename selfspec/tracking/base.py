@@ -1,12 +1,14 @@
 """The :class:`Tracker` protocol, a tracker that tracks nothing, and one that never fails a job."""
 
-import re
 import sqlite3
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
+
+from selfspec import credentials
+from selfspec.errors import one_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,8 +109,8 @@ class BestEffortTracker:
                 return call(self._tracker)
         except Exception as error:
             self._tracker = NoTracker()
-            reason = without_credentials(_reason(error))
-            print(f"warning: not tracking to {without_credentials(self._uri)}: {reason}", file=sys.stderr)
+            uri, reason = credentials.without(self._uri), credentials.without(_reason(error))
+            print(f"warning: not tracking to {uri}: {one_line(reason)}", file=sys.stderr)
             return call(self._tracker)
 
 
@@ -121,8 +123,3 @@ def _reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     lines = str(said).strip().splitlines()
     return f"{type(said).__name__}: {lines[0][:200]}" if lines else type(said).__name__
-
-
-def without_credentials(text: str) -> str:
-    """A URI, or a text that names one, less ``user:password@``."""
-    return re.sub(r"//[^/\s]*@", "//", text)

@@ -174,7 +174,10 @@ def last_lines(log: Path | None) -> list[str]:
     """The end of a log, without empty lines and what submitit notes for itself."""
     if log is None or not log.exists():
         return []
+    from selfspec.errors import one_line
+
     with log.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
         lines = file.read().decode(errors="replace").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("submitit ")][-LAST_LINES:]
+    kept = (one_line(line) for line in lines if line.strip() and not line.startswith("submitit "))
+    return [*kept][-LAST_LINES:]

@@ -47,14 +47,14 @@ class LocalLauncher(ProcessLauncher):
 
     def start(self, todo: Sequence[Job]) -> int:
         """Starts jobs while there is a place for one more."""
-        from selfspec.files import storing
+        from selfspec.files import open_regular, storing
 
         started = todo[: len(self._places)]
         for job in started:
             place, log = self._places.pop(0), job.folder / LOG
             with storing(log):
                 job.folder.mkdir(parents=True, exist_ok=True)
-                file = log.open("ab")
+                file = os.fdopen(open_regular(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
             with file:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "selfspec.run", *job.arguments],

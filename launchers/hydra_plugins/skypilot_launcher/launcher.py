@@ -65,7 +65,7 @@ class SkyPilotLauncher(Launcher):
 
         from hydra_plugins.skypilot_launcher import _bridge, _table, _task
         from hydra_plugins.skypilot_launcher._fleet import Fleet
-        from selfspec.errors import Interrupted
+        from selfspec.errors import Interrupted, one_line
 
         sky, console = _bridge.connect(self._settings.python), Console(stderr=True)
         jobs = self._jobs(job_overrides, initial_job_idx)
@@ -88,7 +88,7 @@ class SkyPilotLauncher(Launcher):
             raise
         for job in jobs:
             for line in job.log:
-                console.print(f"job {job.numbers[0]}: {line}", soft_wrap=True, markup=False, highlight=False)
+                console.print(f"job {job.numbers[0]}: {one_line(line)}", soft_wrap=True, markup=False, highlight=False)
         if not all(job.over for job in jobs):
             print("launched, and not waited for: the same command comes back to the jobs, and to their results")
             sys.exit(0)

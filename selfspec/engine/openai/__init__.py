@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from selfspec import credentials
 from selfspec.axes import EngineOptions
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
@@ -32,9 +33,9 @@ class Options(EngineOptions):
     def check(self) -> None:
         """Refuses what is no server's address."""
         for key, value in (("url", self.url), ("plain_url", self.plain_url)):
-            if value is not None and not re.fullmatch(r"https?://[^@/\s]+(/[^@\s]*)?", value):
-                shown = re.sub(r"//[^/\s]*@", "//", value)
-                raise ConfigError(f"engine.{key}={shown}: must be http(s)://HOST, no credentials")
+            if value is not None and not re.fullmatch(credentials.SERVER, value):
+                shown = credentials.without(value)
+                raise ConfigError(f"engine.{key}={shown}: must be http(s)://HOST, no credentials, query or fragment")
 
     def refuse(self, plan: Any) -> None:
         """Refuses no server, one that drafts with nothing to compare it with, and a comparison of nothing."""

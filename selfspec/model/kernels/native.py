@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from selfspec.data import folders
 from selfspec.errors import one_line
+from selfspec.files import open_regular, own_folder
 from selfspec.lazy import torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.cache import KVCache
@@ -59,22 +60,43 @@ def problem() -> str | None:
 
 
 def _library(compiler: str) -> Path:
-    """The built library, made where it is not in the cache; another machine, torch or source has one of its own."""
+    """The built library, made where it is not in the cache; another machine, torch or source has one of its own.
+
+    Raises:
+        OSError: the cache is no place to load code from, or cannot be written.
+    """
     sources = sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")))
     machine = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
     ]
     parts = [compiler, torch.__version__, *_FLAGS, *machine[:1], *(path.read_text() for path in sources)]
     library = folders.cache_dir() / "kernels" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
+    own_folder(library.parent)
+    if library.parent.stat().st_uid != os.geteuid():
+        raise OSError(f"{library.parent} belongs to another user: set SELFSPEC_CACHE to a folder of your own")
+    library.parent.chmod(0o700)  # what is loaded from it runs as us
     # Jobs of a sweep start together: one compiles, the others wait for it.
     with FileLock(library.with_suffix(".lock")):
-        if not library.exists():
-            unfinished = library.with_suffix(".part")
+        if not _as_built(library):
+            unfinished, digest = library.with_suffix(".part"), library.with_suffix(".sha256")
+            unfinished.unlink(missing_ok=True)
+            digest.unlink(missing_ok=True)
             subprocess.run(_command(compiler, unfinished), check=True, capture_output=True, text=True)
             # Renamed when whole: a compiler that was killed leaves nothing under the name that is loaded.
             unfinished.replace(library)
+            digest.write_text(hashlib.sha256(library.read_bytes()).hexdigest())
     return library
+
+
+def _as_built(library: Path) -> bool:
+    """Whether a library is there as we have built it: no link, not another's, and byte for byte."""
+    try:
+        with os.fdopen(open_regular(library, os.O_RDONLY), "rb") as file:
+            ours = os.fstat(file.fileno()).st_uid == os.geteuid()
+            found = hashlib.sha256(file.read()).hexdigest()
+        return ours and found == library.with_suffix(".sha256").read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _command(compiler: str, target: Path) -> list[str]:
