@@ -57,7 +57,7 @@ async def said(back_end: Remote, call: Call = CALL) -> list[Chunk]:
 async def against(rogue: Rogue, **settings: Any) -> AsyncIterator[Remote]:
     """A back end over a rogue server."""
     async with rogue.serving() as url:
-        back_end = Remote(config(url, **settings))
+        back_end = Remote(config(url, **settings), 512)
         try:
             yield back_end
         finally:
@@ -70,7 +70,7 @@ async def test_the_answer_is_what_our_own_gateway_says(fake: list[str], chat: bo
     asked = {"messages": ({"role": "user", "content": "hello"},), "prompt": None} if chat else {}
     call = replace(CALL, model="tiny", logprobs=2, ignore_eos=True, **asked)  # type: ignore[arg-type]
     with serving(planned(*fake)) as server:
-        back_end = Remote(config(f"{server.url}/v1", model="tiny"))
+        back_end = Remote(config(f"{server.url}/v1", model="tiny"), 512)
         for each in (call, replace(call, temperature=0.7, seed=3, stop=("zzzz",))):
             here = [chunk async for chunk in server.gateway.answer(each)]
             there = await said(back_end, each)
@@ -163,7 +163,7 @@ async def test_each_failure_has_its_error(
 
 
 async def test_a_closed_port_is_unavailable(closed_port: int) -> None:
-    back_end = Remote(config(f"http://127.0.0.1:{closed_port}/v1"))
+    back_end = Remote(config(f"http://127.0.0.1:{closed_port}/v1"), 512)
     with pytest.raises(Unavailable, match="other: cannot be reached"):
         await said(back_end)
     assert not await back_end.healthy()
@@ -207,7 +207,7 @@ async def test_the_key_comes_from_the_environment_and_is_told_nobody(
     assert "secret-key" not in str(caught.value) + caplog.text
     monkeypatch.delenv("OTHER_KEY")
     with pytest.raises(ConfigError, match="other: key_env=OTHER_KEY: the environment has none"):
-        Remote(config("http://127.0.0.1:9/v1", key_env="OTHER_KEY"))
+        Remote(config("http://127.0.0.1:9/v1", key_env="OTHER_KEY"), 512)
 
 
 async def test_only_what_is_asked_for_is_sent() -> None:

@@ -98,7 +98,7 @@ def router(plan: Plan, local: Local, metrics: Metrics) -> Router:
 def backend(plan: Plan, config: BackendConfig, local: Local, metrics: Metrics) -> Backend:
     """One of ``serve.backends``."""
     if config.url is not None:
-        return Remote(config)
+        return Remote(config, plan.serve.max_tokens)
 
     def quantised() -> Opens:
         """The same engine in int8, once the other has loaded; it drafts by the same head."""

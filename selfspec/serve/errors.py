@@ -14,13 +14,22 @@ class RequestError(SelfspecError):
     code: ClassVar[str | None] = None
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        """``param``: the field of the request that is wrong, if one is."""
-        super().__init__(message)
-        self.param = param
+        """In one line, whatever a caller or a back end calls things.
+
+        Args:
+            param: the field of the request that is wrong, if one is.
+        """
+        super().__init__(printable(message))
+        self.param = None if param is None else printable(param)
 
     def body(self) -> Mapping[str, Any]:
         """As OpenAI's clients read it."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def printable(text: str) -> str:
+    """A text that may be shown: control characters and halves of surrogate pairs are spelt out."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 class Invalid(RequestError):

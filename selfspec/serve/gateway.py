@@ -73,9 +73,8 @@ class Gateway:
                 if first is None:
                     first = now
                     self.metrics.ttft.labels(name).observe(now - arrived)
-                else:
-                    for _ in range(chunk.tokens):
-                        self.metrics.inter_token.labels(name).observe((now - last) / chunk.tokens)
+                elif chunk.tokens:
+                    self.metrics.inter_token.observe(name, (now - last) / chunk.tokens, chunk.tokens)
                 last = now
                 said.append(chunk)
                 if chunk.finish is not None:

@@ -3,20 +3,25 @@
 The official client speaks the protocol; what it leaves to us is here. A call is tried again, with growing pauses, only
 while nothing of its answer has come; every wait has a limit; a server that keeps failing is left alone
 (``breaker.py``); closing the iterator closes the connection, which is how such a server learns to stop.
+
+What it says is data (``upstream.py``, ``outbound.py``): it is held to what it was asked for, and tells nobody our key.
 """
 
 import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from selfspec import outbound
 from selfspec.config import BackendConfig
 from selfspec.errors import ConfigError
 from selfspec.serve.backend import Call, Chunk, Price, TokenLogprob, Usage
 from selfspec.serve.breaker import Breaker
 from selfspec.serve.errors import Failed, Invalid, Overloaded, RequestError, TooLong, Unavailable
+from selfspec.serve.text import Stops
+from selfspec.serve.upstream import Event
 
 if TYPE_CHECKING:
     from openai import APIStatusError
@@ -26,16 +31,25 @@ _PAUSE = 0.25
 _HEALTH_S = 5.0
 """How long a server may take to say that it is well."""
 _CALLERS_FAULT = (400, 413, 422)
+_EVENT_BYTES, _BYTES = 8_192, 65_536
+"""The most that an event of one token takes, with twenty alternatives; and what else an answer may have."""
+_CHARACTERS, _TEMPLATE = 256, 4_096
+"""Of a token, in the longest answers; what a chat's template may add, in tokens, or an answer have besides."""
+_QUOTED = 500
+"""Characters of an error that are told on."""
 
 
 class Remote:
     """See the module's docstring.
 
+    Args:
+        most_tokens: of any answer.
+
     Raises:
         ConfigError: the environment lacks the key that the config names.
     """
 
-    def __init__(self, config: BackendConfig) -> None:
+    def __init__(self, config: BackendConfig, most_tokens: int) -> None:
         from openai import AsyncOpenAI, Timeout
 
         assert config.url is not None, "checked by the plan"
@@ -44,8 +58,10 @@ class Remote:
         key = "none" if config.key_env is None else os.environ.get(config.key_env, "")
         if not key:
             raise ConfigError(f"serve.backends: {self.name}: key_env={config.key_env}: the environment has none")
-        waits = Timeout(config.first_s, connect=config.connect_s)  # of what comes later, `_limited` takes care
-        self._client = AsyncOpenAI(base_url=config.url, api_key=key, max_retries=0, timeout=waits)
+        self._key, self._most_tokens = None if config.key_env is None else key, most_tokens
+        waits = Timeout(config.first_s, connect=config.connect_s)  # of what comes later, `_next` takes care
+        http = outbound.async_client(_BYTES + _EVENT_BYTES * most_tokens)
+        self._client = AsyncOpenAI(base_url=config.url, api_key=key, max_retries=0, timeout=waits, http_client=http)
 
     async def healthy(self) -> bool:
         """Whether it lists its models; at once, where the breaker knows better."""
@@ -117,6 +133,8 @@ class Remote:
 
     async def _open(self, call: Call) -> Any:
         """The server's stream of events."""
+        from openai import AsyncStream
+
         asked: dict[str, Any] = {
             "model": self._config.model or call.model,
             "temperature": call.temperature,
@@ -124,17 +142,20 @@ class Remote:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        # Only where asked for: a server refuses fields it does not know; the second are vLLM's.
+        # Only where asked for: a server refuses fields it does not know; the last two are vLLM's.
         asked |= _given(max_tokens=call.max_tokens, seed=call.seed, stop=list(call.stop) or None)
-        asked["extra_body"] = _given(top_k=call.top_k, ignore_eos=call.ignore_eos or None) or None
+        asked |= _given(top_k=call.top_k, ignore_eos=call.ignore_eos or None)
         if call.messages is not None:
             asked["messages"] = list(call.messages)
             if call.logprobs is not None:
                 asked |= {"logprobs": True, "top_logprobs": call.logprobs}
-            return await self._client.chat.completions.create(**asked)
-        asked["prompt"] = list(call.prompt) if isinstance(call.prompt, tuple) else call.prompt
-        asked |= _given(logprobs=call.logprobs)
-        return await self._client.completions.create(**asked)
+        else:
+            asked["prompt"] = list(call.prompt) if isinstance(call.prompt, tuple) else call.prompt
+            asked |= _given(logprobs=call.logprobs)
+        path = "/completions" if call.messages is None else "/chat/completions"
+        return await self._client.post(
+            path, body=asked, cast_to=object, stream=True, stream_cls=AsyncStream[object]
+        )  # as it comes: whatever it is
 
     async def _chunks(self, call: Call) -> AsyncGenerator[Chunk, None]:
         """One try: chunks, the last of them with finish and usage; what breaks is one of ours."""
@@ -146,39 +167,94 @@ class Remote:
         except (RequestError, asyncio.CancelledError, GeneratorExit):
             raise
         except Exception as error:
-            raise _translated(self.name, error) from error
+            raise self._translated(error) from error
         finally:
             if events is not None:
                 await events.close()
 
     async def _read(self, events: AsyncIterator[Any], call: Call) -> AsyncIterator[Chunk]:
+        """Chunks of what may be passed on; no more than was asked for, whatever the server says and counts."""
         arrived, first = time.monotonic(), None
         finish: Literal["stop", "length"] | None = None
         usage: Usage | None = None
-        counted = 0
-        async for event in events:
+        most = min(call.max_tokens or self._most_tokens, self._most_tokens)
+        counted = pieces = characters = 0
+        secret = Stops(() if self._key is None else (self._key,))
+        async for data in events:
+            event = Event.model_validate(data)
             if event.usage is not None:
-                usage = Usage(event.usage.prompt_tokens, event.usage.completion_tokens)
+                told = event.usage
+                usage = Usage(min(told.prompt_tokens, _most_prompt(call)), min(told.completion_tokens, most))
             if not event.choices:
                 continue
-            choice = event.choices[0]
-            text = (choice.text if call.messages is None else choice.delta.content) or ""
-            logprobs = _logprobs(choice.logprobs) if call.logprobs is not None else None
-            if choice.finish_reason is not None:
-                finish = "length" if choice.finish_reason == "length" else "stop"
+            text, logprobs = event.text, event.logprobs if call.logprobs is not None else None
+            if event.finish is not None:
+                finish = "length" if event.finish == "length" else "stop"
             if not text and not logprobs:
                 continue
+            pieces, characters = pieces + 1, characters + len(text)
+            if pieces > most + 1:  # one more may be what was held back for a stop text
+                finish = "length"
+                break
             first = first or time.monotonic()
             # without log-probabilities servers do not say; the last chunk sets the sum right
-            tokens = 1 if call.logprobs is None else len(logprobs or ())
+            tokens = min(1 if call.logprobs is None else len(logprobs or ()), most - counted)
             counted += tokens
-            yield Chunk(text, tokens, logprobs)
+            text = secret.push(text)
+            if secret.hit or characters > _CHARACTERS * most + _TEMPLATE or self._tells_key(logprobs):
+                raise Failed(f"{self.name}: its answer is none")
+            yield Chunk(text, tokens, None if logprobs is None else logprobs[:tokens])
         if finish is None:
             raise Failed(f"{self.name}: its answer broke off")
+        text = secret.flush()
+        if self._key is not None and 2 * len(text) > len(self._key):
+            raise Failed(f"{self.name}: its answer is none")
         now = time.monotonic()
         times = {"ttft_ms": 1e3 * ((first or now) - arrived), "total_ms": 1e3 * (now - arrived)}
         rest = 0 if usage is None else max(usage.completion_tokens - counted, 0)
-        yield Chunk("", rest, None, finish, usage or Usage(0, counted), times if call.stats else None)
+        yield Chunk(text, rest, None, finish, usage or Usage(0, counted), times if call.stats else None)
+
+    def _tells_key(self, logprobs: list[TokenLogprob] | None) -> bool:
+        said = "".join(one.token + "".join(top.token for top in one.top) for one in logprobs or ())
+        return self._key is not None and self._key in said
+
+    def _translated(self, error: Exception) -> RequestError:
+        """A client's error as one of ours. Only what a caller did wrong is quoted: the rest may speak of our key."""
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+        if isinstance(error, APIStatusError):
+            return self._refused(error)
+        if isinstance(error, APITimeoutError):
+            return Unavailable(f"{self.name}: does not answer in time")
+        for each in (error, error.__cause__):
+            if isinstance(each, outbound.TooMuch):
+                return Failed(f"{self.name}: its answer is none: {each}")
+        if isinstance(error, APIConnectionError):
+            return Unavailable(f"{self.name}: cannot be reached")
+        return Failed(f"{self.name}: its answer broke off ({type(error).__name__})")
+
+    def _refused(self, error: "APIStatusError") -> RequestError:
+        if error.status_code == 429:
+            return Overloaded(f"{self.name}: has as much to do as it takes")
+        if error.status_code in _CALLERS_FAULT:
+            body = error.body if isinstance(error.body, dict) else {}
+            said, param = str(body.get("message") or error.message), body.get("param")
+            too_long = body.get("code") == TooLong.code or "context length" in said or "maximum context" in said
+            if outbound.quotes(said, self._key):
+                said = f"{self.name}: refuses the request with status {error.status_code}"
+            if not isinstance(param, str) or outbound.quotes(param, self._key):
+                param = None
+            return (TooLong if too_long else Invalid)(said[:_QUOTED], param and param[:_QUOTED])
+        return Unavailable(f"{self.name}: answers with status {error.status_code}")
+
+
+def _most_prompt(call: Call) -> int:
+    """Tokens that a prompt can have: a token is a byte at least, but for what a template adds."""
+    prompt = call.prompt
+    if isinstance(prompt, tuple):
+        return len(prompt)
+    texts = [prompt or ""] if call.messages is None else [str(message["content"]) for message in call.messages]
+    return sum(len(text.encode()) + _TEMPLATE for text in texts)
 
 
 def _given(**fields: Any) -> dict[str, Any]:
@@ -198,56 +274,8 @@ async def _next(chunks: AsyncGenerator[Chunk, None], seconds: float) -> Chunk | 
         raise Failed(f"no token for {seconds:g} s") from error
 
 
-def _translated(name: str, error: Exception) -> RequestError:
-    """A client's error as one of ours. Only what a caller did wrong is quoted: the rest may speak of our key."""
-    from openai import APIConnectionError, APIStatusError, APITimeoutError
-
-    if isinstance(error, APIStatusError):
-        return _refused(name, error)
-    if isinstance(error, APITimeoutError):
-        return Unavailable(f"{name}: does not answer in time")
-    if isinstance(error, APIConnectionError):
-        return Unavailable(f"{name}: cannot be reached")
-    return Failed(f"{name}: its answer broke off ({type(error).__name__})")
-
-
-def _refused(name: str, error: "APIStatusError") -> RequestError:
-    if error.status_code == 429:
-        return Overloaded(f"{name}: has as much to do as it takes")
-    if error.status_code in _CALLERS_FAULT:
-        body = error.body if isinstance(error.body, dict) else {}
-        said, code = str(body.get("message") or error.message), body.get("code")
-        too_long = code == TooLong.code or "context length" in said or "maximum context" in said
-        return (TooLong if too_long else Invalid)(said, body.get("param"))
-    return Unavailable(f"{name}: answers with status {error.status_code}")
-
-
 def _speaks(error: Exception) -> bool:
     """Whether an error says something about the server's health: being busy does not."""
     from openai import RateLimitError
 
     return not isinstance(error, RateLimitError)
-
-
-def _logprobs(found: Any) -> list[TokenLogprob] | None:
-    """Of either of the API's two forms."""
-    if found is None:
-        return None
-    if getattr(found, "content", None) is not None:  # chat
-        return [_of_chat(item)._replace(top=tuple(map(_of_chat, item.top_logprobs))) for item in found.content]
-    tops = found.top_logprobs or [{}] * len(found.tokens or ())
-    offsets = found.text_offset or [None] * len(found.tokens or ())
-    return [
-        TokenLogprob(token, logprob, None, offset, tuple(TokenLogprob(*each) for each in _best_first(top or {})))
-        for token, logprob, offset, top in zip(
-            found.tokens or (), found.token_logprobs or (), offsets, tops, strict=True
-        )
-    ]
-
-
-def _best_first(top: Mapping[str, float]) -> list[tuple[str, float]]:
-    return sorted(top.items(), key=lambda pair: -pair[1])
-
-
-def _of_chat(item: Any) -> TokenLogprob:
-    return TokenLogprob(item.token, item.logprob, None if item.bytes is None else bytes(item.bytes))

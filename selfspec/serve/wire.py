@@ -195,12 +195,7 @@ def invalid(errors: list[Any]) -> Invalid:
         ours = first["type"] == "value_error"
         return Invalid(message if ours else "the body must be a JSON object, sent as application/json")
     named = [part for part in place if part.isidentifier() or part.isdigit()]  # the rest are pydantic's words
-    return Invalid(_printable(f"{'.'.join(named) or place[0]}: {message}"), _printable(place[0]))
-
-
-def _printable(text: str) -> str:
-    """In one line, whatever a caller calls his fields."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return Invalid(f"{'.'.join(named) or place[0]}: {message}", place[0])
 
 
 def hashed(key: str) -> str:
