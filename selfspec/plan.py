@@ -182,7 +182,8 @@ def make(cfg: DictConfig) -> Plan:
     # Here, and once: the plan's identity, its settings and what is fetched for it all name the same commit.
     model = replace(config.model, source=assets.pinned(config.model.source))
     if (source := draft.get("source")) is not None:
-        draft = replace(draft, source=assets.pinned(source))
+        settled: dict[str, Any] = {"source": assets.pinned(source)}
+        draft = replace(draft, **settled)
     stages = tuple(stage for stage in schema.STAGES if stage in config.stages)
     return Plan(
         name=config.name,

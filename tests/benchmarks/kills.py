@@ -1,13 +1,14 @@
 """Sweeps of three jobs, killed at random moments and carried on with: what does it cost, and is anything lost?
 
-    python tests/benchmarks/kills.py [--kills 50] [--seed 0] [--work fake|torch] [--launcher basic|local|slurm]
-                                     [--bucket] [--keep FOLDER]
+    python tests/benchmarks/kills.py [--kills 50] [--seed 0] [--work fake|torch|quality|soak]
+                                     [--launcher basic|local|slurm] [--bucket] [--keep FOLDER]
 
 ``fake``: a bench of virtual time. ``torch``: fit and bench of a real, tiny model; three jobs share the answers and the
-head. Each sweep is launched, loses processes (kill -9 or SIGTERM; on Slurm also scancel, requeue, and a node's loss:
-slurmstepd and all below it), is launched again until it has lost some, then left alone; and is then held against one
-that nobody disturbed (``tests/disturbed.py``). ``--bucket``: checkpoints lie in one of an
-emulator of Google Cloud Storage's; their leases last for four seconds.
+head. ``quality``, ``soak``: those stages on the fake engine; a soak is a real gateway under a real Locust. Each sweep
+is launched, loses processes (kill -9 or SIGTERM; on Slurm also scancel, requeue, and a node's loss: slurmstepd and all
+below it), is launched again until it has lost some, then left alone; and is then held against one that nobody disturbed
+(``tests/disturbed.py``). ``--bucket``: checkpoints lie in one of an emulator of Google Cloud Storage's; their leases
+last for four seconds.
 """
 
 import argparse
@@ -45,6 +46,13 @@ def work(kind: str, folder: Path) -> list[str]:
     prompts = tiny.prompts(folder / "prompts.json")
     if kind == "fake":
         return [*tiny.fake_job(prompts), "K=1,2,3", "scale.prompts=20", "scale.warmup=0", "tracking=mlflow"]
+    if kind == "quality":
+        size = ["quality.tasks=[]", "quality.chunk=2", "quality.prompts=24", "quality.gate_prompts=16"]
+        return [*tiny.fake_job(prompts), "stages=[quality]", "K=1,2,3", *size, "tracking=mlflow"]
+    if kind == "soak":
+        size = ["soak.users=3", "soak.interval=0.7", "soak.seconds=4.2", "soak.warmup=1", "soak.sentinels=2"]
+        held = ["soak.prompts=6", "soak.new_tokens=24", "soak.max_drift=1", "soak.max_memory_slope=100000"]
+        return [*tiny.fake_job(prompts), "stages=[soak]", "K=1,2", *size, *held, "tracking=mlflow"]
     (folder / "model").mkdir()
     fitted = [
         "engine.kernels=torch",
@@ -146,7 +154,9 @@ def run(asked: argparse.Namespace) -> list[str]:
     def sweep(name: str, more: list[str]) -> Sweep:
         leased = ["checkpoint=gcs", "checkpoint.lease_s=4"] if asked.bucket else []
         checkpoint = f"gs://kills/{name}" if asked.bucket else ""
-        return Sweep(place / name, [*overrides, *leased, *more], checkpoint, 0.1, asked.work == "fake", cache)
+        return Sweep(
+            place / name, [*overrides, *leased, *more], checkpoint, 0.1, asked.work in ("fake", "quality"), cache
+        )
 
     undisturbed = sweep("undisturbed", []).finish()
     calls = len(undisturbed.calls())
@@ -172,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", choices=("fake", "torch"), default="fake")
+    parser.add_argument("--work", choices=("fake", "torch", "quality", "soak"), default="fake")
     parser.add_argument("--launcher", choices=("basic", "local", "slurm"), default="basic")
     parser.add_argument("--bucket", action="store_true")
     parser.add_argument("--keep", type=Path)
