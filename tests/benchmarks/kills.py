@@ -1,6 +1,6 @@
 """Sweeps of three jobs, killed at random moments and carried on with: what does it cost, and is anything lost?
 
-    python tests/benchmarks/kills.py [--kills 50] [--seed 0] [--work fake|torch|quality|soak]
+    python tests/benchmarks/kills.py [--kills 50] [--seconds 1e9] [--seed 0] [--work fake|torch|quality|soak]
                                      [--launcher basic|local|slurm] [--bucket] [--keep FOLDER]
 
 ``fake``: a bench of virtual time. ``torch``: fit and bench of a real, tiny model; three jobs share the answers and the
@@ -161,7 +161,8 @@ def run(asked: argparse.Namespace) -> list[str]:
     undisturbed = sweep("undisturbed", []).finish()
     calls = len(undisturbed.calls())
     died, again, wrong, rounds = Counter[str](), 0, list[str](), 0
-    while died.total() < asked.kills:
+    end = time.monotonic() + asked.seconds
+    while died.total() < asked.kills and time.monotonic() < end:
         one = sweep(f"sweep-{rounds:02d}", launched)
         lost = disturb(one, min(chance.randint(2, 6), asked.kills - died.total()), calls, strike, chance)
         one.finish()
@@ -174,13 +175,14 @@ def run(asked: argparse.Namespace) -> list[str]:
         wrong += found
         print(f"{one.folder}: {dict(lost)}; {len(found)} violations", *found, sep="\n", flush=True)
     print(f"{rounds} sweeps of {calls} calls, {died.total()} kills: {dict(died)}")
-    print(f"{again} calls made again, {again / died.total():.2f} a kill; {len(wrong)} violations")
+    print(f"{again} calls made again, {again / max(died.total(), 1):.2f} a kill; {len(wrong)} violations")
     return wrong
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=1e9, help="after so many, no further sweep is begun")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", choices=("fake", "torch", "quality", "soak"), default="fake")
     parser.add_argument("--launcher", choices=("basic", "local", "slurm"), default="basic")
