@@ -159,6 +159,12 @@ class Plan:
             soak=self._soaked if "soak" in self.stages else None,
         )
 
+    @property
+    def hub_sources(self) -> dict[str, str]:
+        """What is of the Hugging Face hub, by key, each with its commit where that is known."""
+        named = {"model.source": self.model.source, "draft.source": self.draft.get("source")}
+        return {key: source for key, source in named.items() if source is not None and source.startswith("hf:")}
+
     def settings(self) -> dict[str, Any]:
         """The plan as plain nested values, for the journal, the tracker and the report; without secrets."""
         groups = {group: _plain(asdict(getattr(self, group))) for group in schema.GROUPS}

@@ -2,15 +2,16 @@
 and soak stages, every unit that was worked at.
 
 Wherever a job's process runs and whoever started it, it adds a line to the file ``ENGINE_CALLS`` before the engine
-works. So that it can be killed at work, it is slower by ``ENGINE_SLEEP`` seconds a call, and from its call number
-``ENGINE_HOLD_AT`` on goes no further while the file ``ENGINE_HOLD`` is there. One that has ``ENGINE_DIES`` among its
-arguments dies at once.
+works. With ``ENGINE_CLOCK`` the time of day jumps by up to so many seconds, ahead or back, at every call. So that it
+can be killed at work, it is slower by ``ENGINE_SLEEP`` seconds a call, and from its call number ``ENGINE_HOLD_AT`` on
+goes no further while the file ``ENGINE_HOLD`` is there. One that has ``ENGINE_DIES`` among its arguments dies at once.
 """
 
 import importlib.abc
 import importlib.machinery
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -26,10 +27,17 @@ WATCHED = {
 }
 
 made = []
+real = time.time_ns
 
 
 def now():
-    return time.time_ns() // 10**6
+    return real() // 10**6
+
+
+def jump():
+    off = random.randint(-1, 1) * random.randrange(1 + int(os.environ["ENGINE_CLOCK"])) * 10**9
+    time.time_ns = lambda: real() + off
+    time.time = lambda: time.time_ns() / 1e9
 
 
 def note(stage, scope, what, at=None):
@@ -38,6 +46,8 @@ def note(stage, scope, what, at=None):
     os.write(file, json.dumps(line).encode() + b"\n")  # one write: lines of several processes do not mix
     os.close(file)
     made.append(what)
+    if "ENGINE_CLOCK" in os.environ:
+        jump()
     time.sleep(float(os.environ.get("ENGINE_SLEEP", "0")))
     hold = os.environ.get("ENGINE_HOLD")
     while hold and len(made) >= int(os.environ["ENGINE_HOLD_AT"]) and Path(hold).exists():

@@ -123,9 +123,10 @@ class ProcessLauncher(Launcher):
         for number, overrides in enumerate(job_overrides, first):
             config, folder = compose.job(self.context.config_loader, self.config, overrides, number)
             title = " ".join([f"job {number}", *(override for override in overrides if override not in common)])
-            told = [*arguments(self.config, overrides), f"hydra.run.dir={compose.quoted(folder)}"]
             with compose.hydras(config):
-                jobs.append(Job(number, title, plan.make(compose.task(config)), told, folder))
+                made = plan.make(compose.task(config))
+            told = [*arguments(self.config, overrides), *pins(made), f"hydra.run.dir={compose.quoted(folder)}"]
+            jobs.append(Job(number, title, made, told, folder))
         return jobs
 
     def _settle(self, job: Job, state: State) -> None:
@@ -161,6 +162,13 @@ def arguments(config: DictConfig, overrides: Sequence[str], root: str | None = N
     found.append(f"--config-name={config.hydra.job.config_name}")
     kept = [override for override in compose.given(config.hydra.overrides.hydra) if not _NOT_FOR_A_JOB.match(override)]
     return [*found, *overrides, *kept, "hydra/launcher=basic", "hydra.mode=RUN"]
+
+
+def pins(plan: "Plan") -> list[str]:
+    """What has a job run the very plan, also where a hub's branch has moved on by the time it starts."""
+    from selfspec.sweep import compose
+
+    return [f"{key}={compose.quoted(source)}" for key, source in plan.hub_sources.items()]
 
 
 def config_folders(config: DictConfig) -> tuple[Path, list[Path]]:
