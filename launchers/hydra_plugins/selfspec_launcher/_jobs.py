@@ -86,6 +86,7 @@ class ProcessLauncher(Launcher):
         Raises:
             Interrupted: SIGTERM or SIGINT; no job runs any more, and each can be carried on with.
         """
+        from selfspec.errors import one_line
         from selfspec.interrupt import shield
         from selfspec.report import results
 
@@ -101,7 +102,7 @@ class ProcessLauncher(Launcher):
                 for number, state in self.states(list(running)).items():
                     job = running[number]
                     if state.words != said.get(number):
-                        print(f"{job.title}: {state.words}", file=sys.stderr, flush=True)
+                        print(one_line(f"{job.title}: {state.words}"), file=sys.stderr, flush=True)
                         said[number] = state.words
                     if state.over:
                         del running[number]
