@@ -160,6 +160,12 @@ class Plan:
             soak=self._soaked if "soak" in self.stages else None,
         )
 
+    @property
+    def hub_sources(self) -> dict[str, str]:
+        """What is of the Hugging Face hub, by key, each with its commit where that is known."""
+        named = {"model.source": self.model.source, "draft.source": self.draft.get("source")}
+        return {key: source for key, source in named.items() if source is not None and source.startswith("hf:")}
+
     def settings(self) -> dict[str, Any]:
         """The plan as plain nested values, for the journal, the tracker and the report; without secrets."""
         groups = {group: _plain(asdict(getattr(self, group))) for group in schema.GROUPS}
@@ -183,7 +189,8 @@ def make(cfg: DictConfig) -> Plan:
     # Here, and once: the plan's identity, its settings and what is fetched for it all name the same commit.
     model = replace(config.model, source=assets.pinned(config.model.source))
     if (source := draft.get("source")) is not None:
-        draft = replace(draft, source=assets.pinned(source))
+        settled: dict[str, Any] = {"source": assets.pinned(source)}
+        draft = replace(draft, **settled)
     stages = tuple(stage for stage in schema.STAGES if stage in config.stages)
     return Plan(
         name=config.name,

@@ -84,7 +84,9 @@ def _check_checkpoint(place: str) -> None:
             "checkpoint.dir: has no value; give one as checkpoint.dir=gs://BUCKET/PREFIX, or in the environment as "
             "SELFSPEC_CHECKPOINT"
         )
-    if credentials.in_url(place, user=False):  # abfs://CONTAINER@ACCOUNT names no user
+    # abfs://CONTAINER@ACCOUNT/... names no user, and sftp://USER@HOST/... no password.
+    users = re.match(r"(abfss?|az|adl|wasbs?|hdfs|webhdfs|s?ftp|ssh|smb)://", place)
+    if credentials.in_url(place, user=users is None):
         shown = credentials.without(place)
         raise ConfigError(f"checkpoint.dir={shown}: must be without credentials, which belong in the environment")
     if re.match(r"\w+:(?!//)|(gs|gcs|s3|s3a|az|abfs)://(/|$)", place):  # gs:/BUCKET; gs://$BUCKET/PREFIX, and no BUCKET

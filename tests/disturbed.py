@@ -21,9 +21,13 @@ from selfspec.checkpoint import Journal, answers_place, plan_place
 from selfspec.config import Resume
 
 WITNESS = Path(__file__).with_name("witness")
-TIMED = re.compile(r"tok_s|_ms|speedup|/ratio|utilisation|memory|solve_s|goodput")
-"""Measurements that a clock has a part in."""
-PLACES = {"bench": plan_place, "fit": plan_place, "answers": answers_place}
+TIMED = re.compile(
+    r"tok_s|_ms|speedup|/ratio|utilisation|memory|solve_s|goodput|soak/(?!error|intervals|sentinels|users)"
+)
+"""Measurements that a clock has a part in; of a soak, all but who asked, what failed, and the sentinels."""
+PLACES = {"answers": answers_place}
+SHOWN = {"bench": "unit/tok_s", "quality": "quality/unit/reference_ppl", "soak": "interval/errors"}
+"""What MLflow is told of each unit."""
 
 
 class Call(NamedTuple):
@@ -103,8 +107,10 @@ class Sweep:
         """Units and when they were finished, in that order, by the journals."""
         found = {}
         for stage, scope in scopes:
-            with Journal.open(PLACES[stage](self.checkpoint, scope), scope, {}, Resume.require) as journal:
-                found[stage, scope] = [(record.unit, record.at) for record in journal.records(stage)]
+            place = PLACES.get(stage, plan_place)(self.checkpoint, scope)
+            with Journal.open(place, scope, {}, Resume.require) as journal:
+                records = [record for record in journal.records(stage) if not record.unit.startswith("locust-")]
+                found[stage, scope] = [(record.unit, record.at) for record in records]
         return found
 
     def tracked(self) -> list[tuple[str, str, list[int]]]:
@@ -116,7 +122,10 @@ class Sweep:
         runs = client.search_runs([known.experiment_id])
         jobs = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
         assert len(runs) == len(jobs) + 1, "one run stands for the sweep, and nothing beside it"
-        units = [sorted(m.step for m in client.get_metric_history(run.info.run_id, "unit/tok_s")) for run in jobs]
+        units = [
+            sorted(m.step for key in SHOWN.values() for m in client.get_metric_history(run.info.run_id, key))
+            for run in jobs
+        ]
         return sorted((run.info.run_name, run.info.status, steps) for run, steps in zip(jobs, units, strict=True))
 
 

@@ -109,6 +109,7 @@ class TestPypi:
     def test_pip_is_no_folder_of_that_name(self, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for place in ("here", "there"):
             (tmp_path / place / "pip").mkdir(parents=True)
+            (tmp_path / place / "pip" / "__init__.py").touch()
             (tmp_path / place / "pip" / "__main__.py").write_text("open('ran', 'w')")
         monkeypatch.chdir(tmp_path / "here")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "there"))

@@ -78,7 +78,7 @@ def elsewhere(made: Plan, folder: Path) -> Plan:
         {"configured": [{"tokens": ["a"], "cycles": {}}]},
         {"state": {"gate": [[[]]], "controller": 3}, "verdicts": [3]},
         {"prompts": None},
-        {"provenance": "x", "against": []},
+        {"against": 3},
     ],
 )
 def test_units_that_no_stage_left_are_refused_in_one_line(make: Make, tmp_path: Path, change: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 TIERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "lazy", "types"),
+    ("credentials", "errors", "lazy", "types"),
     ("options",),
     ("axes", "data.config", "heads", "interrupt", "metrics", "outbound", "progress", "quality.config"),
     ("config",),

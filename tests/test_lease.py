@@ -214,7 +214,17 @@ def test_a_signal_while_it_is_taken_gives_it_back(bucket: Bucket, monkeypatch: p
     assert held.epoch == 0 and said(bucket)["00000001"]["until"] == 0
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b'{"until": "soon", "term_s": 1, "holder": ""}'])
+DAMAGED = [
+    *(b"", b"{}", b"[]", b"\xff", b"[" * 100_000, b'{"until": "soon", "term_s": 1, "holder": ""}'),
+    *(
+        b'{"until": %b, "term_s": %b, "holder": ""}' % each
+        for each in ((b"1e999", b"1"), (b"1", b"1e300"), (b"1", b"NaN"))
+    ),
+    b'{"until": 1%b, "term_s": 1, "holder": ""}' % (b"0" * 400),
+]
+
+
+@pytest.mark.parametrize("data", DAMAGED)
 def test_a_damaged_lease_is_refused(bucket: Bucket, data: bytes) -> None:
     bucket.write("plan/lease/00000007", data)
     with pytest.raises(JournalError, match=r"plan/lease/00000007: is no lease; delete it if nothing runs"):

@@ -389,7 +389,7 @@ class TestCheckpoint:
         index.write_text(json.dumps({"weight_map": dict.fromkeys([*weights, "model.extra"], "a.safetensors")}))
         with pytest.raises(AssetError, match=r"a\.safetensors lacks model\.extra"):
             load(folder)
-        for text in ("{", "[]", "{}", '{"weight_map": {"a": 1}}'):
+        for text in ("{", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../a.safetensors"}}'):
             index.write_text(text)
             with pytest.raises(AssetError, match=r"index\.json"):
                 load(folder)

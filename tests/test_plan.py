@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from selfspec import plan, refusal
 from selfspec.config import HANDLES
+from selfspec.data import download
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.run import CONF
@@ -47,6 +48,20 @@ def config(*overrides: str) -> DictConfig:
 )
 def test_identity_changes_with_what_changes_results(change: str) -> None:
     assert composed(change).id != composed().id
+
+
+@pytest.mark.parametrize("of", [["model"], ["draft", "engine=vllm", "draft=vllm_eagle"]])
+def test_identity_is_of_the_commit_that_a_branch_is_at(of: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    key, *more = of
+    asked = (f"{key}.source=hf:org/name", "model.sha256=null", *more)
+    at: list[Plan] = []
+    for commit in ("a" * 40, "b" * 40):
+        monkeypatch.setattr(download, "_commit", lambda repo, revision, offline, commit=commit: commit)
+        at.append(composed(*asked))
+        assert at[-1].hub_sources[f"{key}.source"] == f"hf:org/name@{commit}"
+        assert at[-1].settings()[key]["source"] == f"hf:org/name@{commit}"
+        assert composed(f"{key}.source=hf:org/name@{commit}", *asked[1:]).id == at[-1].id
+    assert at[0].id != at[1].id
 
 
 @pytest.mark.parametrize(("gate", "change"), [("maxp", "tau=0.5"), ("varH", "tau_v=6"), ("entropy", "tau_h=1")])

@@ -210,6 +210,11 @@ def test_a_dry_run_does_without_a_skypilot_that_does_not_answer(sweep: Run, monk
 
 REFUSED = [
     ("checkpoint.dir=outputs/x", "checkpoint.dir=outputs/x: jobs elsewhere have no such folder"),
+    (
+        "model.source=hf:org/never-seen",
+        "model.source=hf:org/never-seen: names no commit, and the hub does not say here",
+    ),
+    ("+hydra.launcher.envs={MY_TOKEN:s3}", "hydra.launcher.envs.MY_TOKEN: would be kept with the results"),
     ("hydra.launcher.accelerators=H1000:1", "accelerators=H1000:1: Slurm has none; known are H100"),
     ("hydra.launcher.infra=gpc", "hydra.launcher: Invalid infra 'gpc'"),
     ("hydra.launcher.acelerators=H100", "hydra.launcher.acelerators"),

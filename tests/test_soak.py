@@ -251,6 +251,13 @@ def test_the_gateway_is_given_the_plan_of_the_job(make: Make, more: list[str]) -
         (["soak.server=vllm"], "soak.server=vllm: use engine=vllm; or engine=torch draft=none, the model alone"),
         (["soak.server=vllm", "draft=none", "engine=torch"], "vLLM is not installed here"),
         (["soak.arguments=[--enforce-eager]"], "of soak.server=vllm; the gateway is given the job's"),
+        *(
+            (
+                ["soak.server=vllm", f"soak.arguments=['{argument}',s3cr3t]"],
+                "soak.arguments: --[^ ]* would be kept with the",
+            )
+            for argument in ("--api-key", "--api_key=s3cr3t", "--hf-token")
+        ),
         (["soak.users=65"], "soak.users=65: serve.max_concurrent_requests=64 would refuse it"),
         (["soak.seconds=1"], "soak.seconds=1: must be at least three times soak.interval=0.7"),
         (["soak.sentinels=7"], "soak.sentinels=7: must be from 0 to 6"),

@@ -13,6 +13,7 @@ machines do not shorten it. Only a lease whose time was over long ago by anybody
 """
 
 import json
+import math
 import secrets
 import sys
 import threading
@@ -29,6 +30,8 @@ from selfspec.files import from_json
 from selfspec.interrupt import shield
 
 LEASE_S = 60.0
+MOST_S = 86_400.0
+"""The longest term, in seconds."""
 POLL_S = 5.0
 """How often one that is held is looked at, by who waits for it."""
 SKEW_S = 60.0
@@ -186,8 +189,11 @@ class Lease:
             return epoch, {"until": 0.0, "term_s": 0.0}
         try:
             lease = from_json(data)
-            return epoch, {"until": float(lease["until"]), "term_s": float(lease["term_s"]), "holder": lease["holder"]}
-        except (ValueError, LookupError, TypeError):
+            until, term_s = float(lease["until"]), float(lease["term_s"])
+            if not (0 <= until < math.inf and 0 <= term_s <= MOST_S):  # else it would be waited for without end
+                raise ValueError
+            return epoch, {"until": until, "term_s": term_s, "holder": lease["holder"]}
+        except (ValueError, LookupError, TypeError, OverflowError):
             where = self.bucket.where(self._name(epoch))
             raise JournalError(f"{where}: is no lease; delete it if nothing runs that uses it") from None
 

@@ -51,8 +51,9 @@ def tensors(folder: Path, device: torch.device) -> dict[str, Tensor]:
         return _file(folder / _WHOLE, device)
     if not (folder / _INDEX).is_file():
         raise AssetError(f"{folder}: holds neither {_WHOLE} nor {_INDEX}")
-    named = _json(folder / _INDEX).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+    named = json_object(folder / _INDEX).get("weight_map")
+    files = named.values() if isinstance(named, dict) else [None]
+    if not isinstance(named, dict) or not all(isinstance(file, str) and Path(file).name == file for file in files):
         raise AssetError(f"{folder / _INDEX}: has no weight_map of tensors to files")
     found: dict[str, Tensor] = {}
     for file in sorted(set(named.values())):
@@ -144,7 +145,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         AssetError: it cannot be read, or counts more of something than any model has.
     """
     path = folder / "config.json"
-    written = _json(path)
+    written = json_object(path)
     for settings in (written, *(each for each in written.values() if isinstance(each, dict))):
         for key, value in settings.items():
             # Of so many layers, or classes, transformers would make a list as long, in all the memory that there is.
@@ -160,7 +161,12 @@ def _file(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise AssetError(f"{path}: cannot be read as weights: {one_line(error)}") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """A file of a model folder, which may be anybody's.
+
+    Raises:
+        AssetError: it cannot be read, or is no JSON object.
+    """
     try:
         read = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -128,7 +129,8 @@ def _definition(task: str) -> Path:
     """lm-eval's own file; looked for by name, as reading all of its thousands takes seconds."""
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None and spec.origin is not None, "checked"
-    found = sorted((Path(spec.origin).parent / "tasks").rglob(f"{task}.yaml"))
+    named = re.fullmatch(r"\w[\w.-]*", task)  # it becomes a file's name, and a line of YAML
+    found = sorted((Path(spec.origin).parent / "tasks").rglob(f"{task}.yaml")) if named else []
     if not found:
         raise ConfigError(f"quality.data.{task}: lm-eval has no task of this name")
     return found[0]

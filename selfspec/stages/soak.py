@@ -28,7 +28,7 @@ from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import collect
 from selfspec.soak import chart, judge
-from selfspec.soak.load import Load, calling
+from selfspec.soak.load import TABLES, Load, calling
 from selfspec.soak.server import KEY, Server, secret, serving
 from selfspec.stages.base import Stage, Unit, Units
 from selfspec.stages.bench import compared, poolable, request
@@ -183,8 +183,9 @@ class Soak(Stage):
         """Locust's tables, the intervals as a table, and a chart over time."""
         plan = self.plan
         tables = [record.data for record in journal.records(self.name) if record.unit.startswith("locust-")]
-        for name, text in (tables[-1] if tables else {}).items():
-            write_atomic(folder / f"locust_{name}.csv", text)
+        for name in TABLES if tables else ():  # whatever else a journal names becomes no file
+            if (text := tables[-1].get(name)) is not None:
+                write_atomic(folder / f"locust_{name}.csv", str(text))
         intervals = [record.data for record in _intervals(journal)]
         rows = [{"interval": i, "life": one["life"], **judge.per_interval(one)} for i, one in enumerate(intervals)]
         write_atomic(folder / "soak.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,13 +1,16 @@
 """Sweeps of three jobs, killed at random moments and carried on with: what does it cost, and is anything lost?
 
-    python tests/benchmarks/kills.py [--kills 50] [--seed 0] [--work fake|torch] [--launcher basic|local|slurm]
-                                     [--bucket] [--keep FOLDER]
+    python tests/benchmarks/kills.py [--kills 50] [--seconds 1e9] [--seed 0] [--work fake|torch|quality|soak]
+                                     [--launcher basic|local|slurm] [--bucket] [--keep FOLDER]
+                                     [--clock SECONDS] [--disk full|readonly]
 
 ``fake``: a bench of virtual time. ``torch``: fit and bench of a real, tiny model; three jobs share the answers and the
-head. Each sweep is launched, loses processes (kill -9 or SIGTERM; on Slurm also scancel, requeue, and a node's loss:
-slurmstepd and all below it), is launched again until it has lost some, then left alone; and is then held against one
-that nobody disturbed (``tests/disturbed.py``). ``--bucket``: checkpoints lie in one of an
-emulator of Google Cloud Storage's; their leases last for four seconds.
+head. ``quality``, ``soak``: those stages on the fake engine; a soak is a real gateway under a real Locust. Each sweep
+is launched, loses processes (kill -9 or SIGTERM; on Slurm also scancel, requeue, and a node's loss: slurmstepd and all
+below it), is launched again until it has lost some, then left alone; and is then held against one that nobody disturbed
+(``tests/disturbed.py``). ``--bucket``: checkpoints lie in one of an emulator of Google Cloud Storage's; their leases
+last for four seconds. ``--clock``: the time of day of each process jumps by up to so many seconds, at every call.
+``--disk``, as root: nothing is killed, but the disk that the checkpoints are on fills up, or fails and turns read-only.
 """
 
 import argparse
@@ -45,6 +48,13 @@ def work(kind: str, folder: Path) -> list[str]:
     prompts = tiny.prompts(folder / "prompts.json")
     if kind == "fake":
         return [*tiny.fake_job(prompts), "K=1,2,3", "scale.prompts=20", "scale.warmup=0", "tracking=mlflow"]
+    if kind == "quality":
+        size = ["quality.tasks=[]", "quality.chunk=2", "quality.prompts=24", "quality.gate_prompts=16"]
+        return [*tiny.fake_job(prompts), "stages=[quality]", "K=1,2,3", *size, "tracking=mlflow"]
+    if kind == "soak":
+        size = ["soak.users=3", "soak.interval=0.7", "soak.seconds=4.2", "soak.warmup=1", "soak.sentinels=2"]
+        held = ["soak.prompts=6", "soak.new_tokens=24", "soak.max_drift=1", "soak.max_memory_slope=100000"]
+        return [*tiny.fake_job(prompts), "stages=[soak]", "K=1,2", *size, *held, "tracking=mlflow"]
     (folder / "model").mkdir()
     fitted = [
         "engine.kernels=torch",
@@ -55,6 +65,48 @@ def work(kind: str, folder: Path) -> list[str]:
         "scale.prompts=8",
     ]
     return [*tiny.torch_job(tiny.model(folder / "model"), prompts), *fitted, "scale.warmup=0", "tracking=mlflow"]
+
+
+class Disk:
+    """A small file system of its own, which can fail."""
+
+    def __init__(self, place: Path, how: str) -> None:
+        self.how, self.image, self.folder = how, place / "disk.img", place / "disk"
+        self.folder.mkdir()
+        with self.image.open("wb") as file:
+            file.truncate(16 * 2**20)
+        subprocess.run(["mkfs.ext4", "-q", str(self.image)], check=True)
+        self._mount()
+
+    def strike(self, process: "subprocess.Popen[bytes]", chance: random.Random) -> str | None:
+        """Breaks it, unless it is broken."""
+        if self.broken:
+            return None
+        self.broken = True
+        if self.how == "readonly":
+            subprocess.run(["mount", "-o", "remount,abort", str(self.folder)], check=True)
+        else:
+            with suppress(OSError), (self.folder / "hog").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**12))
+        return self.how
+
+    def mend(self) -> None:
+        """As whoever looks after it would."""
+        (self.folder / "hog").unlink(missing_ok=True) if self.how == "full" else self._again()
+        self.broken = False
+
+    def close(self) -> None:
+        subprocess.run(["umount", str(self.folder)], check=True)
+
+    def _again(self) -> None:
+        self.close()
+        subprocess.run(["fsck.ext4", "-y", str(self.image)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._mount()
+
+    def _mount(self) -> None:
+        subprocess.run(["mount", "-o", "loop", str(self.image), str(self.folder)], check=True)
+        self.broken = False
 
 
 def strike_here(process: "subprocess.Popen[bytes]", chance: random.Random) -> str | None:
@@ -99,7 +151,9 @@ def _step_of(process: psutil.Process, number: str) -> bool:
         return False
 
 
-def disturb(sweep: Sweep, kills: int, calls: int, strike: Strike, chance: random.Random) -> Counter[str]:
+def disturb(
+    sweep: Sweep, kills: int, calls: int, strike: Strike, chance: random.Random, mend: Callable[[], None] = lambda: None
+) -> Counter[str]:
     """Launches the sweep until so many of its processes were killed, or it is done; says how they died."""
     died = Counter[str]()
     while (deaths := died.total()) < kills:
@@ -117,6 +171,7 @@ def disturb(sweep: Sweep, kills: int, calls: int, strike: Strike, chance: random
                         break
                 time.sleep(0.01)
             code = process.wait()
+        mend()
         assert code == 0 or died.total() > deaths, f"exit code {code}, and nothing was killed:\n{sweep.said()}"
         if code == 0 and died.total() < kills:
             break  # it was through before it could be killed again
@@ -140,41 +195,56 @@ def run(asked: argparse.Namespace) -> list[str]:
     chance, place = random.Random(asked.seed), asked.keep or Path(tempfile.mkdtemp(prefix="kills-"))
     place.mkdir(parents=True, exist_ok=True)
     strike = strike_on_slurm if asked.launcher == "slurm" else strike_here
+    disk = Disk(place, asked.disk) if asked.disk else None
     overrides, cache = work(asked.work, place), {"SELFSPEC_CACHE": str(place / "cache")}
     launched = [f"hydra/launcher={asked.launcher}", *SETTINGS[asked.launcher]]
 
     def sweep(name: str, more: list[str]) -> Sweep:
         leased = ["checkpoint=gcs", "checkpoint.lease_s=4"] if asked.bucket else []
-        checkpoint = f"gs://kills/{name}" if asked.bucket else ""
-        return Sweep(place / name, [*overrides, *leased, *more], checkpoint, 0.1, asked.work == "fake", cache)
+        checkpoint = f"gs://kills/{name}" if asked.bucket else str(disk.folder / name) if disk else ""
+        return Sweep(
+            place / name, [*overrides, *leased, *more], checkpoint, 0.1, asked.work in ("fake", "quality"), cache
+        )
 
     undisturbed = sweep("undisturbed", []).finish()
     calls = len(undisturbed.calls())
     died, again, wrong, rounds = Counter[str](), 0, list[str](), 0
-    while died.total() < asked.kills:
+    end = time.monotonic() + asked.seconds
+    while died.total() < asked.kills and time.monotonic() < end:
         one = sweep(f"sweep-{rounds:02d}", launched)
-        lost = disturb(one, min(chance.randint(2, 6), asked.kills - died.total()), calls, strike, chance)
+        if asked.clock:
+            one.environment = cache | {"ENGINE_CLOCK": str(asked.clock)}
+        kills = min(chance.randint(2, 6), asked.kills - died.total())
+        lost = disturb(one, kills, calls, disk.strike if disk else strike, chance, disk.mend if disk else lambda: None)
         one.finish()
         died, again, rounds = died + lost, again + len(one.calls()) - calls, rounds + 1
         if asked.launcher == "slurm":
             subprocess.run(["scancel", f"--name={NAME}"], check=True)  # what launchers that were killed have left
         found = violations(one, undisturbed)
+        if asked.clock:  # when a call began and when its unit was finished is by two clocks
+            found = [each for each in found if "began when that was finished" not in each]
+        found += ["a traceback"] if disk and "Traceback" in one.said() else []
         if one.tracked() != undisturbed.tracked():
             found.append(f"MLflow has {one.tracked()}")
         wrong += found
         print(f"{one.folder}: {dict(lost)}; {len(found)} violations", *found, sep="\n", flush=True)
+    if disk:
+        disk.close()
     print(f"{rounds} sweeps of {calls} calls, {died.total()} kills: {dict(died)}")
-    print(f"{again} calls made again, {again / died.total():.2f} a kill; {len(wrong)} violations")
+    print(f"{again} calls made again, {again / max(died.total(), 1):.2f} a kill; {len(wrong)} violations")
     return wrong
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=1e9, help="after so many, no further sweep is begun")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", choices=("fake", "torch"), default="fake")
+    parser.add_argument("--work", choices=("fake", "torch", "quality", "soak"), default="fake")
     parser.add_argument("--launcher", choices=("basic", "local", "slurm"), default="basic")
     parser.add_argument("--bucket", action="store_true")
+    parser.add_argument("--clock", type=int)
+    parser.add_argument("--disk", choices=("full", "readonly"))
     parser.add_argument("--keep", type=Path)
     asked = parser.parse_args()
     with bucket() if asked.bucket else nullcontext(""):

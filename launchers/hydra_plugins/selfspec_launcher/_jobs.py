@@ -86,6 +86,7 @@ class ProcessLauncher(Launcher):
         Raises:
             Interrupted: SIGTERM or SIGINT; no job runs any more, and each can be carried on with.
         """
+        from selfspec.errors import one_line
         from selfspec.interrupt import shield
         from selfspec.report import results
 
@@ -101,7 +102,7 @@ class ProcessLauncher(Launcher):
                 for number, state in self.states(list(running)).items():
                     job = running[number]
                     if state.words != said.get(number):
-                        print(f"{job.title}: {state.words}", file=sys.stderr, flush=True)
+                        print(one_line(f"{job.title}: {state.words}"), file=sys.stderr, flush=True)
                         said[number] = state.words
                     if state.over:
                         del running[number]
@@ -123,9 +124,10 @@ class ProcessLauncher(Launcher):
         for number, overrides in enumerate(job_overrides, first):
             config, folder = compose.job(self.context.config_loader, self.config, overrides, number)
             title = " ".join([f"job {number}", *(override for override in overrides if override not in common)])
-            told = [*arguments(self.config, overrides), f"hydra.run.dir={compose.quoted(folder)}"]
             with compose.hydras(config):
-                jobs.append(Job(number, title, plan.make(compose.task(config)), told, folder))
+                made = plan.make(compose.task(config))
+            told = [*arguments(self.config, overrides), *pins(made), f"hydra.run.dir={compose.quoted(folder)}"]
+            jobs.append(Job(number, title, made, told, folder))
         return jobs
 
     def _settle(self, job: Job, state: State) -> None:
@@ -161,6 +163,13 @@ def arguments(config: DictConfig, overrides: Sequence[str], root: str | None = N
     found.append(f"--config-name={config.hydra.job.config_name}")
     kept = [override for override in compose.given(config.hydra.overrides.hydra) if not _NOT_FOR_A_JOB.match(override)]
     return [*found, *overrides, *kept, "hydra/launcher=basic", "hydra.mode=RUN"]
+
+
+def pins(plan: "Plan") -> list[str]:
+    """What has a job run the very plan, also where a hub's branch has moved on by the time it starts."""
+    from selfspec.sweep import compose
+
+    return [f"{key}={compose.quoted(source)}" for key, source in plan.hub_sources.items()]
 
 
 def config_folders(config: DictConfig) -> tuple[Path, list[Path]]:

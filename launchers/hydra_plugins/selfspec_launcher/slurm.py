@@ -145,6 +145,8 @@ class SlurmLauncher(ProcessLauncher):
 
     def _squeue(self) -> dict[str, tuple[str, str]] | None:
         """State and reason of each of our jobs that Slurm still knows; ``None``: it cannot be asked just now."""
+        from selfspec.errors import one_line
+
         arrays = sorted({job.job_id.split("_")[0] for job in self._running.values()})
         if not arrays:
             return {}
@@ -152,7 +154,7 @@ class SlurmLauncher(ProcessLauncher):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0 and "Invalid job id" not in done.stderr:  # that: it knows none of them any more
             if not self._silent:
-                print(f"warning: squeue: {done.stderr.strip()}; asked again", file=sys.stderr)
+                print(f"warning: squeue: {one_line(done.stderr)}; asked again", file=sys.stderr)
             self._silent = True
             return None
         self._silent = False

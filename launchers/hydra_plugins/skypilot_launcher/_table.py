@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from hydra_plugins.skypilot_launcher._fleet import Job
+from selfspec.errors import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,15 +34,24 @@ def _row(job: Job) -> tuple[str, ...]:
     numbers = ",".join(map(str, job.numbers))
     recovered = str(job.recoveries) if job.recoveries else ""
     note = textwrap.shorten(job.note, 160, placeholder=" ...")
-    return numbers, job.plan.label, str(job.id or "-"), job.state, recovered, job.where, note
+    return (
+        numbers,
+        job.plan.label,
+        str(job.id or "-"),
+        one_line(job.state),
+        recovered,
+        one_line(job.where),
+        one_line(note),
+    )
 
 
 def _table(jobs: Sequence[Job]) -> "Table":
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*COLUMNS)
     for job in jobs:
-        table.add_row(*_row(job), style="red" if job.failed else _COLOURS.get(job.state))
+        table.add_row(*map(Text, _row(job)), style="red" if job.failed else _COLOURS.get(job.state))
     return table
 
 

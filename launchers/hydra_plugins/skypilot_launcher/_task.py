@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hydra_plugins.selfspec_launcher._jobs import pins
 from hydra_plugins.skypilot_launcher.config import SkyPilotConf
 from selfspec import checkpoint
 from selfspec.config import Resume, TrackerName
@@ -38,6 +39,12 @@ def check(settings: SkyPilotConf, plan: Plan) -> None:
             f"checkpoint.dir={place}: jobs elsewhere have no such folder; must be a bucket, gs://BUCKET/PREFIX, "
             "or the absolute path of a folder that they and this machine share"
         )
+    for key, source in plan.hub_sources.items():
+        if not re.search("@[0-9a-f]{40}$", source):
+            raise ConfigError(
+                f"{key}={source}: names no commit, and the hub does not say here which; jobs elsewhere would be of "
+                "other plans: must be hf:<org>/<name>@<commit>"
+            )
     if resume is not Resume.auto:
         raise ConfigError(
             f"checkpoint.resume={resume.name}: must be auto: a job that lost its machine carries on from its journal; "
@@ -154,6 +161,7 @@ def make(settings: SkyPilotConf, plan: Plan, arguments: Sequence[str], sweep: Sw
     """
     there = [f"checkpoint.dir={compose.quoted(plan.checkpoint.dir)}"]  # it may be of the environment, which is another
     there += [] if untracked(plan) is None else ["tracking.name=none"]
+    there += pins(plan)
     there += ["output_dir=outputs"]  # no folder of ours: what counts is in the store
     recovery = {
         "strategy": settings.recovery,

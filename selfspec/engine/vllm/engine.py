@@ -5,7 +5,6 @@ in turn. What vLLM does not have (a tokenizer without text in between, heads, ho
 of the plan does, which loads the weights again only where it is asked for that.
 """
 
-import json
 import os
 import sys
 import warnings
@@ -24,6 +23,7 @@ from selfspec.engine.vllm import args as vllm_args
 from selfspec.engine.vllm import session as vllm_session
 from selfspec.engine.vllm.session import VLLMSession
 from selfspec.errors import ConfigError, one_line
+from selfspec.model.checkpoint import json_object
 from selfspec.plan import Plan
 from selfspec.types import Completion, Request, Score
 from selfspec.vllm_plugin import versions
@@ -64,7 +64,7 @@ class Judge(TieJudge):
     @property
     def _by_vllm_alone(self) -> bool:
         engine, folder = self._engine.plan.engine, self._engine.weights.folder
-        config = json.loads((folder / "config.json").read_text())
+        config = json_object(folder / "config.json")
         alone = engine.get("quantization") or engine.get("tensor_parallel", 1) > 1
         return bool(alone or config.get("quantization_config"))
 

@@ -6,7 +6,6 @@ drafted and the target kept is in place already, what the target said in its ste
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
@@ -19,6 +18,7 @@ from omegaconf import MISSING
 from selfspec.axes import DraftOptions
 from selfspec.config import Model as ModelConfig
 from selfspec.errors import AssetError, ConfigError
+from selfspec.files import from_json
 from selfspec.lazy import F, torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Layers, Model
@@ -180,10 +180,10 @@ def vocabulary(folder: Path) -> dict[int, str]:
         AssetError: there is none, or it cannot be read.
     """
     try:
-        file = json.loads((folder / "tokenizer.json").read_bytes())
+        file = from_json((folder / "tokenizer.json").read_bytes())
         entries = file["model"]["vocab"]  # a mapping, or, of unigram models, a list of (token, score)
         listed = entries.items() if isinstance(entries, dict) else ((entry[0], i) for i, entry in enumerate(entries))
         meanings = {i: token for token, i in listed}
         return meanings | {token["id"]: token["content"] for token in file.get("added_tokens", [])}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise AssetError(f"{folder}: has no tokenizer.json that can be read") from error

@@ -1,6 +1,5 @@
 """An EAGLE or EAGLE-3 head that somebody trained, in vLLM's form."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ class Options(vllm_medusa.Options):
     def vllm(self, folder: Path | None) -> dict[str, Any]:
         """EAGLE-3 reads other states of the target than its forerunner, and only its checkpoint says which it is."""
         assert folder is not None, "it has a source"
-        config = json.loads((folder / "config.json").read_text())
-        named = [*(config.get("architectures") or ()), str(config.get("speculators_model_type", ""))]
-        third = any("eagle3" in name.lower() for name in named)
+        from selfspec.model.checkpoint import json_object
+
+        config = json_object(folder / "config.json")
+        third = "eagle3" in f"{config.get('architectures')} {config.get('speculators_model_type')}".lower()
         return {"method": "eagle3" if third else "eagle", "model": str(folder)}
