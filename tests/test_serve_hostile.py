@@ -165,7 +165,7 @@ ODD = (
     json.dumps({**GOOD, "prompt": "x" * (BODY + 1)}).encode(),
     json.dumps({**GOOD, "prompt": "x" * 2_000_000}).encode(),
 )
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 GARBAGE = (
     b"\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
