@@ -23,10 +23,10 @@ from selfspec.config import Serve
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 64
-"""The most connections that asyncio accepts before any of them is looked at."""
-_SPARE = 64
-"""Descriptors for what is no client: files, back ends."""
+BACKLOG = 16
+"""The most connections that asyncio accepts in one turn of its loop; it takes some turns until they are looked at."""
+_SPARE = 32 + 6 * BACKLOG
+"""Descriptors for those, and for what is no client: files, back ends."""
 _FEWEST = 4
 _QUIET_S = 60.0
 
@@ -40,7 +40,7 @@ class Connections:
 
     def __init__(self, settings: Serve, given_up: Callable[[str], None]) -> None:
         self.patience_s, self.given_up = settings.client_timeout_s, given_up
-        self._most = min(settings.max_connections, max(_descriptors() - BACKLOG - _SPARE, _FEWEST))
+        self._most = min(settings.max_connections, max(_descriptors() - _SPARE, _FEWEST))
         self._most_each = min(settings.max_connections_per_client, self._most)
         self._all: dict[Connection, None] = {}
         """In order of how long they have been silent, longest first; those being answered may stand anywhere."""
