@@ -43,7 +43,7 @@ class Connections:
         self._most = min(settings.max_connections, max(_descriptors() - _SPARE, _FEWEST))
         self._most_each = min(settings.max_connections_per_client, self._most)
         self._all: dict[Connection, None] = {}
-        """In order of how long they have been silent, longest first; those being answered may stand anywhere."""
+        """By when each was made or last answered, longest ago first."""
 
     def admit(self, new: "Connection") -> bool:
         """Makes room for one; false: there is none."""
@@ -77,9 +77,14 @@ class Connection(H11Protocol):
     _unread: asyncio.TimerHandle | None = None
 
     @property
-    def silent(self) -> bool:
+    def idle(self) -> bool:
         """Whether no request of it is being answered."""
         return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def silent(self) -> bool:
+        """Whether it is for its client to do something: to ask, to say all of it, to read."""
+        return self.idle or self.cycle.more_body or self.flow.write_paused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by asyncio."""
@@ -97,7 +102,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
         super().data_received(data)
-        if not self.silent:
+        if not self.idle:  # a body has a patience of its own, and an answer for whoever tries it
             _stop(self._waits)
 
     def on_response_complete(self) -> None:
@@ -105,7 +110,7 @@ class Connection(H11Protocol):
         self.all.answered(self)
         self._wait()  # also while it is closing: what is left of the answer may never be read
         super().on_response_complete()
-        if not self.silent:  # its next request had come already
+        if not self.idle:  # its next request had come already
             _stop(self._waits)
 
     def pause_writing(self) -> None:
