@@ -166,6 +166,8 @@ class Serve:
     """0 takes one that is free."""
     api_key: str | None = None
     """What callers must send; ``SELFSPEC_API_KEY`` in the environment wins. ``None``: everyone may call."""
+    allowed_hosts: list[str] | None = None
+    """By which names, besides this machine's own, callers may reach it; ``None``: with a key any, without one none."""
     model_name: str | None = None
     """What callers name our model; ``None``: ``model.name``."""
     scheduler: Order = Order.fcfs
@@ -182,6 +184,10 @@ class Serve:
     """The longest answer a caller may ask for; and, in a chat, what one that does not ask may get."""
     max_concurrent_requests: int = bounded(64, 1)
     """Requests running and waiting; more are told to try again."""
+    max_connections: int = bounded(512, 1)
+    """More take the place of those silent for longest; fewer where the system gives this process fewer descriptors."""
+    max_connections_per_client: int = bounded(256, 1)
+    """From one address: a proxy's are all from one."""
     max_body_bytes: int = bounded(1_000_000, 1)
     drain_s: float = bounded(30.0, 0)
     """How long a server that was told to stop waits for the answers it has begun, in seconds."""

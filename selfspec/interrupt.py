@@ -1,12 +1,16 @@
 """SIGTERM, SIGINT and SIGUSR2 as an exception, raised where it can do no harm.
 
 :func:`trap` turns the first of these signals into :class:`~selfspec.errors.Interrupted` in the main thread;
-:func:`shield` puts that off to the end of a block that must not be left half-way.
+:func:`shield` puts that off to the end of a block that must not be left half-way; :func:`process` lets the process end
+whatever its threads are doing.
 """
 
+import atexit
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -87,6 +91,29 @@ def shield() -> Iterator[None]:
     finally:
         _state.shields -= 1
         _state.deliver()
+
+
+def process(main: Callable[[], None]) -> None:
+    """Runs ``main`` as the whole of this process, which ends as it says.
+
+    A daemon thread is torn out of what it does when Python ends; where that is C++ (a model that loads or decodes), the
+    whole process is aborted. So, after all that others have to do at the end, we end it before Python does.
+    """
+    code: object = 1
+
+    def last() -> None:
+        if any(thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0 if code is None else code if isinstance(code, int) else 1)
+
+    atexit.register(last)  # before anybody else: called after everybody else
+    try:
+        main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+        raise
 
 
 def told_to_end() -> bool:

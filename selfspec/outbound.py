@@ -73,7 +73,11 @@ def client(most_bytes: int, **settings: Any) -> Any:
         _refuse_compressed(response)
         response.stream = Bounded(response.stream)
 
-    return DefaultHttpxClient(**_settings(bound), **settings)
+    class Client(DefaultHttpxClient):
+        def __del__(self) -> None:  # as the official client's own: who measures lets go of it, and no more
+            self.close()
+
+    return Client(**_settings(bound), **settings)
 
 
 def quotes(text: str, key: str | None) -> bool:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from selfspec.axes import AXES
 from selfspec.config import Config
 from selfspec.errors import ConfigError, Interrupted, SelfspecError, StageError
-from selfspec.interrupt import trap
+from selfspec.interrupt import process, trap
 from selfspec.refusal import BY_USER, exit_with, say
 from selfspec.sweep.compose import per_job
 
@@ -115,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process(main)

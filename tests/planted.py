@@ -1,6 +1,6 @@
 """The real gateway over the fake engine, with faults planted in the latter.
 
-    PLANTED=FILE python tests/planted.py leak,hold,narrow,drift,sentinel,errors,death [overrides of selfspec.serve]
+    PLANTED=FILE python tests/planted.py FAULT,... [overrides of selfspec.serve]
 
 "Then" is when FILE is there.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from selfspec.config import Serve
 from selfspec.engine.fake import session as fake
-from selfspec.serve import server
+from selfspec.serve import build, server
 
 BEGAN = time.monotonic()
 KEPT = list[bytes]()
@@ -91,6 +91,19 @@ def errors() -> None:
         return submit(self, request)
 
     fake.FakeSession.submit = refusing  # type: ignore[method-assign]
+
+
+def loads() -> None:
+    """It loads for ever, in C++, and tells so by the file."""
+
+    def load(plan: object) -> Any:
+        import torch
+
+        THEN.touch()
+        while True:
+            torch.ones(100, 1000) @ torch.ones(1000, 1000)
+
+    build.engine = load
 
 
 def death() -> None:

@@ -8,18 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
-
 from selfspec.config import Order
 from selfspec.engine.base import Engine, RequestOutput
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.fake.session import FakeSession, Parts
 from selfspec.plan import Plan
-from selfspec.serve import app, build
+from selfspec.serve import build
 from selfspec.serve.backend import Call, Chunk, Price, Usage
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.local import Local
 from selfspec.serve.metrics import Metrics
+from selfspec.serve.server import Server
 from selfspec.types import Request
 
 
@@ -37,9 +36,7 @@ class Clock:
 @contextmanager
 def listening(gateway: Gateway, key: str | None = None) -> Iterator[str]:
     """A real server in a thread: its address. Closes the gateway."""
-    how: Any = {"log_level": "critical", "access_log": False, "timeout_graceful_shutdown": 1}
-    config = uvicorn.Config(app.make(gateway, key), timeout_keep_alive=10**6, **how)
-    server = uvicorn.Server(config)
+    server = Server(gateway, key, timeout_keep_alive=10**6)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # who calls before the server is up waits

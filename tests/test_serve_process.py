@@ -189,3 +189,17 @@ def test_the_key_is_in_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.api_key(made) == "hush-hush" and "hush" not in json.dumps(made.settings())
     monkeypatch.setenv(build.KEY, "other")
     assert build.api_key(made) == "other"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_cleanly_while_it_loads(tmp_path: Path, signum: int) -> None:
+    """Though its engine's thread is in C++, which nobody can tell to stop."""
+    command = [sys.executable, str(Path(__file__).with_name("planted.py")), "loads", *FAKE, "serve.port=0"]
+    planted = {"PLANTED": str(tmp_path / "loading")}
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | planted
+    ) as process:
+        while not (tmp_path / "loading").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signum)
+        assert (*process.communicate(), process.returncode) == ("", "", 0)

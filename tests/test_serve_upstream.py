@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -21,12 +22,15 @@ from serving import listening
 
 from selfspec import outbound
 from selfspec.config import BackendConfig
+from selfspec.engine.openai.client import Server
+from selfspec.errors import StageError
 from selfspec.serve import remote
 from selfspec.serve.build import Fixed
 from selfspec.serve.cache import AnswerCache
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.metrics import Metrics
 from selfspec.serve.remote import Remote
+from selfspec.types import Request
 
 KEY = "sk-upstream-0123456789"
 ASKED = {"model": "m", "prompt": "hello", "max_tokens": 8, "temperature": 0}
@@ -222,6 +226,25 @@ async def test_our_key_is_in_no_answer(monkeypatch: pytest.MonkeyPatch, size: in
     told = piece(logprobs=LOGPROBS | {"top_logprobs": [{KEY: -1.0}]})
     async with over([told, event("", "stop")], monkeypatch=monkeypatch) as (client, _):
         assert "sk-" not in (await asked(client, logprobs=1))[1]
+
+
+async def test_a_server_that_is_measured_is_trusted_no_more() -> None:
+    """By ``engine=openai``: no redirect, no key in what is written down, and no end of memory."""
+    elsewhere = Rogue("ok")
+    async with elsewhere.serving() as there, (rogue := Rogue("")).serving() as url:
+        server = Server("engine.url", url, KEY, lambda text, stopped: list(text.encode()))
+        server.__dict__["_listed"] = SimpleNamespace(id="m", owned_by="other")
+        head = f"HTTP/1.1 307 X\r\nlocation: {there}/completions\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+        told = list[str]()
+        for behaviour in ((400, {"error": {"message": KEY}}), [b"data: "] + [b"x" * 2**20] * 99, head):
+            rogue.behaviours = [behaviour]
+            if behaviour is head:
+                rogue._behave = raw(head.encode())  # type: ignore[method-assign]
+            with pytest.raises(StageError) as failed:
+                await asyncio.to_thread(server.answer, Request((1, 2), 4))
+            told.append(str(failed.value))
+        assert KEY not in "".join(told) and "without an end" in told[1] and not elsewhere.headers
+        server.close()
 
 
 async def test_an_honest_answer_passes_whole(monkeypatch: pytest.MonkeyPatch) -> None:

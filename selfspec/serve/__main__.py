@@ -9,7 +9,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from selfspec.errors import ConfigError, SelfspecError
+from selfspec.errors import ConfigError, Interrupted, SelfspecError
+from selfspec.interrupt import process, trap
 from selfspec.refusal import BY_USER, exit_with
 from selfspec.run import CONF, ordered
 
@@ -37,7 +38,10 @@ def main() -> None:
         if {"-m", "--multirun"} & set(sys.argv):
             raise ConfigError("--multirun: a gateway serves one plan; start one for each")
         sys.argv[1:] = ordered([*sys.argv[1:], *_NOTHING_WRITTEN])
-        serve()
+        with trap():
+            serve()
+    except Interrupted:
+        pass  # before it served anything; later the server sees to it
     except Exception as error:
         if full_errors:
             raise
@@ -45,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process(main)

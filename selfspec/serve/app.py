@@ -85,7 +85,7 @@ def make(gateway: Gateway, key: str | None) -> FastAPI:
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}},
-    **{status: {"description": "OpenAI's error object"} for status in (400, 401, 404, 408, 413, 429, 500, 503)},
+    **{status: {"description": "OpenAI's error object"} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503)},
 }
 
 

@@ -50,6 +50,12 @@ class Unauthorized(RequestError):
     status, kind, code = 401, "invalid_request_error", "invalid_api_key"
 
 
+class Forbidden(RequestError):
+    """By a name that is not ours, or from another site's page."""
+
+    status, kind, code = 403, "invalid_request_error", "forbidden"
+
+
 class UnknownModel(RequestError):
     """No back end serves a model of this name."""
 

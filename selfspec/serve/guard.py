@@ -1,10 +1,17 @@
-"""What stands before the app: who may call, whether we still take calls, and how much may be sent, and how slowly."""
+"""What stands before the app: who may call, whether we still take calls, and how much may be sent, and how slowly.
+
+A page in a browser may make any name its own mean this machine (DNS rebinding), and then reads what it asks for here as
+its own. Such a request carries that name. So, unless callers show a key, they must call us by a name of this machine or
+of ``serve.allowed_hosts``, and no other site's page may send them.
+"""
 
 import asyncio
 import hmac
+import re
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from selfspec.serve.errors import RequestError, TooLarge, TooSlow, Unauthorized, Unavailable
+from selfspec.serve.errors import Forbidden, RequestError, TooLarge, TooSlow, Unauthorized, Unavailable
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.wire import hashed
 
@@ -14,6 +21,8 @@ if TYPE_CHECKING:
 
 PUBLIC = ("/health", "/metrics")
 """What needs no key, and is answered while we drain."""
+_NO_NAMES = {"0.0.0.0", "::"}
+"""Where a server listens that listens everywhere: nobody's address."""
 _AGAIN = (429, 503)
 """What is worth trying again, after a second."""
 
@@ -25,13 +34,20 @@ class Guard:
         """``key``: what callers must send; ``None``: everyone may call."""
         self.app, self._gateway = app, gateway
         self._wanted = None if key is None else hashed(key)
+        settings = gateway.settings
+        self._any_host = key is not None and settings.allowed_hosts is None
+        self._hosts = {settings.host.lower(), *(name.lower() for name in settings.allowed_hosts or ())} - _NO_NAMES
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Passes on what it does not refuse, with the hash of the caller's key in the request's state."""
-        if scope["type"] != "http" or scope["path"] in PUBLIC:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         try:
+            self._check_host(scope)
+            if scope["path"] in PUBLIC:
+                await self.app(scope, receive, send)
+                return
             scope.setdefault("state", {})["key"] = self._caller(scope)
             if self._gateway.draining:
                 raise Unavailable("the server is about to stop")
@@ -47,6 +63,30 @@ class Guard:
             return waiting.pop() if waiting else await receive()
 
         await self.app(scope, replay, send)
+
+    def _check_host(self, scope: "Scope") -> None:
+        """Refuses who calls us by another's name, or is sent by another's page.
+
+        Raises:
+            Forbidden: naming the setting that would let it in.
+        """
+        if self._any_host:
+            return
+        sent = {name: value.decode("latin-1").strip().lower() for name, value in scope["headers"]}
+        host, origin = sent.get(b"host", ""), sent.get(b"origin")
+        if not self._ours(_name(host)):
+            raise Forbidden(f"Host {host[:100]}: is none of ours; others are named in serve.allowed_hosts")
+        there = None if origin is None else origin.partition("://")[2]
+        if there is not None and there != host and _name(there) not in self._hosts:
+            raise Forbidden("a page of another site asks; others are named in serve.allowed_hosts")
+
+    def _ours(self, name: str) -> bool:
+        if name == "localhost" or name in self._hosts:
+            return True
+        try:
+            return ip_address(name).is_loopback
+        except ValueError:
+            return False
 
     def _caller(self, scope: "Scope") -> str | None:
         """A hash of the key that was sent.
@@ -86,6 +126,12 @@ class Guard:
         except TimeoutError as error:
             raise TooSlow(f"the body took longer than {patience:g} s") from error
         return bytes(body)
+
+
+def _name(host: str) -> str:
+    """A ``Host`` without its port; empty where it is none."""
+    found = re.fullmatch(r"\[([0-9a-f:.]+)\](?::\d+)?|([a-z0-9_.-]+)(?::\d+)?", host)
+    return "" if found is None else found[1] or found[2]
 
 
 def refusal(error: RequestError, gateway: Gateway) -> "JSONResponse":

@@ -1,8 +1,10 @@
 """What Prometheus is told. A registry of its own: two gateways in one process do not add up."""
 
+import asyncio
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import accumulate
 
 from prometheus_client import (
@@ -47,6 +49,13 @@ class Counted(Collector):
         yield family
 
 
+def _tasks() -> int:
+    """Of the loop that asks; none, where none does."""
+    with suppress(RuntimeError):
+        return len(asyncio.all_tasks())
+    return 0
+
+
 class Metrics:
     """All of them, by the names that the dashboard reads."""
 
@@ -71,6 +80,8 @@ class Metrics:
         rows = Gauge("selfspec_batch_rows", "Requests being decoded", registry=of)
         waiting = Gauge("selfspec_waiting_requests", "Requests not yet admitted", registry=of)
         kv_used = Gauge("selfspec_kv_used_ratio", "Key-value slots that hold tokens", registry=of)
+        tasks = Gauge("selfspec_tasks", "Of the event loop: what grows where something is never let go", registry=of)
+        tasks.set_function(_tasks)
         rows.set_function(lambda: sum(load().rows for load in self._loads))
         waiting.set_function(lambda: sum(load().waiting for load in self._loads))
         kv_used.set_function(lambda: max((load().kv_used for load in self._loads), default=0.0))

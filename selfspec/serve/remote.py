@@ -35,6 +35,8 @@ _EVENT_BYTES, _BYTES = 8_192, 65_536
 """The most that an event of one token takes, with twenty alternatives; and what else an answer may have."""
 _CHARACTERS, _TEMPLATE = 256, 4_096
 """Of a token, in the longest answers; what a chat's template may add, in tokens, or an answer have besides."""
+_EVENTS = 4
+"""For a token; most servers send one."""
 _QUOTED = 500
 """Characters of an error that are told on."""
 
@@ -178,10 +180,12 @@ class Remote:
         finish: Literal["stop", "length"] | None = None
         usage: Usage | None = None
         most = min(call.max_tokens or self._most_tokens, self._most_tokens)
-        counted = pieces = characters = 0
+        counted = pieces = characters = events_seen = 0
         secret = Stops(() if self._key is None else (self._key,))
         async for data in events:
-            event = Event.model_validate(data)
+            event, events_seen = Event.model_validate(data), events_seen + 1
+            if events_seen > _EVENTS * most + _TEMPLATE:
+                raise Failed(f"{self.name}: its answer is none")
             if event.usage is not None:
                 told = event.usage
                 usage = Usage(min(told.prompt_tokens, _most_prompt(call)), min(told.completion_tokens, most))

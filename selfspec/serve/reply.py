@@ -70,9 +70,6 @@ class Reply(Response):
                 for event in self._form.events(chunk):
                     await self._event(event, send)
             await self._event("[DONE]", send)
-        except TimeoutError:  # whoever reads has left it unread for too long; nothing more can be said to them
-            self._gateway.metrics.errors.labels("Unread").inc()
-            return
         except RequestError as error:
             await self._break_off(error, send)
         except Exception:
@@ -87,8 +84,8 @@ class Reply(Response):
 
     async def _event(self, data: Mapping[str, Any] | str, send: "Send") -> None:
         text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-        async with asyncio.timeout(self._gateway.settings.client_timeout_s):
-            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+        await asyncio.sleep(0)  # a send fails without a word: the loop has to hear of it before there is another
 
 
 async def _left(receive: "Receive") -> None:

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
@@ -13,6 +14,7 @@ from selfspec.config import Serve
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.serve import app, build
+from selfspec.serve.connections import BACKLOG, Connections, protocol, quiet
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.local import Local
 from selfspec.serve.metrics import Metrics
@@ -36,16 +38,8 @@ def run(plan: Plan) -> None:
 
 
 async def _run(plan: Plan, gateway: Gateway, local: Local, listener: socket.socket, ready: str) -> None:
-    server = _Server(
-        uvicorn.Config(
-            app.make(gateway, build.api_key(plan)),
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=1,  # what is still running then has had its time
-        )
-    )
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    server, stop, loop = Server(gateway, build.api_key(plan)), asyncio.Event(), asyncio.get_running_loop()
+    quiet(loop)
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
     serving, told = asyncio.ensure_future(server.serve([listener])), asyncio.ensure_future(stop.wait())
@@ -72,7 +66,25 @@ async def _drain(gateway: Gateway, most_s: float) -> None:
         await asyncio.sleep(_LOOK_S)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
+    """uvicorn's, whose connections and signals are ours."""
+
+    def __init__(self, gateway: Gateway, key: str | None, **settings: Any) -> None:
+        """See :func:`app.make <selfspec.serve.app.make>`; ``settings``: of uvicorn's, in place of ours."""
+        connections = Connections(gateway.settings, lambda kind: gateway.metrics.errors.labels(kind).inc())
+        ours: dict[str, Any] = {
+            **{"http": protocol(connections), "ws": "none", "backlog": BACKLOG, "proxy_headers": False},
+            **{"log_level": "error", "access_log": False, "server_header": False},
+            "timeout_graceful_shutdown": 1,  # what is still running then has had its time
+        }
+        super().__init__(uvicorn.Config(app.make(gateway, key), **ours | settings))
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; those who come while we are busy wait, however many we look at in one go."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(socket.SOMAXCONN)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leaves signals alone: they are ours."""

@@ -6,11 +6,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from selfspec import outbound
 from selfspec.engine.vllm import cycles as vllm_cycles
 from selfspec.errors import ConfigError, StageError, one_line
 from selfspec.types import Completion, Cycle, Request
 
 _TIMEOUT_S = 300.0
+_MOST_BYTES = 64 * 2**20
+"""Of an answer, with all its cycles."""
 _MORE: Mapping[str, Mapping[str, Any]] = {
     "selfspec": {"selfspec": {"stats": True, "detail": True}},
     "vllm": {"return_token_ids": True, "stream_options": {"include_usage": True}},  # its metrics come with the usage
@@ -38,12 +41,14 @@ class Server:
             read: text, and whether a stop token ended it -> token ids, where the server does not name them.
             direct: past any proxy that the environment names.
         """
-        from openai import DefaultHttpxClient, OpenAI
+        from openai import OpenAI
 
-        self.key, self.url, self._read = key, url, read
+        self.key, self.url, self._secret, self._read = key, url, secret, read
         base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        how: dict[str, Any] = {"http_client": DefaultHttpxClient(trust_env=False)} if direct else {}
-        self._client = OpenAI(base_url=base, api_key=secret or "none", timeout=_TIMEOUT_S, max_retries=0, **how)
+        http = outbound.client(_MOST_BYTES, trust_env=not direct)
+        self._client = OpenAI(
+            base_url=base, api_key=secret or "none", timeout=_TIMEOUT_S, max_retries=0, http_client=http
+        )
 
     def close(self) -> None:
         """Lets go of the connection."""
@@ -60,9 +65,9 @@ class Server:
 
         try:
             return self._client.models.list().data[0]
-        except (OpenAIError, IndexError, TypeError) as error:
+        except (OpenAIError, outbound.TooMuch, IndexError, TypeError) as error:
             raise ConfigError(
-                f"{self.key}={self.url}: no OpenAI-compatible server answers: {_reason(error)}"
+                f"{self.key}={self.url}: no OpenAI-compatible server answers: {self._reason(error)}"
             ) from error
 
     @property
@@ -120,8 +125,14 @@ class Server:
                 extra_headers={"X-Selfspec-Cache": "off"},
                 extra_body=more,
             )
-        except OpenAIError as error:
-            raise StageError(f"{self.key}={self.url}: {_reason(error)}") from error
+        except (OpenAIError, outbound.TooMuch) as error:
+            raise StageError(f"{self.key}={self.url}: {self._reason(error)}") from error
+
+    def _reason(self, error: Exception) -> str:
+        """As it says itself, where it does not speak of our key."""
+        cause = error.__cause__
+        said = one_line(error) + (f" ({one_line(cause)})" if cause is not None else "")
+        return type(error).__name__ if outbound.quotes(said, self._secret) else said
 
 
 def _cycles(stats: Mapping[str, Any]) -> tuple[Cycle, ...]:
@@ -132,8 +143,3 @@ def _cycles(stats: Mapping[str, Any]) -> tuple[Cycle, ...]:
     rows = zip(*(columns[name] for name in Cycle.__slots__), strict=True)
     cycles = (Cycle(**dict(zip(Cycle.__slots__, row, strict=True))) for row in rows)
     return tuple(replace(cycle, signals=tuple(cycle.signals)) for cycle in cycles)
-
-
-def _reason(error: Exception) -> str:
-    cause = error.__cause__
-    return one_line(error) + (f" ({one_line(cause)})" if cause is not None else "")
