@@ -271,6 +271,10 @@ class Config:
             ConfigError: naming the key, the value and what is allowed.
         """
         check_bounds(self)
+        if not self.name or Path(self.name).is_absolute() or {".", ".."} & {*self.name.split("/")}:
+            raise ConfigError(f"name={self.name}: must be the name of a folder in output_dir")
+        if not self.output_dir:
+            raise ConfigError("output_dir: has no value; the current folder is output_dir=.")
         self.output_dir = home("output_dir", self.output_dir)
         self.checkpoint.dir = home("checkpoint.dir", self.checkpoint.dir)
         if not self.stages or any(stage not in STAGES for stage in self.stages):
