@@ -29,6 +29,8 @@ ARGV = [
     ("output_dir='~nobodyhere/x'", "output_dir=~nobodyhere/x: there is no such home folder"),
     ("output_dir=", "output_dir: has no value; the current folder is output_dir=."),
     ("name=../x", "name=../x: must be the name of a folder in output_dir"),
+    ("soak.seconds=nan", "soak.seconds=nan: must be from 0 to"),
+    ("draft.head='~nobodyhere/x'", "draft.head=~nobodyhere/x: there is no such home folder"),
     ("name=", "name=: must be the name of a folder in output_dir"),
     ("workload.source='file:~nobodyhere/x'", "file:~nobodyhere/x: there is no such home folder"),
     ("tracking=mlflow tracking.uri='sqlite:///~nobodyhere/x'", "tracking.uri=~nobodyhere/x: there is no such home"),
