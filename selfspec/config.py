@@ -9,7 +9,7 @@ run, an exit layer beyond the model) by ``rules.py``.
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,7 @@ class Soak:
     """``vllm``: further arguments of ``vllm serve``."""
     users: int = bounded(MISSING, 1, 10_000)
     """Callers, each of which asks for one answer after the other."""
-    seconds: float = MISSING
+    seconds: float = bounded(MISSING, 0, 31_536_000)
     interval: float = bounded(MISSING, 0.1)
     """Seconds of a unit of work: what a soak that is interrupted loses at most."""
     warmup: float = bounded(MISSING, 0)
@@ -284,8 +284,12 @@ class Config:
             raise ConfigError(
                 f"name={self.name}: must name a folder below output_dir, no part of it with a dot before it"
             )
+        if not self.output_dir:
+            raise ConfigError("output_dir: has no value; the current folder is output_dir=.")
         self.output_dir = home("output_dir", self.output_dir)
         self.checkpoint.dir = home("checkpoint.dir", self.checkpoint.dir)
+        if head := self.draft.get("head"):
+            self.draft = replace(self.draft, **{"head": home("draft.head", head)})
         if not self.stages or any(stage not in STAGES for stage in self.stages):
             raise ConfigError(f"stages={self.stages}: allowed are one or more of {', '.join(STAGES)}")
         within("quality.gate_prompts", self.quality.gate_prompts, 0, self.quality.prompts)

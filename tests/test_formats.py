@@ -35,6 +35,14 @@ FORMATS: dict[str, tuple[Any, tuple[str | None, str, str]]] = {
     "prompt_messages": ({"prompt": [USER], "id": None}, (None, "Why?", "")),
     "alpaca": ({"instruction": "Why?", "input": "", "output": "So."}, (None, "Why?", "So.")),
     "alpaca_input": ({"instruction": "Why", "input": "this?", "output": "So."}, (None, "Why\n\nthis?", "So.")),
+    "conversation": ({"conversation_id": "x", "conversation": [USER, SAYS]}, ("x", "Why?", "So.")),
+    "dolly": ({"instruction": "Why", "context": "this?", "response": "So."}, (None, "Why\n\nthis?", "So.")),
+    "alpaca_history": (
+        {"instruction": "And?", "output": "No.", "history": [["Why?", "So."], ["Then?", "Yes."]]},
+        (None, "Why?", "So."),
+    ),
+    "gsm8k": ({"question": "Why?", "answer": "So."}, (None, "Why?", "So.")),
+    "orca": ({"id": "f.1", "system_prompt": "", "question": "Why?", "response": "So."}, ("f.1", "Why?", "So.")),
     "spec_bench": ({"question_id": 81, "turns": ["Why?", "And then?"]}, ("81", "Why?", "")),
     "text": ("Why?", (None, "Why?", "")),
 }
@@ -52,6 +60,8 @@ MALFORMED = [
     ),
     ({"body": {"input": "x"}}, "body: must be an object with 'messages' or 'prompt'"),
     ({"turns": []}, "turns: must be a list of texts"),
+    ({"instruction": "x", "history": [["a"]]}, "history: must be a list of pairs"),
+    ({"question": 3}, "question: is a number; must be a text"),
     ({"turns": [3]}, r"turns\[0\]: is a number"),
     ({"prompt": ["x"]}, "prompt: is a list; must be a text"),
     ({"id": ["a"], "prompt": "x"}, "id: is a list; must be a text or a number"),
@@ -176,6 +186,11 @@ def test_what_cannot_be_read_is_one_line(content: bytes | str, says: str, make: 
         (jsonl([*asks(2), *asks(1)]), "left out: 1 with a prompt there before"),
         (jsonl([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}]), "left out: 1 with an id there before"),
         (jsonl([{"messages": [{"role": "system", "content": "Be brief."}, USER]}]), "left out: 1 system messages"),
+        (jsonl([{"prompt": "a", "system": "Be brief."}]), "left out: 1 system messages"),
+        (
+            jsonl([{"instruction": "c", "history": [["a", "x"], ["b", "y"]], "system": " "}]),
+            "left out: 2 later turns (workload.turns asks them)",
+        ),
         (jsonl([{"turns": ["a", "b", "c"]}]), "left out: 2 later turns (workload.turns asks them)"),
     ],
 )

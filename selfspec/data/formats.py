@@ -2,11 +2,13 @@
 
 ======================  ====================================================================
 ShareGPT                ``{"id", "conversations": [{"from": "human", "value"}, ...]}``
-role and content        ``{"conversations": [{"role": "user", "content"}, ...]}``
+role and content        ``{"conversations": [{"role": "user", "content"}, ...]}``, or ``"conversation"``
 messages (OpenAI chat)  ``{"messages": [{"role": "user", "content"}, ...]}``
 OpenAI's batch          ``{"custom_id", "body": {"messages": [...]}}``, or ``{"prompt"}`` there
 prompt                  ``{"prompt"}``, with ``"completion"`` where there is an answer
-Alpaca                  ``{"instruction", "input", "output"}``
+Alpaca                  ``{"instruction", "input", "output"}``, with ``"history": [[asked, answered], ...]`` before it
+Dolly                   ``{"instruction", "context", "response"}``
+question                ``{"question", "answer"}`` (GSM8K), or ``"response"`` (OpenOrca)
 Spec-Bench              ``{"question_id", "turns": ["...", ...]}``
 plain text              a line of a ``*.txt``
 ======================  ====================================================================
@@ -14,13 +16,13 @@ plain text              a line of a ``*.txt``
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 ASKS, ANSWERS = ("human", "user"), ("gpt", "chatgpt", "assistant", "bot", "model")
 KNOWN = (
     "'conversations' (ShareGPT), 'messages' (OpenAI chat), 'body' (OpenAI batch), 'turns' (Spec-Bench), "
-    "'instruction' (Alpaca) or 'prompt'"
+    "'instruction' (Alpaca), 'question' or 'prompt'"
 )
 
 
@@ -36,7 +38,7 @@ class Exchange:
         id: ``None`` where the record has none.
         prompt: the first thing asked that is not blank, stripped; blank where nothing is asked.
         answer: what is answered to it, stripped; blank where nothing is.
-        system: whether a system message stands before it, which the prompt is without.
+        system: whether a system message comes with it, which the prompt is without.
         later: what else is asked after it, stripped, in order.
     """
 
@@ -59,12 +61,18 @@ def exchange(record: Any) -> Exchange:
         raise Malformed(f"is {_kind(record)}; must be an object with {KNOWN}")
     for key, read in _READERS.items():
         if record.get(key) is not None:
-            return read(_id(record), record)
+            found = read(_id(record), record)
+            apart = any(isinstance(record.get(name), str) and record[name].strip() for name in _SYSTEM)
+            return replace(found, system=True) if apart else found
     raise Malformed(f"has the keys {_keys(record)}; must have {KNOWN}")
 
 
 def _conversations(id: str | None, record: Mapping[str, Any]) -> Exchange:
     return _chat(id, "conversations", record["conversations"])
+
+
+def _conversation(id: str | None, record: Mapping[str, Any]) -> Exchange:
+    return _chat(id, "conversation", record["conversation"])
 
 
 def _messages(id: str | None, record: Mapping[str, Any]) -> Exchange:
@@ -88,8 +96,20 @@ def _turns(id: str | None, record: Mapping[str, Any]) -> Exchange:
 
 
 def _instruction(id: str | None, record: Mapping[str, Any]) -> Exchange:
-    asked, given = (_text(key, record.get(key) or "") for key in ("instruction", "input"))
-    return Exchange(id, f"{asked}\n\n{given}" if given else asked, _text("output", record.get("output") or ""))
+    asked, given = _first(record, "instruction"), _first(record, "input", "context")
+    prompt, answer = f"{asked}\n\n{given}" if given else asked, _first(record, "output", "response")
+    before = record.get("history") or []
+    if not isinstance(before, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in before):
+        raise Malformed("history: must be a list of pairs, what was asked and what was answered")
+    said = [(_text(f"history[{n}]", asked), _text(f"history[{n}]", told)) for n, (asked, told) in enumerate(before)]
+    said = [(asked, told) for asked, told in (*said, (prompt, answer)) if asked]
+    if not said:
+        return Exchange(id, "")
+    return Exchange(id, *said[0], later=tuple(asked for asked, _ in said[1:]))
+
+
+def _question(id: str | None, record: Mapping[str, Any]) -> Exchange:
+    return Exchange(id, _first(record, "question"), _first(record, "answer", "response"))
 
 
 def _prompt(id: str | None, record: Mapping[str, Any]) -> Exchange:
@@ -101,13 +121,17 @@ def _prompt(id: str | None, record: Mapping[str, Any]) -> Exchange:
 
 _READERS: dict[str, Callable[[str | None, Mapping[str, Any]], Exchange]] = {
     "conversations": _conversations,
+    "conversation": _conversation,
     "messages": _messages,
     "body": _body,
     "turns": _turns,
     "instruction": _instruction,
+    "question": _question,
     "prompt": _prompt,
 }
 """By the key that tells a format from the others."""
+_SYSTEM = ("system", "system_prompt")
+"""Where a record has a system message that is no turn."""
 
 
 def _chat(id: str | None, key: str, turns: Any) -> Exchange:
@@ -137,6 +161,11 @@ def _turn(key: str, turn: Any) -> tuple[str, str] | None:
     return None if text is None or not isinstance(who, str) else (who, _text(key, text))
 
 
+def _first(record: Mapping[str, Any], *keys: str) -> str:
+    """The first of these that the record has and that is not blank."""
+    return next((text for key in keys if (text := _text(key, record.get(key) or ""))), "")
+
+
 def _text(key: str, text: Any) -> str:
     """Of a string, or of OpenAI's list of parts."""
     if isinstance(text, list) and text and all(isinstance(part, dict) for part in text):
@@ -156,7 +185,7 @@ def _clean(text: str) -> str:
 
 def _id(record: Mapping[str, Any]) -> str | None:
     """Its own name; null, NaN (as pandas writes a missing one) and blank are none."""
-    for key in ("id", "custom_id", "question_id"):
+    for key in ("id", "custom_id", "question_id", "conversation_id", "task_id"):
         value = record.get(key)
         if isinstance(value, float) and math.isnan(value):
             continue

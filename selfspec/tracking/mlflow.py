@@ -27,7 +27,7 @@ _BATCH = 1000  # MLflow takes no more metrics in one call
 _PARAM_BATCH = 100  # ... and no more params or tags
 _NAME = 250  # what a run's name may have in a database that heeds its columns' widths, as PostgreSQL does
 _FLUSH_S = 30.0  # how far a live view may lag behind
-_LOCK_S = 60.0
+_LOCK_S = 600.0  # for which a job waits at most; who dies gives it back
 _ENVIRONMENT = {
     # One retry of 4 s each: a server that is down costs a job at most about 10 s, not 4 minutes.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
@@ -45,7 +45,11 @@ _SQLITE = re.compile(r"(?P<scheme>sqlite(?:\+\w+)?:///)(?P<path>[^?:][^?]*)(?P<q
 
 
 class MLflowTracker:
-    """Logs to an MLflow store: a local SQLite file or a server. Raises what MLflow raises."""
+    """Logs to an MLflow store: a local SQLite file or a server. Raises what MLflow raises.
+
+    What writes to a SQLite file does so under a lock: SQLite itself lets a writer that others keep ahead of wait for 20
+    seconds, and 64 jobs on one store keep it longer (``tests/benchmarks/tracked.py``).
+    """
 
     def __init__(self, uri: str, experiment: str, artifact_root: Path) -> None:
         """Opens nothing yet.
@@ -68,6 +72,12 @@ class MLflowTracker:
         self, name: str, tags: Mapping[str, str], params: Mapping[str, object], run_id: str | None, parent: str | None
     ) -> str | None:
         """See :class:`Tracker`."""
+        with self._lock:
+            return self._start(name, tags, params, run_id, parent)
+
+    def _start(
+        self, name: str, tags: Mapping[str, str], params: Mapping[str, object], run_id: str | None, parent: str | None
+    ) -> str | None:
         from mlflow.entities import Param
 
         run = self._find(run_id) if run_id else self._find_by(JOURNAL_TAG, tags)
@@ -131,16 +141,18 @@ class MLflowTracker:
         self._flush()
         if timestamp_ms is not None and timestamp_ms < self._client.get_run(self._run_id).info.start_time:
             timestamp_ms = None  # a new run for an old journal
-        self._client.set_terminated(self._run_id, status, timestamp_ms)
-        if self._parent:
-            self._settle(self._parent)
+        with self._lock:
+            self._client.set_terminated(self._run_id, status, timestamp_ms)
+            if self._parent:
+                self._settle(self._parent)
 
     def mark_orphans_failed(self, parent: str, plan_ids: Collection[str]) -> None:
         """See :class:`Tracker`."""
         running = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = 'RUNNING'"
-        for run in self._client.search_runs([self._experiment_id], running):
-            if run.data.tags.get(PLAN_TAG) in plan_ids:
-                self._client.set_terminated(run.info.run_id, "FAILED")
+        with self._lock:
+            for run in self._client.search_runs([self._experiment_id], running):
+                if run.data.tags.get(PLAN_TAG) in plan_ids:
+                    self._client.set_terminated(run.info.run_id, "FAILED")
 
     @cached_property
     def _client(self) -> "MlflowClient":
@@ -169,8 +181,10 @@ class MLflowTracker:
         """Of a local store; a server has none, nor needs one."""
         if self._database is None:
             return nullcontext()
-        self._database.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{self._database}.lock", timeout=_LOCK_S)
+        place = Path(f"{self._database}.lock")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()  # FileLock would wait for a file that cannot be made
+        return FileLock(place, timeout=_LOCK_S)
 
     def _find(self, run_id: str) -> "Run | None":
         from mlflow.exceptions import MlflowException
@@ -201,7 +215,8 @@ class MLflowTracker:
         """Entries of one kind, so many in a call."""
         ((kind, new),) = entries.items()
         for i in range(0, len(new), most):
-            self._client.log_batch(self._run_id, **{kind: new[i : i + most]})
+            with self._lock:
+                self._client.log_batch(self._run_id, **{kind: new[i : i + most]})
 
     def _settle(self, parent: str) -> None:
         # Whoever finishes last sees all the others finished: each child ends itself before it looks.
