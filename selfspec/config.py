@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from selfspec.axes import AXES, ControllerOptions, DraftOptions, EngineOptions, GateOptions, PolicyOptions, foreign
+from selfspec.data.config import Workload
 from selfspec.errors import ConfigError
 from selfspec.options import Option, bounded, check_bounds, within
 from selfspec.quality.config import Quality
@@ -52,22 +53,6 @@ class Hardware:
     device: Device = Device.auto
     dtype: Dtype = Dtype.auto
     threads: int | None = bounded(None, 1)
-
-
-@dataclass
-class Workload:
-    """Which prompts, how long, and when to stop."""
-
-    name: str = MISSING
-    source: str = MISSING
-    sha256: str | None = None
-    chat: bool = True
-    """Put the prompt through the model's chat template."""
-    prompt_tokens: int | None = bounded(None, 1)
-    """Cut every prompt to exactly this many tokens (shorter ones are passed over)."""
-    max_prompt_tokens: int = bounded(512, 1)
-    new_tokens: int = bounded(MISSING, 2)
-    ignore_eos: bool = False
 
 
 @dataclass

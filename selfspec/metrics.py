@@ -106,6 +106,28 @@ def summarise(units: Sequence[Unit], seed: int) -> Measurements:
     return found | _drafting(configured) | _losslessness(units)
 
 
+def by_part(parts: Mapping[str, Sequence[Unit]], seed: int) -> Measurements:
+    """What each set of prompts came to by itself, and the mean of their speed-ups: every set counts for the same.
+
+    Its bootstrap is over the prompts within each set: the sets are no sample of others.
+    """
+    told = ("prompts", "looping", "tok_s", "plain_tok_s", "speedup", "acceptance")  # and what begins like these
+    found = {
+        f"part/{name}/{key}": value
+        for name, units in parts.items()
+        for key, value in summarise(units, seed).items()
+        if key.startswith(told)
+    }
+    ratios = [ratios for units in parts.values() if (ratios := _by_prompts(units, speedup))]
+    if ratios:
+        chance = np.random.default_rng(seed)
+        drawn = [np.median(chance.choice(np.asarray(own), (RESAMPLES, len(own))), axis=1) for own in ratios]
+        low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
+        macro = float(np.mean([np.median(own) for own in ratios]))
+        found |= {"speedup_macro": macro, "speedup_macro_low": float(low), "speedup_macro_high": float(high)}
+    return found
+
+
 def _speedups(units: Sequence[Unit], seed: int) -> Measurements:
     """Over plain decoding, unit by unit and by total time; of all units, and without those that loop."""
     found: Measurements = {"looping": len({prompt for unit in units for prompt in _looping(unit)})}

@@ -20,6 +20,7 @@ from selfspec import config as schema
 from selfspec import rules
 from selfspec.axes import GATE, ControllerOptions, DraftOptions, EngineOptions, GateOptions, PolicyOptions
 from selfspec.data import assets
+from selfspec.data.config import Workload
 from selfspec.errors import ConfigError
 from selfspec.quality.config import Quality
 
@@ -53,7 +54,7 @@ class Plan:
     policy: PolicyOptions
     engine: EngineOptions
     hardware: schema.Hardware
-    workload: schema.Workload
+    workload: Workload
     scale: schema.Scale
     bench: schema.Bench
     quality: Quality
@@ -124,6 +125,16 @@ class Plan:
         return _digest(answers=self.answers_id, draft=fitted)
 
     @property
+    def _asked(self) -> dict[str, Any]:
+        """What changes which prompts are asked, and how they are answered."""
+
+        def of(prompts: Any) -> Any:
+            return replace(prompts, source=assets.identity(prompts.source, prompts.sha256), sha256=None)
+
+        parts = {name: of(part) for name, part in self.workload.parts.items()}
+        return asdict(replace(of(self.workload), name="", parts=parts))
+
+    @property
     def _assessed(self) -> tuple[dict[str, Any], dict[str, str]]:
         """What changes the quality stage's results."""
         documents = {task: assets.identity(data.source, data.sha256) for task, data in self.quality.data.items()}
@@ -140,7 +151,6 @@ class Plan:
     @cached_property
     def id(self) -> str:
         """Identity of the whole plan."""
-        prompts = assets.identity(self.workload.source, self.workload.sha256)
         return _digest(
             model=self.model_id,
             draft=asdict(self.draft) | {"head": self._head_digest},
@@ -149,7 +159,7 @@ class Plan:
             policy=asdict(self.policy),
             engine=asdict(self.engine),
             hardware=(self.hardware.device, self.hardware.dtype, self.hardware.threads),
-            workload=asdict(replace(self.workload, name="", source=prompts, sha256=None)),
+            workload=self._asked,
             scale=asdict(replace(self.scale, name="")),
             bench=(self.bench.baselines, self.fixed_ks),
             seed=self.seed,

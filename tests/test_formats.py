@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from selfspec.config import Workload
 from selfspec.data import formats, records
+from selfspec.data.config import Workload
 from selfspec.data.workload import SPLITS, select, table
 from selfspec.errors import AssetError, ConfigError
 

@@ -15,7 +15,7 @@ REPO = Path(__file__).parents[1]
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "lazy", "types"),
     ("options",),
-    ("axes", "heads", "interrupt", "metrics", "progress", "quality.config"),
+    ("axes", "data.config", "heads", "interrupt", "metrics", "progress", "quality.config"),
     ("config",),
     ("files", "provenance", "refusal", "sense", "sweep.compose"),
     ("data",),

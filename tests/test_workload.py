@@ -11,8 +11,9 @@ from typing import Any, get_args
 
 import pytest
 
-from selfspec.config import Model, Workload
+from selfspec.config import Model
 from selfspec.data import assets, records, workload
+from selfspec.data.config import Workload
 from selfspec.data.records import documents
 from selfspec.data.workload import Split, select, table
 from selfspec.errors import AssetError, ConfigError

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from selfspec.config import flatten
 from selfspec.files import csv_text, write_atomic
-from selfspec.report import plots, quality
+from selfspec.report import parts, plots, quality
 from selfspec.report.results import (
     Result,
     distinct,
@@ -79,9 +79,10 @@ def table(results: Iterable[Result], explain: bool = True) -> Table:
 
 
 def further(results: Iterable[Result], explain: bool = True) -> list[Table]:
-    """The tables of what the quality stage measured, where there is something."""
+    """The tables of sets of prompts and of what the quality stage measured, where there is something."""
     made = []
-    for section in quality.sections(distinct(results)):
+    rows = distinct(results)
+    for section in [*parts.sections(rows), *quality.sections(rows)]:
         one = _empty(section.caption if explain else None)
         for header in section.columns:
             one.add_column(header, overflow="fold")
@@ -135,6 +136,7 @@ def write(folder: Path, results: Iterable[Result]) -> list[Path]:
         "report.txt": text(rows),
         "tok_s.png": plots.speed(rows),
         "acceptance.png": plots.acceptance(rows),
+        "parts.png": plots.parts(rows),
     }
     written = []
     for name, data in files.items():

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from selfspec import metrics, sense
 from selfspec.checkpoint import Journal, Record
-from selfspec.data import workload
+from selfspec.data import parts, workload
 from selfspec.engine import factory
 from selfspec.engine.base import Engine, LazyEngine, TieJudge
 from selfspec.errors import StageError
@@ -45,8 +45,8 @@ class Bench(Stage):
             StageError: what came of a unit cannot be.
         """
         scale, size = self.plan.scale, self.plan.engine.max_batch
-        chunks = -(-scale.prompts // size)
-        turns = {_name(repeat, n): (repeat, n) for repeat in range(scale.repeats) for n in range(chunks)}
+        chunks = parts.chunks(self.plan.workload, scale.prompts, size)
+        turns = {_name(repeat, n): (repeat, n) for repeat in range(scale.repeats) for n in range(len(chunks))}
         missing = self.missing(turns, journal)
         if not missing:
             return
@@ -56,7 +56,7 @@ class Bench(Stage):
         with progress(self.name, len(turns), len(turns) - len(missing)) as advance:
             for unit in missing:
                 repeat, n = turns[unit]
-                data = _unit(made, self.plan, ways, prompts[n * size : (n + 1) * size], repeat + n)
+                data = _unit(made, self.plan, ways, prompts[chunks[n]], repeat + n)
                 if (wrong := sense.impossible(data)) is not None:
                     raise StageError(f"what was measured makes no sense: {wrong}")
                 yield Unit.measured(unit, data, provenance)
@@ -67,7 +67,7 @@ class Bench(Stage):
         plan = self.plan
         install(engine, plan)  # a job may be resumed after its head was deleted
         encode = partial(engine.tokenizer.encode, chat=plan.workload.chat)
-        prompts = workload.select(plan.workload, "bench", plan.scale.prompts, plan.seed, encode)
+        prompts = parts.select(plan.workload, plan.scale.prompts, plan.seed, encode)
         ways = _ways(engine, plan)
         for prompt in workload.select(plan.workload, "fit", plan.scale.warmup, plan.seed, encode):
             _unit(engine, plan, ways, [prompt], 0)
@@ -77,8 +77,10 @@ class Bench(Stage):
         return prompts, ways
 
     def measurements(self, journal: Journal) -> Measurements:
-        """Speed, latency and acceptance, with intervals."""
-        return metrics.summarise([record.data for record in poolable(journal.records(self.name))], self.plan.seed)
+        """Speed, latency and acceptance, with intervals; also of every part by itself."""
+        units = [record.data for record in poolable(journal.records(self.name))]
+        by_part = metrics.by_part(parts.grouped(self.plan.workload, units), self.plan.seed)
+        return metrics.summarise(units, self.plan.seed) | by_part
 
     def per_unit(self, data: dict[str, Any]) -> Measurements:
         """Its speedup, and what gave it."""
@@ -90,6 +92,7 @@ class Bench(Stage):
         pooled = poolable(records)
         left_out = len(records) - len(pooled)
         said = [f"{left_out} of {len(records)} units ran on other hardware and are left out"] if left_out else []
+        said += parts.notes(self.plan.workload, self.plan.scale.prompts)
         untimed = sum(metrics.speedup(record.data) is None for record in pooled)
         if untimed and self._drafts:
             said.append(f"{untimed} of {len(pooled)} units have no speed-up: no tokens after the first to time")
