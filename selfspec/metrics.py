@@ -79,6 +79,26 @@ def per_unit(unit: Unit) -> Measurements:
     return {f"unit/{name}": value for name, value in shown.items()}
 
 
+def table(units: Sequence[Unit]) -> list[list[object]]:
+    """Names, and a line a unit: what was asked, how fast it was answered, and how much was drafted for it."""
+    lines: list[list[object]] = [[*UNIT_COLUMNS]]
+    for unit in units:
+        configured = unit["configured"]
+        cycles = sum(len(c["cycles"]["new_tokens"]) for c in configured)
+        counts = [_total(configured, name) for name in ("new_tokens", "proposed", "accepted")]
+        rates = (decode_rate(configured), decode_rate(unit["plain"]), speedup(unit))
+        tokens = sum(unit.get("prompt_tokens", ())), sum(len(c["tokens"]) for c in configured)
+        lines.append([" ".join(unit["prompts"]), *tokens, *rates, cycles, *counts, len(_looping(unit))])
+    return lines
+
+
+UNIT_COLUMNS = (
+    *("prompts", "prompt_tokens", "new_tokens", "tok_s", "plain_tok_s", "speedup"),
+    *("cycles", "cycle_tokens", "proposed", "accepted", "looping"),
+)
+"""Of ``units.csv``."""
+
+
 def summarise(units: Sequence[Unit], seed: int) -> Measurements:
     """All measurements of a bench; at least one unit."""
     configured = [c for unit in units for c in unit["configured"]]

@@ -30,6 +30,7 @@ from selfspec.report.results import (
     varying,
     verdict,
 )
+from selfspec.report.why import why
 
 SPEEDUP_MEANS = (
     "Speed-up: against plain greedy decoding by the same engine, interleaved with it in the same process; "
@@ -180,7 +181,7 @@ def _caption(rows: Sequence[Result]) -> str:
     if any(lossy(row) for row in rows):
         lines.append("LOSSY, NO: these tokens are not those of plain decoding; the speed-up is not for the same text.")
     for row, label in zip(rows, labels(rows), strict=True):
-        lines += [f"{label}: {words}" for words in against(row)]
+        lines += [f"{label}: {words}" for words in (why(row), *against(row)) if words]
         if row["status"] == "failed":
             lines.append(f"{label}: FAILED: {_line(row['error'] or 'no reason given')}")
         lines += [f"{label}: {_line(note)}" for note in row["notes"]]

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from selfspec import metrics, sense
+from selfspec import costs, export, metrics, sense
 from selfspec.checkpoint import Journal, Record
 from selfspec.data import parts, workload
 from selfspec.engine import factory
 from selfspec.engine.base import Engine, LazyEngine, TieJudge
 from selfspec.errors import StageError
-from selfspec.files import write_atomic
+from selfspec.files import csv_text, write_atomic
 from selfspec.fitting import install
 from selfspec.plan import Plan
 from selfspec.progress import progress
@@ -80,7 +80,7 @@ class Bench(Stage):
         """Speed, latency and acceptance, with intervals; also of every part by itself."""
         units = [record.data for record in poolable(journal.records(self.name))]
         by_part = metrics.by_part(parts.grouped(self.plan.workload, units), self.plan.seed)
-        return metrics.summarise(units, self.plan.seed) | by_part
+        return metrics.summarise(units, self.plan.seed) | by_part | costs.measured(units)
 
     def per_unit(self, data: dict[str, Any]) -> Measurements:
         """Its speedup, and what gave it."""
@@ -126,8 +126,12 @@ class Bench(Stage):
         return sense.senseless([record.data for record in records], self._drafts)
 
     def write(self, folder: Path, journal: Journal) -> None:
-        """Every cycle, as ``cycles.parquet``."""
-        write_cycles(folder / "cycles.parquet", journal.records(self.name))
+        """Every cycle, as ``cycles.parquet``; every unit, as ``units.csv``; and ``speculation_profile.json``."""
+        records = journal.records(self.name)
+        write_cycles(folder / "cycles.parquet", records)
+        units = [record.data for record in poolable(records)]
+        write_atomic(folder / "units.csv", csv_text(metrics.table(units)))
+        write_atomic(folder / export.FILE, export.profile(self.plan, units))
 
 
 def poolable(records: list[Record]) -> list[Record]:
