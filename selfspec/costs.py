@@ -68,13 +68,15 @@ def measured(units: Sequence[Unit]) -> Measurements:
     looked = sum(passes[step.batch] * step.steps.max() for step in timed)
     cost = sum(step.draft_ms + step.verify_ms for step in timed) / plain_ms
     found = {
-        "cost_draft_step": sum(step.draft_ms for step in timed) / looked,
         "cost_cycle": cost,
         "stand": accepted.sum() / (accepted + (accepted < depth)).sum(),
         "oracle_speedup": (1 + depth.mean()) / cost,
     }
-    even = break_even(depth, cost)
-    return {name: float(value) for name, value in (found | ({} if even is None else {"break_even": even})).items()}
+    if drafting_ms := sum(step.draft_ms for step in timed):  # where drafting is not told apart, it is in the cycle's
+        found["cost_draft_step"] = drafting_ms / looked
+    if (even := break_even(depth, cost)) is not None:
+        found["break_even"] = even
+    return {name: float(value) for name, value in found.items()}
 
 
 def break_even(depth: Array, cost: float) -> float | None:

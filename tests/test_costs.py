@@ -109,7 +109,7 @@ def test_nothing_drafted_or_timed_has_no_costs() -> None:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
     folder = tmp_path_factory.mktemp("world")
-    asked = ("scale.prompts=40", "workload.new_tokens=64", "K=6", f"checkpoint.dir={folder / 'kept'}")
+    asked = ("scale.prompts=24", "workload.new_tokens=64", "K=6", f"checkpoint.dir={folder / 'kept'}")
     made = run_job(planned(*fake_job(prompts(folder / "p.json")), *asked), folder / "run")
     return json.loads((folder / "run" / export.FILE).read_text()), made
 
@@ -134,7 +134,7 @@ class TestWorld:
     def test_a_shorter_draft_is_as_fast_as_it_was_foretold_from_a_longer_one(self, job: Any, tmp_path: Path) -> None:
         profile, _ = job
         foretold = {one["K"]: one["speedup"] for one in profile["cost"][0]["k"]}
-        asked = ("scale.prompts=40", "workload.new_tokens=64", "K=2", f"checkpoint.dir={tmp_path / 'kept'}")
+        asked = ("scale.prompts=24", "workload.new_tokens=64", "K=2", f"checkpoint.dir={tmp_path / 'kept'}")
         made = run_job(planned(*fake_job(prompts(tmp_path / "p.json")), *asked), tmp_path)
         assert made["measurements"]["bench/speedup_total"] == pytest.approx(foretold[2], rel=0.05)
 
@@ -142,7 +142,7 @@ class TestWorld:
         _, made = job
         said = why(made)
         assert said is not None and said.startswith(
-            "slower: a draft step costs .30 of a pass and .60 of drafts stand; "
+            "slower: a draft step costs .30 of a pass, a cycle 2.74, and .60 of drafts stand; "
         )
         assert made["measurements"]["bench/stand"] < made["measurements"]["bench/break_even"]
 
@@ -150,10 +150,20 @@ class TestWorld:
 @pytest.mark.parametrize(
     ("low", "high", "even", "word"),
     [
-        (0.7, 0.9, 0.49, "slower: a draft step costs .41 of a pass and .26 of drafts stand; it breaks even at .49 "),
+        (
+            0.7,
+            0.9,
+            0.49,
+            "slower: a draft step costs .41 of a pass, a cycle 2.30, and .26 of drafts stand; it breaks even at .49 ",
+        ),
         (1.1, 1.2, 0.2, "faster: "),
         (0.9, 1.2, 0.26, "neither faster nor slower for certain: "),
-        (0.4, 0.5, None, "slower: a draft step costs .41 of a pass and .26 of drafts stand; nothing would break even "),
+        (
+            0.4,
+            0.5,
+            None,
+            "slower: a draft step costs .41 of a pass, a cycle 2.30, and .26 of drafts stand; nothing would ",
+        ),
     ],
 )
 def test_why_in_a_line(low: float, high: float, even: float | None, word: str) -> None:
@@ -162,6 +172,9 @@ def test_why_in_a_line(low: float, high: float, even: float | None, word: str) -
     row = result(measurements={f"bench/{key}": one for key, one in measured.items() if one is not None})
     said = why(row)
     assert said is not None and said.startswith(word) and "an oracle's drafts at that cost: 1.62x" in said
+    del row["measurements"]["bench/cost_draft_step"]
+    said = why(row)
+    assert said is not None and said.split(": ")[1].startswith("a cycle costs 2.30 passes and .26 of drafts stand")
     assert why(result()) is None, "without figures there is nothing to say"
 
 
