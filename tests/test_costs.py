@@ -138,6 +138,12 @@ class TestWorld:
         made = run_job(planned(*fake_job(prompts(tmp_path / "p.json")), *asked), tmp_path)
         assert made["measurements"]["bench/speedup_total"] == pytest.approx(foretold[2], rel=0.05)
 
+    def test_every_field_is_documented(self, job: Any) -> None:
+        profile, _ = job
+        fields = [*profile, *profile["acceptance"][0], *profile["cost"][0], *profile["schedule"][0], *profile["flags"]]
+        told = (Path(__file__).parents[1] / "docs" / "profile.md").read_text()
+        assert [name for name in fields if f"`{name}" not in told and f"`.{name}" not in told] == []
+
     def test_its_report_says_why(self, job: Any) -> None:
         _, made = job
         said = why(made)
