@@ -60,7 +60,8 @@ def fetch(plan: Plan) -> None:
     """
     if checkpoint.begun_here(place(plan)):
         return
-    assets.fetch(plan.workload.source, plan.workload.sha256)
+    for asked in (plan.workload, *plan.workload.parts.values()):
+        assets.fetch(asked.source, asked.sha256)
     if plan.engine.reads_model:
         assets.fetch(plan.model.source, plan.model.sha256)
     for stage in stages.of(plan):

@@ -79,6 +79,26 @@ def per_unit(unit: Unit) -> Measurements:
     return {f"unit/{name}": value for name, value in shown.items()}
 
 
+def table(units: Sequence[Unit]) -> list[list[object]]:
+    """Names, and a line a unit: what was asked, how fast it was answered, and how much was drafted for it."""
+    lines: list[list[object]] = [[*UNIT_COLUMNS]]
+    for unit in units:
+        configured = unit["configured"]
+        cycles = sum(len(c["cycles"]["new_tokens"]) for c in configured)
+        counts = [_total(configured, name) for name in ("new_tokens", "proposed", "accepted")]
+        rates = (decode_rate(configured), decode_rate(unit["plain"]), speedup(unit))
+        tokens = sum(unit.get("prompt_tokens", ())), sum(len(c["tokens"]) for c in configured)
+        lines.append([" ".join(unit["prompts"]), *tokens, *rates, cycles, *counts, len(_looping(unit))])
+    return lines
+
+
+UNIT_COLUMNS = (
+    *("prompts", "prompt_tokens", "new_tokens", "tok_s", "plain_tok_s", "speedup"),
+    *("cycles", "cycle_tokens", "proposed", "accepted", "looping"),
+)
+"""Of ``units.csv``."""
+
+
 def summarise(units: Sequence[Unit], seed: int) -> Measurements:
     """All measurements of a bench; at least one unit."""
     configured = [c for unit in units for c in unit["configured"]]
@@ -104,6 +124,28 @@ def summarise(units: Sequence[Unit], seed: int) -> Measurements:
     for name in dict.fromkeys(name for unit in units for name in unit["against"]):
         found |= _against(name, units, seed)
     return found | _drafting(configured) | _losslessness(units)
+
+
+def by_part(parts: Mapping[str, Sequence[Unit]], seed: int) -> Measurements:
+    """What each set of prompts came to by itself, and the mean of their speed-ups: every set counts for the same.
+
+    Its bootstrap is over the prompts within each set: the sets are no sample of others.
+    """
+    told = ("prompts", "looping", "tok_s", "plain_tok_s", "speedup", "acceptance")  # and what begins like these
+    found = {
+        f"part/{name}/{key}": value
+        for name, units in parts.items()
+        for key, value in summarise(units, seed).items()
+        if key.startswith(told)
+    }
+    ratios = [ratios for units in parts.values() if (ratios := _by_prompts(units, speedup))]
+    if ratios:
+        chance = np.random.default_rng(seed)
+        drawn = [np.median(chance.choice(np.asarray(own), (RESAMPLES, len(own))), axis=1) for own in ratios]
+        low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
+        macro = float(np.mean([np.median(own) for own in ratios]))
+        found |= {"speedup_macro": macro, "speedup_macro_low": float(low), "speedup_macro_high": float(high)}
+    return found
 
 
 def _speedups(units: Sequence[Unit], seed: int) -> Measurements:

@@ -69,6 +69,10 @@ def check_bounds(of: Any, prefix: str = "") -> None:
             for at, item in enumerate(value):
                 if is_dataclass(item):
                     check_bounds(item, f"{key}[{at}].")
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                if is_dataclass(item):
+                    check_bounds(item, f"{key}.{name}.")
     if isinstance(of, Option):
         of.check()
 

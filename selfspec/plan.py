@@ -125,6 +125,16 @@ class Plan:
         return _digest(answers=self.answers_id, draft=fitted)
 
     @property
+    def _asked(self) -> dict[str, Any]:
+        """What changes which prompts are asked, and how they are answered."""
+
+        def of(prompts: Any) -> Any:
+            return replace(prompts, source=assets.identity(prompts.source, prompts.sha256), sha256=None)
+
+        parts = {name: of(part) for name, part in self.workload.parts.items()}
+        return asdict(replace(of(self.workload), name="", parts=parts))
+
+    @property
     def _assessed(self) -> tuple[dict[str, Any], dict[str, str]]:
         """What changes the quality stage's results."""
         documents = {task: assets.identity(data.source, data.sha256) for task, data in self.quality.data.items()}
@@ -141,7 +151,6 @@ class Plan:
     @cached_property
     def id(self) -> str:
         """Identity of the whole plan."""
-        prompts = assets.identity(self.workload.source, self.workload.sha256)
         return _digest(
             model=self.model_id,
             draft=asdict(self.draft) | {"head": self._head_digest},
@@ -150,7 +159,7 @@ class Plan:
             policy=asdict(self.policy),
             engine=asdict(self.engine),
             hardware=(self.hardware.device, self.hardware.dtype, self.hardware.threads),
-            workload=asdict(replace(self.workload, name="", source=prompts, sha256=None)),
+            workload=self._asked,
             scale=asdict(replace(self.scale, name="")),
             bench=(self.bench.baselines, self.fixed_ks),
             seed=self.seed,

@@ -25,8 +25,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from selfspec.data import assets, folders, formats, records
-from selfspec.data.config import Workload
+from selfspec.data import assets, fields, folders, formats, records
+from selfspec.data.config import Prompts, Workload
 from selfspec.data.records import note
 from selfspec.errors import AssetError, ConfigError
 from selfspec.types import Prompt
@@ -45,7 +45,7 @@ _SYSTEM, _LATER = "system messages", "later turns (workload.turns asks them)"
 
 def select(
     workload: Workload,
-    split: Split,
+    split: Split | None,
     count: int,
     seed: int,
     encode: Callable[[str], Sequence[int]],
@@ -56,7 +56,7 @@ def select(
 
     Args:
         workload: where the prompts are, and how long they may be.
-        split: ``fit`` (heads are fitted on these), ``bench`` or ``quality``.
+        split: ``fit`` (heads are fitted on these), ``bench`` or ``quality``; ``None``: all there are.
         count: how many.
         seed: another seed is another order, and never moves a prompt to another split.
         encode: text -> token ids, chat template included where asked for; called only as often as needed.
@@ -84,17 +84,19 @@ def select(
             continue
         chosen.setdefault(tokens, Prompt(id, tokens, answer, tuple(asked[:turns])))
     if len(chosen) < count:
-        key = {"fit": "scale.fit_prompts", "bench": "scale.prompts", "quality": "quality.prompts"}[split]
         limit = "max_prompt_tokens" if workload.prompt_tokens is None else "prompt_tokens"
+        keys = {"fit": "scale.fit_prompts", "bench": "scale.prompts", "quality": "quality.prompts"}
+        key = keys[split] if split else f"workload.parts.{workload.name}.prompts"
         raise ConfigError(
-            f"{key}={count}: must be at most {len(chosen)}, the {split} prompts that workload={workload.name} has "
-            f"with workload.{limit}={getattr(workload, limit)}{f' and workload.turns={turns}' if turns > 1 else ''}; "
-            f"{len(rows)} of its {total} prompts are in that split"
+            f"{key}={count}: must be at most {len(chosen)}, the {split or 'distinct'} prompts that "
+            f"workload={workload.name} has with workload.{limit}={getattr(workload, limit)}"
+            f"{f' and workload.turns={turns}' if turns > 1 else ''}; "
+            f"{len(rows)} of its {total} prompts are {'in that split' if split else 'distinct'}"
         )
     return [*chosen.values()]
 
 
-def table(workload: Workload) -> Path:
+def table(workload: Prompts) -> Path:
     """The workload's prompts as a JSONL of {"id", "prompt", "answer", "later"}, made once from its source (rule 1).
 
     Raises:
@@ -106,12 +108,14 @@ def table(workload: Workload) -> Path:
         raise AssetError(f"workload.source={workload.source}: must be one file of prompts")
 
     def build(folder: Path) -> None:
-        _write_table(records.read(source, workload.source), folder / _TABLE, workload.source)
+        _write_table(records.read(source, workload.source), folder / _TABLE, workload)
 
-    return folders.derived("prompts", folders.fingerprint(source, _VERSION), build) / _TABLE
+    asked = [workload.prompt, workload.where] if workload.prompt or workload.where else []
+    return folders.derived("prompts", folders.fingerprint(source, _VERSION, *asked), build) / _TABLE
 
 
-def _write_table(found: Iterator[tuple[str, Any]], path: Path, source: str) -> None:
+def _write_table(found: Iterator[tuple[str, Any]], path: Path, workload: Prompts) -> None:
+    source = workload.source
     ids: dict[str, bool] = {}  # with whether the record itself has it
     texts: set[bytes] = set()
     left: Counter[str] = Counter()
@@ -119,7 +123,9 @@ def _write_table(found: Iterator[tuple[str, Any]], path: Path, source: str) -> N
     with path.open("w", encoding="utf-8") as file:
         for total, (where, record) in enumerate(found, 1):
             try:
-                read = formats.exchange(record)
+                if not fields.matches(record, workload.where):
+                    continue
+                read = fields.exchange(record, workload.prompt)
             except formats.Malformed as error:
                 raise AssetError(f"{source}, {where}: {error}") from error
             id, digest = read.id or str(total - 1), hashlib.sha256(read.prompt.encode()).digest()
@@ -140,13 +146,15 @@ def _write_table(found: Iterator[tuple[str, Any]], path: Path, source: str) -> N
         note(source, f"{len(ids)} prompts of {total} conversations; left out: {said}")
 
 
-def _ordered(path: Path, split: Split, seed: int) -> tuple[list[tuple[str, ...]], int]:
-    """(id, answer, prompt, *later) of a split's prompts, in the order of the seed; and how many all splits have."""
+def _ordered(path: Path, split: Split | None, seed: int) -> tuple[list[tuple[str, ...]], int]:
+    """(id, answer, prompt, *later) of a split, or of all, in the order of the seed; and how many there are in all."""
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     parts = _stems(row["id"] for row in rows)
     mine = [
-        (row["id"], row["answer"], row["prompt"], *row["later"]) for row in rows if _split_of(row["id"], parts) == split
+        (row["id"], row["answer"], row["prompt"], *row["later"])
+        for row in rows
+        if split in (None, _split_of(row["id"], parts))
     ]
     return sorted(mine, key=lambda row: _hash(f"order:{seed}:{row[0]}")), len(rows)
 

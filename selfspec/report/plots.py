@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from selfspec.report.parts import MACRO, names
 from selfspec.report.results import Result, labels, lossy, number, setup, value
 
 if TYPE_CHECKING:
@@ -101,6 +102,36 @@ def acceptance(rows: Sequence[Result]) -> bytes | None:
     if any(value(row, "bench/proposed_share") is not None for row, _ in bars):
         legend.append(Patch(facecolor=_SHARE, label="proposed / asked of the draft"))
     return _png(figure, axes, legend)
+
+
+def parts(rows: Sequence[Result]) -> bytes | None:
+    """A heat map: the speed-up of every configuration on every set of prompts, and the mean of all."""
+    columns = names(rows)
+    bars = [(row, label) for row, label in zip(rows, labels(rows), strict=True) if value(row, "bench/speedup_macro")]
+    if not bars or not columns:
+        return None
+    from matplotlib.colors import TwoSlopeNorm
+
+    of, bars = len(bars), _fastest(bars)
+    keys = [*(f"bench/part/{name}/speedup" for name in columns), "bench/speedup_macro"]
+    cells = [[value(row, key) for key in keys] for row, _ in bars]
+    known = [cell for line in cells for cell in line if cell is not None]
+    figure, axes = _figure(bars, of)
+    figure.set_size_inches(4 + 0.62 * len(keys), figure.get_size_inches()[1])
+    # Centred on 1: what is slower than plain decoding has another colour, whatever the others come to.
+    norm = TwoSlopeNorm(1.0, min(0.5, *known), max(2.0, *known))
+    shown = [[float("nan") if cell is None else cell for cell in line] for line in cells]
+    axes.imshow(shown, cmap="RdBu", norm=norm, aspect="auto")
+    for y, line in enumerate(cells):
+        for x, cell in enumerate(line):
+            says = "-" if cell is None else f"{cell:.2f}"
+            dark = cell is not None and abs(float(norm(cell)) - 0.5) > 0.35
+            axes.text(x, y, says, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    _labels_on(axes, bars)
+    axes.xaxis.grid(False)
+    axes.set_xticks(range(len(keys)), [*columns, MACRO], rotation=45, ha="right", fontsize=9)
+    axes.set_xlabel("speed-up over plain decoding, the median of each set of prompts")
+    return png(figure)
 
 
 def _say(axes: "Axes", words: str, end: float, y: float) -> None:

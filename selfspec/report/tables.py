@@ -18,7 +18,7 @@ from rich.text import Text
 from selfspec.config import flatten
 from selfspec.errors import one_line
 from selfspec.files import csv_text, write_atomic
-from selfspec.report import plots, quality
+from selfspec.report import parts, plots, quality
 from selfspec.report.results import (
     Result,
     distinct,
@@ -31,6 +31,7 @@ from selfspec.report.results import (
     varying,
     verdict,
 )
+from selfspec.report.why import why
 
 SPEEDUP_MEANS = (
     "Speed-up: against plain greedy decoding by the same engine, interleaved with it in the same process; "
@@ -80,9 +81,10 @@ def table(results: Iterable[Result], explain: bool = True) -> Table:
 
 
 def further(results: Iterable[Result], explain: bool = True) -> list[Table]:
-    """The tables of what the quality stage measured, where there is something."""
+    """The tables of sets of prompts and of what the quality stage measured, where there is something."""
     made = []
-    for section in quality.sections(distinct(results)):
+    rows = distinct(results)
+    for section in [*parts.sections(rows), *quality.sections(rows)]:
         one = _empty(section.caption if explain else None)
         for header in section.columns:
             one.add_column(header, overflow="fold")
@@ -136,6 +138,7 @@ def write(folder: Path, results: Iterable[Result]) -> list[Path]:
         "report.txt": text(rows),
         "tok_s.png": plots.speed(rows),
         "acceptance.png": plots.acceptance(rows),
+        "parts.png": plots.parts(rows),
     }
     written = []
     for name, data in files.items():
@@ -179,7 +182,7 @@ def _caption(rows: Sequence[Result]) -> str:
     if any(lossy(row) for row in rows):
         lines.append("LOSSY, NO: these tokens are not those of plain decoding; the speed-up is not for the same text.")
     for row, label in zip(rows, labels(rows), strict=True):
-        lines += [f"{label}: {words}" for words in against(row)]
+        lines += [f"{label}: {words}" for words in (why(row), *against(row)) if words]
         if stalled := value(row, "bench/stalled"):
             lines.append(
                 f"{label}: the machine stalled in {stalled:.0f} of the answers (passes of ten times the usual length): "

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PUBLIC = ("/health", "/metrics")
 """What needs no key, and is answered while we drain."""
-_NO_NAMES = {"0.0.0.0", "::"}
+_NO_NAMES = {"0.0.0.0", "::"}  # noqa: S104  nothing is bound here
 """Where a server listens that listens everywhere: nobody's address."""
 _AGAIN = (429, 503)
 """What is worth trying again, after a second."""

@@ -19,13 +19,13 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
-from selfspec import metrics, sense
+from selfspec import costs, export, metrics, sense
 from selfspec.checkpoint import Journal, Record
-from selfspec.data import workload
+from selfspec.data import parts, workload
 from selfspec.engine import factory
 from selfspec.engine.base import Engine, LazyEngine, TieJudge, Tokenizer
 from selfspec.errors import StageError
-from selfspec.files import write_atomic
+from selfspec.files import csv_text, write_atomic
 from selfspec.fitting import install
 from selfspec.plan import Plan
 from selfspec.progress import progress
@@ -49,7 +49,8 @@ class Bench(Stage):
             StageError: what came of a unit cannot be.
         """
         scale, size = self.plan.scale, self.plan.engine.max_batch
-        each = product(range(scale.repeats), range(-(-scale.prompts // size)), range(self.plan.workload.turns))
+        chunks = parts.chunks(self.plan.workload, scale.prompts, size)
+        each = product(range(scale.repeats), range(len(chunks)), range(self.plan.workload.turns))
         wanted = {_name(*numbers): numbers for numbers in each}
         missing = self.missing(wanted, journal)
         if not missing:
@@ -60,7 +61,7 @@ class Bench(Stage):
         with progress(self.name, len(wanted), len(wanted) - len(missing)) as advance:
             for unit in missing:
                 repeat, n, turn = wanted[unit]
-                asked = self._asked(made.tokenizer, prompts[n * size : (n + 1) * size], journal, repeat, n, turn)
+                asked = self._asked(made.tokenizer, prompts[chunks[n]], journal, repeat, n, turn)
                 data = _unit(made, self.plan, ways, asked, repeat + n + turn)
                 if (wrong := sense.impossible(data)) is not None:
                     raise StageError(f"what was measured makes no sense: {wrong}")
@@ -72,9 +73,7 @@ class Bench(Stage):
         plan = self.plan
         install(engine, plan)  # a job may be resumed after its head was deleted
         encode = partial(engine.tokenizer.encode, chat=plan.workload.chat)
-        prompts = workload.select(
-            plan.workload, "bench", plan.scale.prompts, plan.seed, encode, turns=plan.workload.turns
-        )
+        prompts = parts.select(plan.workload, plan.scale.prompts, plan.seed, encode)
         ways = _ways(engine, plan)
         for prompt in workload.select(plan.workload, "fit", plan.scale.warmup, plan.seed, encode):
             _unit(engine, plan, ways, [prompt], 0)
@@ -105,8 +104,10 @@ class Bench(Stage):
             raise StageError(f"{asked}: the model's chat template refuses turn {turn + 1}: {error}") from error
 
     def measurements(self, journal: Journal) -> Measurements:
-        """Speed, latency and acceptance, with intervals."""
-        return metrics.summarise([record.data for record in poolable(journal.records(self.name))], self.plan.seed)
+        """Speed, latency and acceptance, with intervals; also of every part by itself."""
+        units = [record.data for record in poolable(journal.records(self.name))]
+        by_part = metrics.by_part(parts.grouped(self.plan.workload, units), self.plan.seed)
+        return metrics.summarise(units, self.plan.seed) | by_part | costs.measured(units)
 
     def per_unit(self, data: dict[str, Any]) -> Measurements:
         """Its speedup, and what gave it."""
@@ -120,6 +121,7 @@ class Bench(Stage):
         said = [f"{left_out} of {len(records)} units ran on other hardware and are left out"] if left_out else []
         if (turns := self.plan.workload.turns) > 1:
             said.append(f"{turns} turns of each conversation, asked after plain decoding's answers to those before")
+        said += parts.notes(self.plan.workload, self.plan.scale.prompts)
         untimed = sum(metrics.speedup(record.data) is None for record in pooled)
         if untimed and self._drafts:
             said.append(f"{untimed} of {len(pooled)} units have no speed-up: no tokens after the first to time")
@@ -153,8 +155,12 @@ class Bench(Stage):
         return sense.senseless([record.data for record in records], self._drafts)
 
     def write(self, folder: Path, journal: Journal) -> None:
-        """Every cycle, as ``cycles.parquet``."""
-        write_cycles(folder / "cycles.parquet", journal.records(self.name))
+        """Every cycle, as ``cycles.parquet``; every unit, as ``units.csv``; and ``speculation_profile.json``."""
+        records = journal.records(self.name)
+        write_cycles(folder / "cycles.parquet", records)
+        units = [record.data for record in poolable(records)]
+        write_atomic(folder / "units.csv", csv_text(metrics.table(units)))
+        write_atomic(folder / export.FILE, export.profile(self.plan, units))
 
 
 def poolable(records: list[Record]) -> list[Record]:
