@@ -17,13 +17,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from selfspec.checkpoint import Journal, answers_place, plan_place
+from selfspec.checkpoint import Journal, fit_place, plan_place
 from selfspec.config import Resume
 
 WITNESS = Path(__file__).with_name("witness")
 TIMED = re.compile(r"tok_s|_ms|speedup|/ratio|utilisation|memory|solve_s|goodput")
 """Measurements that a clock has a part in."""
-PLACES = {"bench": plan_place, "fit": plan_place, "answers": answers_place}
+PLACES = {"bench": plan_place, "fit": plan_place, "answers": fit_place}
 
 
 class Call(NamedTuple):

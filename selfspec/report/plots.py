@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from selfspec.report.results import Result, labels, lossy, number, setup, value
+from selfspec.report.results import Result, curve, labels, lossy, number, setup, value
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -101,6 +101,34 @@ def acceptance(rows: Sequence[Result]) -> bytes | None:
     if any(value(row, "bench/proposed_share") is not None for row, _ in bars):
         legend.append(Patch(facecolor=_SHARE, label="proposed / asked of the draft"))
     return _png(figure, axes, legend)
+
+
+def exits(rows: Sequence[Result]) -> bytes | None:
+    """Over the exit layer, the speed-up that the fit stage foretold, a line a row; and what was measured, as points."""
+    curves = [(row, label) for row, label in zip(rows, labels(rows), strict=True) if curve(row)]
+    if not curves:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), dpi=120)
+    axes = figure.add_subplot()
+    axes.set_title(textwrap.fill(setup(curves[0][0]), 90), fontsize=9, loc="left")
+    for row, label in curves:
+        layers, speedups = zip(*((layer, exit["speedup"]) for layer, exit in curve(row).items()), strict=True)
+        (line,) = axes.plot(layers, speedups, marker="o", markersize=3, linewidth=1.2, label=f"{label}: foretold")
+        measured, low, high = (value(row, f"bench/speedup{end}") for end in ("", "_low", "_high"))
+        at = value(row, "fit/exit_layer")
+        if at is not None and measured is not None:
+            error = None if low is None or high is None else [[measured - low], [high - measured]]
+            axes.errorbar([at], [measured], yerr=error, fmt="s", color=line.get_color(), capsize=3, label="measured")
+    axes.axhline(1, color=_PLAIN, linewidth=1.2, linestyle=(0, (2, 1)), label="plain greedy")
+    axes.set_xlabel("exit layer")
+    axes.set_ylabel("speed-up over plain")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=7, frameon=False)
+    return png(figure)
 
 
 def _say(axes: "Axes", words: str, end: float, y: float) -> None:
