@@ -2,16 +2,19 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from omegaconf import MISSING
 
 from selfspec.errors import ConfigError
-from selfspec.options import Axis, Option, bounded
+from selfspec.options import AUTO, Axis, Option, bounded
 from selfspec.types import Sampling
+
+AUTO_K = 4
+"""The most that ``K=auto`` comes to, and what it is where no exit layer is chosen."""
 
 
 @dataclass
@@ -27,6 +30,8 @@ class DraftOptions(Option):
     """Whether ``policy.verify=false`` makes a decoder of it."""
     inside_vllm: ClassVar[bool] = False
     """Whether our plugin runs it inside vLLM: as a chain of likeliest tokens, with our gates and controllers."""
+    chooses_exit: ClassVar[bool] = False
+    """Whether ``exit_layer=auto`` means anything to it."""
     engines: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The engines that have such a draft themselves, and the settings that they read."""
 
@@ -39,6 +44,16 @@ class DraftOptions(Option):
     def fitted(self) -> bool:
         """Whether it needs what the fit stage makes."""
         return self.learned_from_states
+
+    @property
+    def open(self) -> bool:
+        """Whether its exit layer is still to be chosen, which the fit stage does."""
+        return bool(self.get("exit_layer") == AUTO)
+
+    def at(self, exit_layer: int) -> Self:
+        """The same early exit at another layer."""
+        there: dict[str, Any] = {"exit_layer": exit_layer}
+        return replace(self, **there)
 
     @property
     def raw_exits(self) -> bool:
@@ -108,14 +123,19 @@ class GateOptions(Option):
 class ControllerOptions(Option):
     """How many tokens to draft next?"""
 
-    K: int = bounded(MISSING, 1, 64)
-    """As many; where K changes, what it starts from or the most there may be."""
+    K: int | str = bounded(MISSING, 1, 64, auto=True)
+    """As many; where K changes, what it starts from or the most there may be. ``auto``: chosen with the exit layer."""
 
     asked: ClassVar[str] = "make(self, seed)"
     adapts: ClassVar[bool] = True
     """Whether K changes, so that the best fixed one is worth measuring beside it."""
     learns: ClassVar[bool] = False
     """Whether it learns from times as it decodes."""
+
+    @property
+    def k(self) -> int:
+        """K as a number; of ``auto``, the most that is ever chosen."""
+        return self.K if isinstance(self.K, int) else AUTO_K
 
     @property
     def least_k(self) -> int:
@@ -125,7 +145,7 @@ class ControllerOptions(Option):
     @property
     def max_k(self) -> int:
         """The largest K it can ask for."""
-        return self.K
+        return self.k
 
     @property
     def chosen_exits(self) -> Sequence[int]:
@@ -196,6 +216,8 @@ class EngineOptions(Option):
     """What it can do besides decoding (``engine/base.py``); the engine's class has these among its bases."""
     reads_model: ClassVar[bool] = True
     """Whether the model is to be on this disk."""
+    chooses: ClassVar[bool] = False
+    """Whether it can tell which exit layer is best."""
 
     @property
     def label(self) -> str:
@@ -219,6 +241,9 @@ class EngineOptions(Option):
         if not self.runs(type(plan.draft)):
             able = ", ".join(name for name, option in DRAFT.options.items() if self.runs(option))
             raise ConfigError(f"draft={plan.draft.name}: engine={self.name} cannot run it; it runs {able}")
+        if plan.draft.open and not self.chooses:
+            able = ", ".join(name for name, option in ENGINE.options.items() if option.chooses)
+            raise ConfigError(f"exit_layer={AUTO}: engine={self.name} cannot choose one, {able} can; give a number")
 
     def check_here(self) -> None:
         """Refuses, without loading it, an engine that is not installed.

@@ -249,8 +249,8 @@ class Config:
     tau: float = bounded(MISSING, 0, 1)
     tau_v: float = bounded(MISSING, 0)
     tau_h: float = bounded(MISSING, 0)
-    K: int = bounded(MISSING, 1, 64)
-    exit_layer: int = bounded(MISSING, 1)
+    K: int | str = bounded(MISSING, 1, 64, auto=True)
+    exit_layer: int | str = bounded(MISSING, 1, auto=True)
     temperature: float = bounded(MISSING, 0, 10)
     seed: int = bounded(MISSING, 0, 2**32 - 1)
     stages: list[str] = MISSING

@@ -1,10 +1,11 @@
-"""Fitted heads: made once, and shared by all plans that ask for the same.
+"""What is fitted: made once, and shared by all plans that ask for the same.
 
 The model answers the fit prompts greedily, batch by batch (each a unit of a journal of its own, shared by
-heads of every exit layer); the head is then fitted on those answers. Who comes second waits for the first.
+heads of every exit layer); where the plan leaves the exit layer open, what is best here is chosen by those answers;
+the head is then fitted on them. Who comes second waits for the first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from selfspec import checkpoint, heads
 from selfspec.checkpoint import Journal
 from selfspec.config import Resume
 from selfspec.data import workload
-from selfspec.engine.base import Engine, Fits, LazyEngine
+from selfspec.engine.base import Chooses, Engine, Fits, LazyEngine
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.progress import progress
@@ -80,30 +81,58 @@ def ready(engine: LazyEngine, plan: Plan) -> dict[str, Any]:
     if may_fit(plan) and not fitted(plan):
         pairs = answered(engine, plan)
         facts = {**wanted(plan), "format": 1, "versions": versions()}
-        _store(plan).make(_head(plan), lambda path: _fits(engine()).fit(pairs, path, facts))
+        _store(plan).make(_head(plan), lambda path: _fits(engine(), plan).fit(pairs, path, facts))
     found = check_head(plan)
     if plan.draft.get("head") is None:
         _store(plan).fetch(_head(plan))
     return found
 
 
+def choice(engine: LazyEngine, plan: Plan) -> dict[str, Any]:
+    """What is best here of what an open plan leaves to be chosen.
+
+    It is found out once for every kind of machine: another that shares the checkpoint has other prices.
+    """
+    here = fingerprint(versions())
+    with _shared(plan, plan.choice_id) as journal:
+        if (known := journal.get("choice", here)) is None:
+            path = None
+            if plan.draft.fitted:
+                ready(engine, plan)
+                path = head_path(plan)
+            made = engine()
+            assert isinstance(made, Chooses), "checked by the plan"
+            found = made.choose(answered(engine, plan), path)
+            known = journal.append("choice", here, found, fingerprint(made.describe()))
+    return dict(known.data)
+
+
+def settled(plan: Plan, made: Mapping[str, Any]) -> Plan:
+    """A plan with a choice made."""
+    return plan.settled(made["exit_layer"], made["K"])
+
+
 def install(engine: Engine, plan: Plan) -> None:
-    """Has an engine draft through the plan's head, which is made :func:`ready`; where drafts have one."""
+    """Has an engine draft as a plan says: by a choice where it is open, and through its head, made :func:`ready`."""
+    if plan.open:
+        plan = settled(plan, choice(lambda: engine, plan))
+    if isinstance(engine, Chooses):
+        engine.settle(plan)
     if plan.draft.fitted:
         ready(lambda: engine, plan)
-        _fits(engine).use_head(head_path(plan))
+        _fits(engine, plan).use_head(head_path(plan))
 
 
-def _fits(engine: Engine) -> Fits:
+def _fits(engine: Engine, plan: Plan) -> Fits:
     assert isinstance(engine, Fits), "checked by the plan: others cannot run drafts with a head"
+    if isinstance(engine, Chooses):
+        engine.settle(plan)
     return engine
 
 
 def answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequence[int]]]:
     """The fit prompts and the model's answers, those of earlier runs from their journal."""
-    place = checkpoint.answers_place(plan.checkpoint.dir, plan.answers_id)
-    settings, lease_s = {"model": plan.model.source, "seed": plan.seed}, plan.checkpoint.lease_s
-    with Journal.open(place, plan.answers_id, settings, Resume.auto, lease_s=lease_s) as journal:
+    with _shared(plan, plan.answers_id) as journal:
         batches = [f"batch-{i:04d}" for i in range(-(-plan.scale.fit_prompts // BATCH))]
         missing = [i for i, unit in enumerate(batches) if journal.get("answers", unit) is None]
         if missing:
@@ -121,6 +150,12 @@ def answered(engine: LazyEngine, plan: Plan) -> list[tuple[Sequence[int], Sequen
         with journal.reading():
             found = [pair for r in records if r for pair in zip(r.data["prompts"], r.data["answers"], strict=True)]
             return [([*map(int, prompt)], [*map(int, answer)]) for prompt, answer in found]
+
+
+def _shared(plan: Plan, name: str) -> Journal:
+    """A journal beside the plans' own."""
+    place, settings = checkpoint.fit_place(plan.checkpoint.dir, name), {"model": plan.model.source, "seed": plan.seed}
+    return Journal.open(place, name, settings, Resume.auto, lease_s=plan.checkpoint.lease_s)
 
 
 def _store(plan: Plan) -> checkpoint.Store:

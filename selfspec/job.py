@@ -18,6 +18,7 @@ from selfspec.interrupt import shield, trap
 from selfspec.plan import Plan
 from selfspec.report import results, tables
 from selfspec.stages.base import Stage
+from selfspec.stages.fit import chosen
 from selfspec.sweep_context import ALONE, SweepContext
 from selfspec.tracking import Tracker
 from selfspec.types import Measurements
@@ -48,6 +49,8 @@ def check(*plans: Plan, here: bool = True, ask_buckets: bool = True) -> None:
 def _check_kept(plan: Plan) -> None:
     """What the checkpoint holds of a plan."""
     new = not checkpoint.inspect(place(plan), plan.id, plan.checkpoint.resume)
+    if plan.open:  # which head it will have is not known yet
+        return
     if plan.draft.fitted and (fitting.fitted(plan) or (new and not fitting.may_fit(plan))):
         fitting.check_head(plan)
 
@@ -92,6 +95,7 @@ def run(plan: Plan, folder: Path, sweep: SweepContext = ALONE) -> results.Result
         engine, ours = cache(lambda: factory.make(plan)), stages.of(plan)
         measured: Measurements = {}
         for stage in ours:
+            stage.plan = chosen(plan, journal)
             _finish(stage, engine, journal, tracker)
             with journal.reading():
                 measured |= {f"{stage.name}/{name}": value for name, value in stage.measurements(journal).items()}
@@ -108,7 +112,8 @@ def run(plan: Plan, folder: Path, sweep: SweepContext = ALONE) -> results.Result
         tracker.set_tags(
             {"selfspec.lossless": result["lossless"] or "not checked", "selfspec.error": result["error"] or ""}
         )
-        head = [fitting.head_path(plan)] if plan.draft.fitted and fitting.head_path(plan).exists() else []
+        ran = chosen(plan, journal)
+        head = [fitting.head_path(ran)] if ran.draft.fitted and fitting.head_path(ran).exists() else []
         tracker.artifacts([folder, *head])
         tracker.finish("FAILED" if result["status"] == "failed" else "FINISHED", ended or None)
         journal.write_result(json.dumps(result, indent=1))  # last: whoever sees it does not start this job again
@@ -160,7 +165,7 @@ def _tags(plan: Plan) -> dict[str, str]:
 
 
 def _result(plan: Plan, ours: list[Stage], journal: Journal, measured: Measurements) -> results.Result:
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"label": chosen(plan, journal).label}
     for stage in ours:
         facts = stage.facts(journal) | facts  # the first to say something stands
     notes = [note for stage in ours for note in stage.notes(journal)]

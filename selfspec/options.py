@@ -18,14 +18,18 @@ from omegaconf import MISSING
 
 from selfspec.errors import ConfigError, one_line
 
+AUTO = "auto"
+"""The value of a setting that the fit stage chooses."""
 
-def bounded(default: Any, low: float, high: float | None = None, **marks: bool) -> Any:
+
+def bounded(default: Any, low: float, high: float | None = None, auto: bool = False, **marks: bool) -> Any:
     """A field whose value, unless it is ``None``, must be from ``low`` to ``high``; ``None`` there: any above.
 
     Args:
+        auto: ``auto`` is a value, too.
         marks: what :func:`setting` takes.
     """
-    return setting(default, low=low, high=high, **marks)
+    return setting(default, low=low, high=high, auto=auto, **marks)
 
 
 def setting(default: Any, **metadata: Any) -> Any:
@@ -38,16 +42,18 @@ def setting(default: Any, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def within(key: str, value: float | None, low: float, high: float | None = None) -> None:
-    """Refuses a number that is too small or too large.
+def within(key: str, value: float | str | None, low: float, high: float | None = None, auto: bool = False) -> None:
+    """Refuses a number that is too small or too large, and a word that is none.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
-    if value is None or (low <= value and (high is None or value <= high)):
+    if value is None or (auto and value == AUTO):
+        return
+    if not isinstance(value, str) and low <= value and (high is None or value <= high):
         return  # a NaN fails both comparisons, and so is refused
     allowed = f">= {low}" if high is None else f"from {low} to {high}"
-    raise ConfigError(f"{key}={value}: must be {allowed}")
+    raise ConfigError(f"{key}={value}: must be {allowed}" + (f", or {AUTO}" if auto else ""))
 
 
 def check_bounds(of: Any, prefix: str = "") -> None:
@@ -64,7 +70,9 @@ def check_bounds(of: Any, prefix: str = "") -> None:
         if is_dataclass(value):
             check_bounds(value, f"{key}.")
         elif "low" in f.metadata:
-            within(key, value, f.metadata["low"], f.metadata["high"])
+            if f.metadata["auto"] and isinstance(value, str) and value.isdecimal():
+                setattr(of, f.name, value := int(value))  # of the environment, all values are words
+            within(key, value, f.metadata["low"], f.metadata["high"], f.metadata["auto"])
         elif isinstance(value, list):
             for at, item in enumerate(value):
                 if is_dataclass(item):

@@ -7,7 +7,7 @@ so that two jobs of a sweep which come to the same work have one identity and ru
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from functools import cached_property
@@ -22,6 +22,7 @@ from selfspec.axes import GATE, ControllerOptions, DraftOptions, EngineOptions, 
 from selfspec.data import assets
 from selfspec.data.config import Workload
 from selfspec.errors import ConfigError
+from selfspec.options import AUTO
 from selfspec.quality.config import Quality
 
 STAGE_VERSIONS = {"fit": 2, "bench": 3, "quality": 1, "soak": 1, "profile": 1}
@@ -31,8 +32,8 @@ _OTHER_VALUE: dict[str, Callable[[Any], Any]] = {
     "tau": lambda v: 1 - v if v != 0.5 else 0.25,
     "tau_v": lambda v: v + 1,
     "tau_h": lambda v: v + 1,
-    "K": lambda v: v + 1 if v < 64 else v - 1,
-    "exit_layer": lambda v: v - 1 if v > 1 else v + 1,
+    "K": lambda v: 1 if v == AUTO else v + 1 if v < 64 else v - 1,
+    "exit_layer": lambda v: 1 if v == AUTO else v - 1 if v > 1 else v + 1,
     "temperature": lambda v: v + 0.5 if v < 9 else v - 0.5,
     "seed": lambda v: v + 1 if v < 2**32 - 1 else v - 1,
     "stages": lambda v: ["fit"] if list(v) != ["fit"] else ["bench"],
@@ -62,6 +63,22 @@ class Plan:
     checkpoint: schema.Checkpoint
     serve: schema.Serve
     soak: schema.Soak
+
+    @property
+    def open(self) -> bool:
+        """Whether the fit stage has yet to choose the exit layer, and K with it where that is ``auto``."""
+        return self.draft.open
+
+    @property
+    def possible_ks(self) -> Sequence[int]:
+        """Of an open plan: what K may come to be."""
+        fixed = self.controller.constant and self.controller.K != AUTO
+        return [self.controller.k] if fixed else range(1, self.controller.max_k + 1)
+
+    def settled(self, exit_layer: int, k: int) -> "Plan":
+        """An open plan with its choice made: what runs under this one's identity. A controller that adapts keeps K."""
+        controller = replace(self.controller, K=k if self.controller.constant else self.controller.k)
+        return replace(self, draft=self.draft.at(exit_layer), controller=controller)
 
     @property
     def speculative(self) -> bool:
@@ -116,6 +133,19 @@ class Plan:
             dtype=self.hardware.dtype,
             version=STAGE_VERSIONS["fit"],
             **self.engine.fits_as,
+        )
+
+    @cached_property
+    def choice_id(self) -> str:
+        """Identity of what an open plan leaves to be chosen; the machine that chooses is no part of it."""
+        return _digest(
+            answers=self.answers_id,
+            draft=asdict(self.draft),
+            gate=asdict(self.gate),
+            controller=asdict(self.controller),
+            policy=asdict(self.policy),
+            engine=asdict(self.engine),
+            hardware=(self.hardware.device, self.hardware.dtype, self.hardware.threads),
         )
 
     @cached_property
@@ -189,7 +219,11 @@ def make(cfg: DictConfig) -> Plan:
         ConfigError: a value that is not allowed, or a combination that cannot work, with the reason.
     """
     config = schema.load(cfg)
-    draft, gate, policy = config.draft, config.gate, config.policy
+    draft, gate, controller, policy = config.draft, config.gate, config.controller, config.policy
+    if draft.open and controller.chosen_exits:  # there is nothing left to choose
+        draft = config.draft = draft.at(controller.chosen_exits[0])
+    if not draft.open:
+        controller = config.controller = replace(controller, K=controller.k)
     rules.check(config)
     if not draft.speculates or not policy.verify:
         gate = GATE.new("none")  # nothing is drafted here, or nothing verified: there is nothing to stop
@@ -209,7 +243,7 @@ def make(cfg: DictConfig) -> Plan:
         model=model,
         draft=draft,
         gate=gate,
-        controller=config.controller,
+        controller=controller,
         policy=policy,
         engine=config.engine,
         hardware=config.hardware,

@@ -12,6 +12,7 @@ from selfspec import credentials
 from selfspec.axes import DRAFT, DraftOptions
 from selfspec.data import assets
 from selfspec.errors import ConfigError
+from selfspec.options import AUTO
 
 REFERENCES: dict[str, Callable[[DraftOptions], DraftOptions]] = {
     "hf": lambda draft: DRAFT.new("none"),
@@ -29,10 +30,14 @@ def check(config: schema.Config) -> None:
         ConfigError: naming the key, the value and what is allowed.
     """
     config.engine.refuse(config)
-    if (exit_layer := config.draft.get("exit_layer")) is not None:
+    if config.controller.chosen_exits:
+        _check_exits(config)
+    if isinstance(exit_layer := config.draft.get("exit_layer"), int):
         _check_exit("exit_layer", exit_layer, config)
     if not config.policy.verify:
         _check_unverified(config.draft)
+    if config.draft.open:
+        _check_open(config)
     _check_backends(config.serve)
     _check_checkpoint(config.checkpoint.dir)
     if (head := config.draft.get("head")) is not None and not config.draft.fitted:
@@ -42,18 +47,28 @@ def check(config: schema.Config) -> None:
         raise ConfigError("draft.sample=true: only policy=rejection at a temperature above 0 draws tokens")
     _check_bench(config)
     _check_turns(config)
-    if config.controller.chosen_exits:
-        _check_exits(config)
 
 
 def _check_unverified(draft: DraftOptions) -> None:
     if not draft.can_go_unverified:
         able = [name for name, option in DRAFT.options.items() if option.can_go_unverified and option.speculates]
         raise ConfigError(f"policy.verify=false: only {' and '.join(able)} can do without, draft={draft.name} cannot")
+    if draft.open:
+        raise ConfigError(f"exit_layer={AUTO}: policy.verify=false decides by the exit alone; must be a number")
     if draft.get("vocab") is not None:
         raise ConfigError(f"draft.vocab={draft.get('vocab')}: policy.verify=false reads out the whole vocabulary")
     if draft.get("previous"):
         raise ConfigError("draft.previous=true: reads the verified final state, which policy.verify=false never has")
+
+
+def _check_open(config: schema.Config) -> None:
+    """Of a draft whose exit layer is to be chosen."""
+    if (head := config.draft.get("head")) is not None:
+        raise ConfigError(f"exit_layer={AUTO}: draft.head={head} was fitted for one; must be its number")
+    if "fit" not in config.stages:
+        raise ConfigError(
+            f"exit_layer={AUTO}: is chosen by the fit stage, stages={config.stages} lacks it; give a number"
+        )
 
 
 def _check_backends(serve: schema.Serve) -> None:

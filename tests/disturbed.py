@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from selfspec.checkpoint import Journal, answers_place, plan_place
+from selfspec.checkpoint import Journal, fit_place, plan_place
 from selfspec.config import Resume
 
 WITNESS = Path(__file__).with_name("witness")
@@ -25,7 +25,7 @@ TIMED = re.compile(
     r"tok_s|_ms|speedup|/ratio|utilisation|memory|solve_s|goodput|soak/(?!error|intervals|sentinels|users)"
 )
 """Measurements that a clock has a part in; of a soak, all but who asked, what failed, and the sentinels."""
-PLACES = {"answers": answers_place}
+PLACES = {"answers": fit_place}
 SHOWN = {"bench": "unit/tok_s", "quality": "quality/unit/reference_ppl", "soak": "interval/errors"}
 """What MLflow is told of each unit."""
 

@@ -20,7 +20,7 @@ OPTIONS = sorted(
     (folder.name, file.stem) for folder in CONF.iterdir() if folder.is_dir() for file in folder.glob("*.yaml")
 )
 COMPANIONS = {
-    ("engine", "fake"): ["draft=layerskip"],
+    ("engine", "fake"): ["draft=layerskip", "exit_layer=3"],
     ("engine", "hf"): ["draft=none"],
     ("engine", "openai"): ["draft=none", "engine.url=http://127.0.0.1:8000"],
     ("draft", "served"): [
@@ -36,8 +36,6 @@ COMPANIONS = {
     ("checkpoint", "gcs"): ["checkpoint.dir=gs://bucket/prefix"],
     ("hardware", "h100_spot"): ["checkpoint.dir=gs://bucket/prefix"],
     ("experiment", "h100"): ["checkpoint.dir=gs://bucket/prefix"],
-    ("model", "gpt2"): ["exit_layer=6"],
-    ("model", "opt_125m"): ["exit_layer=6"],
 }
 """What an option needs beside the defaults."""
 PROMPTS = {"baseline_sanity": (8, 16), "baseline": (32, 128), "skip12": (32, 128), "skip12_lsq": (32, 128)}

@@ -109,7 +109,7 @@ class Options(ControllerOptions):
 
     def make(self, seed: int = 0) -> Controller:
         """The controller."""
-        return Swing(self.K)
+        return Swing(self.k)
 
 
 class Swing(Controller):

@@ -33,21 +33,21 @@ def composed(*overrides: str) -> Plan:
 
 @cache
 def config(*overrides: str) -> DictConfig:
-    return compose("config", list(overrides))
+    return compose("config", ["draft=lsq", *overrides])
 
 
 @pytest.mark.parametrize(
     "change",
     [
         *("K=5", "exit_layer=11", "seed=1", "stages=[fit]", "gate=maxp", "draft=layerskip", "draft=lsq_lowrank"),
-        *("draft.previous=true", "draft.ridge=0.1", "draft.sgd_epochs=1", "policy.verify=false"),
+        *("draft.previous=true", "draft.ridge=0.1", "draft.sgd_epochs=1", "exit_layer=1 policy.verify=false"),
         *("model=qwen2_5_0_5b", "model.sha256=null", "hardware=cpu", "hardware.dtype=fp16", "hardware.threads=1"),
         *("workload=fixed_8_16", "workload.chat=false", "workload.ignore_eos=true", "workload.max_prompt_tokens=9"),
         *("workload.sha256=null", "scale=full", "scale.repeats=2", "scale.fit_prompts=10", "scale.warmup=0"),
     ],
 )
 def test_identity_changes_with_what_changes_results(change: str) -> None:
-    assert composed(change).id != composed().id
+    assert composed(*change.split()).id != composed().id
 
 
 @pytest.mark.parametrize("of", [["model"], ["draft", "engine=vllm", "draft=vllm_eagle"]])
@@ -89,16 +89,16 @@ def test_a_new_stage_version_is_a_new_identity(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_new_fit_version_is_a_new_bench_of_a_fitted_draft(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = composed("stages=[bench]").id
+    before = composed("exit_layer=12", "stages=[bench]").id
     monkeypatch.setitem(plan.STAGE_VERSIONS, "fit", 99)
-    assert composed("stages=[bench]").id != before
+    assert composed("exit_layer=12", "stages=[bench]").id != before
 
 
 def test_a_named_head_counts_by_its_content(tmp_path: Path) -> None:
     one, copy, other = (tmp_path / name for name in ("one", "copy", "other"))
     for path, content in ((one, "a"), (copy, "a"), (other, "b")):
         path.write_text(content)
-    ids = [composed(f"draft.head={path}").id for path in (one, copy, other)]
+    ids = [composed("exit_layer=12", f"draft.head={path}").id for path in (one, copy, other)]
     assert ids[0] == ids[1] != ids[2] != composed().id
 
 
@@ -109,7 +109,8 @@ def test_plain_decoding_ignores_how_to_draft() -> None:
 
 
 def test_unverified_drafts_ignore_gate_and_length() -> None:
-    assert composed("policy.verify=false").id == composed("policy.verify=false", "gate=maxp", "K=9").id
+    unverified = "policy.verify=false", "exit_layer=12"
+    assert composed(*unverified).id == composed(*unverified, "gate=maxp", "K=9").id
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_unverified_drafts_ignore_gate_and_length() -> None:
         ("gate=entropy", {"tau", "tau_v", "temperature"}),
         ("draft=none", {"tau", "tau_v", "tau_h", "K", "exit_layer", "temperature"}),
         ("draft=none gate=varH K=64 exit_layer=1", {"tau", "tau_v", "tau_h", "K", "exit_layer", "temperature"}),
-        ("policy.verify=false gate=maxp", {"tau", "tau_v", "tau_h", "K", "temperature"}),
+        ("policy.verify=false gate=maxp exit_layer=12", {"tau", "tau_v", "tau_h", "K", "temperature"}),
         ("gate=maxp tau=0.5 exit_layer=1 K=64 seed=4294967295 stages=[fit]", {"tau_v", "tau_h", "temperature"}),
         ("gate=maxp gate.threshold=0.2", {"tau", "tau_v", "tau_h", "temperature"}),
     ],
@@ -140,6 +141,15 @@ def test_idle_handles_of_the_smallest_model() -> None:
     [
         ("engine=fake", "draft=lsq: engine=fake cannot run it; it runs layerskip, none"),
         ("draft.name=nope", "draft.name=nope: is lsq; another is chosen as draft="),
+        ("exit_layer=late", "exit_layer=late: must be >= 1, or auto"),
+        ("K=many", "K=many: must be from 1 to 64, or auto"),
+        ("stages=[bench]", "exit_layer=auto: is chosen by the fit stage, stages=.* lacks it; give a number"),
+        ("policy.verify=false", "exit_layer=auto: policy.verify=false decides by the exit alone; must be a number"),
+        (
+            "draft.head=a.st",
+            "exit_layer=auto: draft.head=a.st was fitted for one; must be its number",
+        ),
+        ("engine=fake draft=layerskip", "exit_layer=auto: engine=fake cannot choose one, torch can; give a number"),
         ("exit_layer=30", "exit_layer=30: SmolLM2-135M-Instruct has 30 layers; must be from 1 to 29"),
         ("draft=layerskip exit_layer=99", "exit_layer=99: .* must be from 1 to 29"),
         ("draft=lsq_lowrank draft.rank=null", "draft.rank=None: form=low_rank needs a rank"),
@@ -168,7 +178,10 @@ def test_idle_handles_of_the_smallest_model() -> None:
             r"controller.exits=\[\]: controller=autotune needs one",
         ),
         ("gate=bandit gate.arms=[2]", r"gate.arms=\[2.0\]: must each be from 0 to 1"),
-        ("draft.previous=true policy.verify=false", "draft.previous=true: reads the verified final state"),
+        (
+            "draft.previous=true policy.verify=false exit_layer=12",
+            "draft.previous=true: reads the verified final",
+        ),
         *(
             (f"draft=layerskip draft.{o}", "means nothing to draft=layerskip")
             for o in ("ridge=1", "heads=2", "max_match=3")
@@ -199,16 +212,17 @@ def test_layers_are_not_guessed_where_nobody_knows_them() -> None:
 @pytest.mark.parametrize(
     ("change", "head", "answers"),
     [
-        *((o, True, True) for o in ("gate=maxp", "K=9", "tau=0.1", "name=x", "policy.verify=false", "hardware=cpu")),
+        *((o, True, True) for o in ("gate=maxp", "K=9", "tau=0.1", "name=x", "hardware=cpu")),
         *((o, False, True) for o in ("exit_layer=11", "draft=lsq_lowrank", "draft.previous=true", "draft.ridge=1")),
         *((o, False, False) for o in ("seed=1", "scale.fit_prompts=10", "scale.fit_new_tokens=9", "model.sha256=null")),
         *((o, False, False) for o in ("hardware.dtype=fp16", "workload.sha256=null")),
         *((o, True, True) for o in ("scale.prompts=1", "workload.prompt_tokens=9", "workload.new_tokens=9")),
         ("workload.max_prompt_tokens=9", True, True),
+        ("policy.verify=false", True, True),
     ],
 )
 def test_who_shares_heads_and_answers(change: str, head: bool, answers: bool) -> None:
-    one, other = composed(), composed(change)
+    one, other = composed("exit_layer=12"), composed("exit_layer=12", change)
     assert (one.head_id == other.head_id, one.answers_id == other.answers_id) == (head, answers)
 
 
@@ -216,10 +230,12 @@ def test_who_shares_heads_and_answers(change: str, head: bool, answers: bool) ->
     ("overrides", "label"),
     [
         ("draft=none gate=maxp", "none"),
-        ("gate=varH tau_v=4", "lsq12 varH=4 K=4"),
+        ("gate=varH tau_v=4", "lsqauto varH=4 K=auto"),
+        ("draft=lsq_tree exit_layer=1 K=2", "lsq1/8k/w8 K=2"),
+        ("draft=lsq gate=varH tau_v=4 exit_layer=12", "lsq12 varH=4 K=4"),
         ("draft=lsq_lowrank exit_layer=6 K=2", "lsq6r128 K=2"),
-        ("draft=layerskip policy.verify=false gate=maxp", "layerskip12 unverified"),
-        ("gate=maxp tau=0.30", "lsq12 maxp=0.3 K=4"),
+        ("draft=layerskip policy.verify=false gate=maxp exit_layer=12", "layerskip12 unverified"),
+        ("gate=maxp tau=0.30 K=2", "lsqauto maxp=0.3 K=2"),
     ],
 )
 def test_label(overrides: str, label: str) -> None:
@@ -237,3 +253,28 @@ def test_a_plan_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         made.seed = 1  # type: ignore[misc]
     assert replace(made, seed=1).id != made.id
+
+
+def test_k_that_is_not_chosen_is_four() -> None:
+    """Where no exit layer is to be chosen, ``auto`` is a number, and the plan the same as with that."""
+    assert composed("draft=eagle").id == composed("draft=eagle", "K=4").id != composed("draft=eagle", "K=3").id
+    assert composed("exit_layer=12").controller.K == 4 and composed().controller.K == "auto"
+    assert composed("draft=layerskip", "controller=autotune").draft.get("exit_layer") == 4, "the first it chooses from"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ks", "K"),
+    [
+        ("", [1, 2, 3, 4], 2),
+        ("K=3", [3], 3),
+        ("controller=cost", [1, 2, 3, 4], 4),
+        ("controller=cost K=6", [1, 2, 3, 4, 5, 6], 6),
+    ],
+)
+def test_what_an_open_plan_leaves_to_be_chosen(overrides: str, ks: list[int], K: int) -> None:
+    """A K that is given stays, and so does one that a controller changes as it goes."""
+    made = composed(*overrides.split())
+    assert made.open and [*made.possible_ks] == ks
+    settled = made.settled(2, min(2, ks[-1]) if len(ks) > 1 else ks[0])
+    assert not settled.open and (settled.draft.get("exit_layer"), settled.controller.K) == (2, K)
+    assert settled.head_id == composed("exit_layer=2").head_id != made.head_id

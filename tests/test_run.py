@@ -165,7 +165,7 @@ def test_a_journal_that_cannot_be_read(
 def test_answers_without_torch(tmp_path: Path, argv: str, code: int) -> None:
     done = subprocess.run([sys.executable, "-c", BLOCKED, *argv.split()], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    assert done.stderr == ("error: K=0: must be from 1 to 64\n" if code else "")
+    assert done.stderr == ("error: K=0: must be from 1 to 64, or auto\n" if code else "")
     assert ("exit_layer" in done.stdout) == (code == 0) and tree(tmp_path) == {}
 
 

@@ -90,7 +90,7 @@ def torch_job(model: Path, prompts: Path) -> list[str]:
     return [
         *("model.name=tiny", f"model.source=file:{model}", "model.sha256=null", "model.layers=6"),
         *(f"workload.source=file:{prompts}", "workload.sha256=null", "workload.new_tokens=12"),
-        *("scale=smoke", "hardware=cpu_fp32", "exit_layer=3", "tracking=none"),
+        *("draft=lsq", "scale=smoke", "hardware=cpu_fp32", "exit_layer=3", "tracking=none"),
     ]
 
 

@@ -11,17 +11,17 @@ bucket.py      objects by fsspec: retries, and errors in one line
 from selfspec.checkpoint.bucket import trimmed
 from selfspec.checkpoint.folder import FILE, on_disk
 from selfspec.checkpoint.journal import Journal, Record, begun_here, inspect
-from selfspec.checkpoint.store import Store, answers_place, at, finished, map_concurrent, plan_place
+from selfspec.checkpoint.store import Store, at, finished, fit_place, map_concurrent, plan_place
 
 __all__ = [
     "FILE",
     "Journal",
     "Record",
     "Store",
-    "answers_place",
     "at",
     "begun_here",
     "finished",
+    "fit_place",
     "inspect",
     "map_concurrent",
     "on_disk",

@@ -2,7 +2,7 @@
 
 plans/<plan id>/    a plan's journal, and ``result.json`` once it has ended
 heads/              fitted heads
-fit/<answers id>/   the journal of the answers that heads are fitted on
+fit/<id>/           the journal of the answers that heads are fitted on, and those of what was chosen by them
 """
 
 from collections.abc import Callable, Sequence
@@ -70,9 +70,9 @@ def plan_place(place: str, plan_id: str) -> str:
     return f"{trimmed(place)}/plans/{plan_id}"
 
 
-def answers_place(place: str, answers_id: str) -> str:
-    """Where below ``checkpoint.dir`` the journal of fit answers is kept."""
-    return f"{trimmed(place)}/fit/{answers_id}"
+def fit_place(place: str, name: str) -> str:
+    """Where below ``checkpoint.dir`` a journal is kept that plans share: of fit answers, or of choices."""
+    return f"{trimmed(place)}/fit/{name}"
 
 
 def finished(place: str, plan_id: str) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """What a stage may ask of whatever runs the model: an :class:`Engine`, and what some engines can do besides.
 
-An engine names what it can do among its bases (:class:`Opens`, :class:`Fits`, :class:`Scores`, :class:`Probes`,
-:class:`Profiles`); who needs one of these asks ``isinstance(engine, Scores)``; before an engine is made, its options
-say it too (``EngineOptions.can``).
+An engine names what it can do among its bases (:class:`Opens`, :class:`Fits`, :class:`Chooses`, :class:`Scores`,
+:class:`Probes`, :class:`Profiles`); who needs one of these asks ``isinstance(engine, Scores)``; before an engine is
+made, its options say it too (``EngineOptions.can``).
 """
 
 from abc import abstractmethod
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from selfspec.config import Order
+from selfspec.plan import Plan
 from selfspec.types import Completion, Logprob, Request, Score, Signals
 
 
@@ -258,6 +259,24 @@ class Fits(Engine, Protocol):
         Raises:
             HeadError: it is corrupt or of another size than the model.
         """
+
+
+@runtime_checkable
+class Chooses(Fits, Protocol):
+    """Tells what each exit layer would be worth; until one is chosen, it decodes plainly alone."""
+
+    @abstractmethod
+    def choose(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path | None) -> Mapping[str, Any]:
+        """What is best here of what the plan leaves open: see :func:`selfspec.speculation.choice.choose`.
+
+        Args:
+            pairs: (prompt, answer) tokens; every fifth of them is held out.
+            path: of what was :meth:`fit` for the open plan, where its draft has a head.
+        """
+
+    @abstractmethod
+    def settle(self, plan: Plan) -> None:
+        """Decodes as a plan says from now on, which is its own with what was open decided."""
 
 
 @runtime_checkable

@@ -53,7 +53,7 @@ def reference(name: str, plan: Plan) -> Engine:
             engine=ENGINE.new("hf", max_batch=plan.engine.max_batch),
             draft=REFERENCES[name](plan.draft),
             gate=GATE.new("none"),
-            controller=CONTROLLER.new("fixed", K=plan.controller.K),
+            controller=CONTROLLER.new("fixed", K=plan.controller.k),
             policy=plan.policy if plan.exact else POLICY.new("longest_prefix"),
         )
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from selfspec.report.parts import MACRO, names
-from selfspec.report.results import Result, labels, lossy, number, setup, value
+from selfspec.report.results import Result, curve, labels, lossy, number, setup, value
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -131,6 +131,34 @@ def parts(rows: Sequence[Result]) -> bytes | None:
     axes.xaxis.grid(False)
     axes.set_xticks(range(len(keys)), [*columns, MACRO], rotation=45, ha="right", fontsize=9)
     axes.set_xlabel("speed-up over plain decoding, the median of each set of prompts")
+    return png(figure)
+
+
+def exits(rows: Sequence[Result]) -> bytes | None:
+    """Over the exit layer, the speed-up that the fit stage foretold, a line a row; and what was measured, as points."""
+    curves = [(row, label) for row, label in zip(rows, labels(rows), strict=True) if curve(row)]
+    if not curves:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), dpi=120)
+    axes = figure.add_subplot()
+    axes.set_title(textwrap.fill(setup(curves[0][0]), 90), fontsize=9, loc="left")
+    for row, label in curves:
+        layers, speedups = zip(*((layer, exit["speedup"]) for layer, exit in curve(row).items()), strict=True)
+        (line,) = axes.plot(layers, speedups, marker="o", markersize=3, linewidth=1.2, label=f"{label}: foretold")
+        measured, low, high = (value(row, f"bench/speedup{end}") for end in ("", "_low", "_high"))
+        at = value(row, "fit/exit_layer")
+        if at is not None and measured is not None:
+            error = None if low is None or high is None else [[measured - low], [high - measured]]
+            axes.errorbar([at], [measured], yerr=error, fmt="s", color=line.get_color(), capsize=3, label="measured")
+    axes.axhline(1, color=_PLAIN, linewidth=1.2, linestyle=(0, (2, 1)), label="plain greedy")
+    axes.set_xlabel("exit layer")
+    axes.set_ylabel("speed-up over plain")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=7, frameon=False)
     return png(figure)
 
 

@@ -186,6 +186,15 @@ def value(result: Result, key: str) -> float | None:
     return found if _finite(found) else None
 
 
+def curve(result: Result) -> dict[int, dict[str, float]]:
+    """What the fit stage foretold of every exit layer it chose from, by layer; empty where it did not choose."""
+    found: dict[int, dict[str, float]] = {}
+    for key, told in result["measurements"].items():
+        if match := re.fullmatch(r"fit/exits/(\d+)/(\w+)", key):
+            found.setdefault(int(match[1]), {})[match[2]] = told
+    return dict(sorted(found.items()))
+
+
 def number(result: Result, key: str, form: str) -> str:
     """A measurement in ``form``, or a dash."""
     found = value(result, key)

@@ -21,6 +21,7 @@ from selfspec.files import csv_text, write_atomic
 from selfspec.report import parts, plots, quality
 from selfspec.report.results import (
     Result,
+    curve,
     distinct,
     interval,
     labels,
@@ -139,6 +140,7 @@ def write(folder: Path, results: Iterable[Result]) -> list[Path]:
         "tok_s.png": plots.speed(rows),
         "acceptance.png": plots.acceptance(rows),
         "parts.png": plots.parts(rows),
+        "exits.png": plots.exits(rows),
     }
     written = []
     for name, data in files.items():
@@ -182,7 +184,7 @@ def _caption(rows: Sequence[Result]) -> str:
     if any(lossy(row) for row in rows):
         lines.append("LOSSY, NO: these tokens are not those of plain decoding; the speed-up is not for the same text.")
     for row, label in zip(rows, labels(rows), strict=True):
-        lines += [f"{label}: {words}" for words in (why(row), *against(row)) if words]
+        lines += [f"{label}: {words}" for words in (*chosen(row), why(row), *against(row)) if words]
         if stalled := value(row, "bench/stalled"):
             lines.append(
                 f"{label}: the machine stalled in {stalled:.0f} of the answers (passes of ten times the usual length): "
@@ -201,6 +203,20 @@ def repetition(row: Result) -> str:
         return "-"
     total, without = number(row, "bench/speedup_total", ".2f"), interval(row, "bench/speedup_without_loops", ".2f", "x")
     return f"{total}x; {without} ({looping:.0f}/{prompts:.0f} loop)"
+
+
+def chosen(row: Result) -> list[str]:
+    """Which exit layer the fit stage chose and why, what it foretold beside what came, and the others."""
+    layer, told = value(row, "fit/exit_layer"), curve(row)
+    if layer is None:
+        return []
+    others = ", ".join(f"{at} {exit['speedup']:.2f}x" for at, exit in told.items() if at != layer)
+    best, plain, measured = told[int(layer)], number(row, "fit/plain_ms", ".1f"), number(row, "bench/speedup", ".2f")
+    return [
+        f"exit layer {layer:.0f} and K={best['K']:.0f} promised most: {best['speedup']:.2f}x (measured: {measured}x), "
+        f"a first token accepted at {best['acceptance']:.2f}, a cycle of one at {best['cycle_ms']:.1f} ms for plain "
+        f"decoding's {plain}; other layers at their best K: {others}"
+    ]
 
 
 def against(row: Result) -> list[str]:

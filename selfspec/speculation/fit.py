@@ -11,8 +11,8 @@ All in float32 on the CPU, the solution itself in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from selfspec.lazy import F, torch
 from selfspec.model.base import Model
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 AHEAD = 5
 """How many positions ahead agreement is measured, unless a draft looks less far."""
+
+T = TypeVar("T")
 
 _BLOCK = 4096
 _SGD_BATCH, _SGD_RATE = 256, 1e-3
@@ -49,17 +51,33 @@ class Trace:
         """int64 ``[m]``, the positions that predict the answer's m tokens."""
         return torch.arange(self.first, len(self.tokens) - 1)
 
+    def answer(self) -> Trace:
+        """Its end alone, from the position before those on: all that is read of a position by itself."""
+        start = self.first - 1
+        exit = None if self.exit is None else self.exit[start:].clone()
+        return Trace(self.tokens[start:], self.final[start:], exit, 1)
+
 
 def trace(model: Model, prompt: Sequence[int], answer: Sequence[int], exit_layer: int | None) -> Trace:
     """The states of one (prompt, answer) pair; the prompt has at least two tokens."""
+    seen = traces(model, prompt, answer, [exit_layer or 0])[exit_layer or 0]
+    return seen if exit_layer else replace(seen, exit=None)
+
+
+def traces(model: Model, prompt: Sequence[int], answer: Sequence[int], exits: Sequence[int]) -> dict[int, Trace]:
+    """The same after each of some exit layers, in order, from one pass: they share their tokens and final states."""
     assert len(prompt) >= 2, "the state before the first one asked for must exist"
-    tokens = [*prompt, *answer]
+    tokens, cpu = [*prompt, *answer], torch.device("cpu")
     cache = model.new_cache(len(tokens))
     at = cache.place([Tree.chain(tokens)], row=cache.admit())
-    exit = model.run(model.embed(tokens, at), cache, at, 0, exit_layer or 0)
-    final = model.norm(model.run(exit, cache, at, exit_layer or 0, model.shape.layers))
-    cpu = torch.device("cpu")
-    return Trace(torch.tensor(tokens), final.to(cpu), exit.to(cpu) if exit_layer else None, len(prompt) - 1)
+    hidden, left = model.embed(tokens, at), 0
+    seen: dict[int, Tensor] = {}
+    for layer in exits:
+        hidden, left = model.run(hidden, cache, at, left, layer), layer
+        seen[layer] = hidden.to(cpu)
+    final = model.norm(model.run(hidden, cache, at, left, model.shape.layers)).to(cpu)
+    said = torch.tensor(tokens)
+    return {layer: Trace(said, final, exit, len(prompt) - 1) for layer, exit in seen.items()}
 
 
 def unread(prompt: Sequence[int], answer: Sequence[int]) -> Trace:
@@ -68,9 +86,9 @@ def unread(prompt: Sequence[int], answer: Sequence[int]) -> Trace:
     return Trace(tokens, torch.empty(len(tokens), 0), None, len(prompt) - 1)
 
 
-def split(traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace]]:
+def split(sequences: Sequence[T]) -> tuple[list[T], list[T]]:
     """Sequences to fit on, and every fifth held out."""
-    return [trace for i, trace in enumerate(traces) if i % 5 != 4], list(traces[4::5])
+    return [one for i, one in enumerate(sequences) if i % 5 != 4], list(sequences[4::5])
 
 
 def vocabulary(model: Model, traces: Sequence[Trace], size: int | None) -> dict[str, Tensor]:

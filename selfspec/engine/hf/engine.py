@@ -91,7 +91,7 @@ class HFEngine(Scores, Probes):
         for request in requests:
             self.weights.check_room(len(request.tokens) + request.max_new_tokens)
         self.weights.check_tokens(token for request in requests for token in request.tokens)
-        depth = 0 if plain or self.plan.draft.name == "none" else k or self.plan.controller.K
+        depth = 0 if plain or self.plan.draft.name == "none" else k or self.plan.controller.k
         return [self._decode(request, depth) for request in requests]
 
     def _decode(self, request: Request, k: int) -> Completion:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from selfspec.axes import EngineOptions
-from selfspec.engine.base import Fits, Opens, Probes, Profiles, Scores
+from selfspec.engine.base import Chooses, Fits, Opens, Probes, Profiles, Scores
 from selfspec.model.base import Graphs, Kernels, Layers, Width
 from selfspec.plan import Plan
 
@@ -23,7 +23,8 @@ class Options(EngineOptions):
     kernels: Kernels = Kernels.auto
     graphs: Graphs = Graphs.auto
 
-    can: ClassVar[tuple[type, ...]] = (Fits, Opens, Probes, Profiles, Scores)
+    can: ClassVar[tuple[type, ...]] = (Chooses, Fits, Opens, Probes, Profiles, Scores)
+    chooses: ClassVar[bool] = True
 
     @property
     def label(self) -> str:

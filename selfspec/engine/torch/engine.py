@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 
 from selfspec import config as schema
 from selfspec import heads
-from selfspec.engine.base import Fits, Limits, Opens, Probes, Profile, Profiles, Scores, Session, Usage
+from selfspec.engine.base import Chooses, Limits, Opens, Probes, Profile, Profiles, Scores, Session, Usage
 from selfspec.engine.tokenizer import ModelTokenizer
+from selfspec.engine.torch.prices import cycle_ms, endless
 from selfspec.engine.torch.profile import profiled
 from selfspec.engine.torch.session import Scheduler
 from selfspec.engine.torch.ties import Float32Judge
@@ -22,11 +23,12 @@ from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.plan import Plan
 from selfspec.progress import progress
-from selfspec.speculation import fit, scoring
+from selfspec.speculation import exits, fit, scoring
+from selfspec.speculation.choice import Exit, choose
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft
-from selfspec.speculation.draft.layerskip import EarlyExit
+from selfspec.speculation.draft.layerskip import EarlyExit, ExitOptions
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import Head
 from selfspec.speculation.policy.base import Policy
@@ -38,7 +40,7 @@ _ROOM = 256
 """A cache's slots come to a multiple of this."""
 
 
-class TorchEngine(Opens, Fits, Scores, Probes, Profiles):
+class TorchEngine(Opens, Chooses, Scores, Probes, Profiles):
     """Runs a plan's model with torch. Everything is lazy: what a stage does not ask for is not loaded."""
 
     def __init__(self, plan: Plan, weights: Weights | None = None) -> None:
@@ -52,6 +54,7 @@ class TorchEngine(Opens, Fits, Scores, Probes, Profiles):
         self._controller: Controller = plan.controller.make(plan.seed)
         self._fixed_gates: dict[int, Gate] = {}
         self._head: Head | None = None
+        self._seen: exits.Seen = {}
         self._caches: dict[tuple[int, int], KVCache] = {}
 
     @property
@@ -98,6 +101,11 @@ class TorchEngine(Opens, Fits, Scores, Probes, Profiles):
     ) -> list[Completion]:
         """Decodes requests as the plan says; see :meth:`Engine.generate <selfspec.engine.base.Engine.generate>`."""
         speculation = self._plain if plain else self._speculation if k is None else self._fixed(k)
+        return self._decode(speculation, requests, k, max_batch)
+
+    def _decode(
+        self, speculation: Speculation, requests: Sequence[Request], k: int | None = None, max_batch: int | None = None
+    ) -> list[Completion]:
         self.weights.check_tokens(token for request in requests for token in request.tokens)
         room = max(self.weights.check_room(len(r.tokens) + r.max_new_tokens) for r in requests)
         cache = self._cache(
@@ -147,24 +155,62 @@ class TorchEngine(Opens, Fits, Scores, Probes, Profiles):
     @torch.inference_mode()
     def fit(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path, facts: Mapping[str, Any]) -> None:
         """See :meth:`Fits.fit <selfspec.engine.base.Fits.fit>`."""
+        head = self._fitted(pairs)
+        head.facts.update(facts, hidden=self.model.shape.hidden)
+        write_atomic(path, head.to_bytes())
+
+    def _fitted(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Head:
         draft = self.plan.draft
-        if draft.learned_from_states:
+        if isinstance(draft, ExitOptions) and draft.open:
+            self._seen = exits.states(self.model, pairs)
+            return exits.fit(self.model, draft, {layer: fit.split(traces)[0] for layer, traces in self._seen.items()})
+        if not draft.learned_from_states:  # a corpus is tokens only
+            traces = [fit.unread(prompt, answer) for prompt, answer in pairs]
+        elif (layer := draft.get("exit_layer")) in self._seen and isinstance(draft, ExitOptions):
+            traces = self._seen[layer]  # it has just been chosen by them
+        else:
             traces = []
             with progress("states", len(pairs)) as advance:
                 for prompt, answer in pairs:
-                    traces.append(fit.trace(self.model, prompt, answer, draft.get("exit_layer")))
+                    traces.append(fit.trace(self.model, prompt, answer, layer))
                     advance()
-        else:  # a corpus is tokens only
-            traces = [fit.unread(prompt, answer) for prompt, answer in pairs]
-        head: Head = draft.fit(self.model, *fit.split(traces), self.plan.seed)
-        head.facts.update(facts, hidden=self.model.shape.hidden)
-        write_atomic(path, head.to_bytes())
+        made: Head = draft.fit(self.model, *fit.split(traces), self.plan.seed)
+        return made
+
+    @torch.inference_mode()
+    def choose(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], path: Path | None) -> Mapping[str, Any]:
+        """See :meth:`Chooses.choose <selfspec.engine.base.Chooses.choose>`."""
+        draft, ks, gate = self.plan.draft, self.plan.possible_ks, self.plan.gate
+        assert isinstance(draft, ExitOptions), "checked by the plan"
+        known = gate.make(self.plan.seed) if gate.stops and not gate.learns else Gate()
+        drafts = exits.drafts(self.model, draft, self._load(path) if path else None)
+        heldout = {layer: fit.split(traces)[1] for layer, traces in self._seen.items()}
+        heldout = heldout or exits.states(self.model, fit.split(pairs)[1])
+        ways = {(0, 0): self._plain}
+        for layer, made in drafts.items():
+            for k in {min(ks), max(ks)}:
+                ways[layer, k] = replace(self._plain, draft=made, gate=endless(known), controller=Controller(k))
+        took = cycle_ms(ways, partial(self._decode, k=max(ks)), pairs, self.plan.engine.max_batch)
+        candidates = {}
+        for layer, made in drafts.items():
+            costs = {k: ms for (of, k), ms in took.items() if of == layer}
+            candidates[layer] = Exit(exits.odds(made, known, heldout[layer], max(ks)), costs)
+        return choose(candidates, took[0, 0], ks, draft.width, draft.budget)
+
+    def settle(self, plan: Plan) -> None:
+        """See :meth:`Chooses.settle <selfspec.engine.base.Chooses.settle>`."""
+        if plan is not self.plan:
+            self.plan, self._controller = plan, plan.controller.make(plan.seed)
+            self.__dict__.pop("_speculation", None)
 
     def use_head(self, path: Path) -> None:
         """See :meth:`Fits.use_head <selfspec.engine.base.Fits.use_head>`."""
         heads.check(path, {"hidden": self.model.shape.hidden})
-        self._head = Head.load(path).to(self.weights.dtype, self.weights.device)
+        self._head, self._seen = self._load(path), {}
         self.__dict__.pop("_speculation", None)  # one made with another head
+
+    def _load(self, path: Path) -> Head:
+        return Head.load(path).to(self.weights.dtype, self.weights.device)
 
     @torch.inference_mode()
     def score(

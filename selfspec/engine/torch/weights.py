@@ -48,7 +48,7 @@ class Weights:
         """
         model = self._load()
         exit_layer, layers = self.plan.draft.get("exit_layer"), model.shape.layers
-        if exit_layer is not None and exit_layer >= layers:
+        if isinstance(exit_layer, int) and exit_layer >= layers:
             name = self.plan.model.name
             raise ConfigError(f"exit_layer={exit_layer}: {name} has {layers} layers; must be from 1 to {layers - 1}")
         return model

@@ -42,7 +42,7 @@ def speculation(plan: Plan, drafter: Path | None = None, head: Path | None = Non
         return {}
     if draft.inside_vllm:
         return settings.arguments(plan, head) | {"per_request_spec_decode_metrics": "detailed"}
-    method = draft.vllm(drafter) | {"num_speculative_tokens": plan.controller.K}
+    method = draft.vllm(drafter) | {"num_speculative_tokens": plan.controller.k}
     return {"speculative_config": method, "per_request_spec_decode_metrics": "detailed"}
 
 

@@ -46,7 +46,7 @@ class Options(ControllerOptions):
 
     def make(self, seed: int = 0) -> "Adaptive":
         """A controller that has seen nothing yet."""
-        return Adaptive(self.K, self.low, self.high, self.step, self.window, self.target)
+        return Adaptive(self.k, self.low, self.high, self.step, self.window, self.target)
 
 
 class Adaptive(Controller):

@@ -41,7 +41,7 @@ class Options(ControllerOptions):
 
     def make(self, seed: int = 0) -> "Autotune":
         """A controller that has learned nothing yet."""
-        return Autotune(self.K, self.exits, seed)
+        return Autotune(self.k, self.exits, seed)
 
 
 class Autotune(Controller):

@@ -56,7 +56,7 @@ class Options(ControllerOptions):
 
     def make(self, seed: int = 0) -> Cost:
         """A controller that has learned nothing yet."""
-        return Cost(self.K, self.window)
+        return Cost(self.k, self.window)
 
 
 class Costs:

@@ -22,4 +22,4 @@ class Options(ControllerOptions):
 
     def make(self, seed: int = 0) -> Controller:
         """A controller that learns nothing."""
-        return Controller(self.K)
+        return Controller(self.k)

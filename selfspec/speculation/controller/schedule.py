@@ -37,12 +37,12 @@ class Options(ControllerOptions):
         for pair in self.by_batch:
             if len(pair) != 2 or pair[0] <= before:
                 raise ConfigError(f"controller.by_batch={self.by_batch}: must be [[requests, K], ...], requests rising")
-            within(f"controller.by_batch, K of {pair[0]}", pair[1], 0, self.K)
+            within(f"controller.by_batch, K of {pair[0]}", pair[1], 0, self.k)
             before = pair[0]
 
     def make(self, seed: int = 0) -> "Schedule":
         """A controller that learns nothing."""
-        return Schedule(self.K, self.by_batch)
+        return Schedule(self.k, self.by_batch)
 
 
 class Schedule(Controller):

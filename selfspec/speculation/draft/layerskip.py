@@ -32,12 +32,29 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Options(ReadoutOptions):
+class ExitOptions(ReadoutOptions):
+    """What drafts have in common whose exit layer may be chosen by the fit stage."""
+
+    chooses_exit: ClassVar[bool] = True
+
+    @property
+    def layer(self) -> int:
+        """The exit layer of one that is not open."""
+        assert not self.open, "chosen by the fit stage"
+        return int(self.get("exit_layer"))
+
+    def closed_form(self, train: Sequence[Trace]) -> dict[str, Tensor]:
+        """What is fitted to an exit before any gradient step, as a head's tensors; here, nothing."""
+        return {}
+
+
+@dataclass
+class Options(ExitOptions):
     """Where the exit is, and how it is read out."""
 
     name: str = "layerskip"
-    exit_layer: int = bounded(MISSING, 1, fact=True)
-    """The draft reads the hidden state after this many layers."""
+    exit_layer: int | str = bounded(MISSING, 1, auto=True, fact=True)
+    """The draft reads the hidden state after this many layers; ``auto``: the fit stage chooses."""
 
     can_go_unverified: ClassVar[bool] = True
     inside_vllm: ClassVar[bool] = True
@@ -56,7 +73,7 @@ class Options(ReadoutOptions):
     def make(self, model: Model, head: Head | None) -> EarlyExit:
         """Read out through the model's own norm and head, or its rows of frequent tokens."""
         readout = Readout(model, head.tensors["ids"] if head else None)
-        return EarlyExit(model, self.exit_layer, RawExit(model), readout, self.width, self.budget, self.sample)
+        return EarlyExit(model, self.layer, RawExit(model), readout, self.width, self.budget, self.sample)
 
     def fit(self, model: Model, train: list[Trace], heldout: list[Trace], seed: int) -> Head:
         """Nothing but the draft's vocabulary; its facts hold the held-out agreement by drafted position."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +16,7 @@ from selfspec.model.base import Model
 from selfspec.options import bounded, setting
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.draft.base import FittedOptions, check_rank
-from selfspec.speculation.draft.layerskip import EarlyExit, agreement
+from selfspec.speculation.draft.layerskip import EarlyExit, ExitOptions, agreement
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.head import FittedExit, Head, HeadForm, RawExit, features, linear
 from selfspec.speculation.readout import Readout
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Options(FittedOptions):
+class Options(FittedOptions, ExitOptions):
     """Where the exit is, and what is fitted to it."""
 
     name: str = "lsq"
-    exit_layer: int = bounded(MISSING, 1, fact=True)
-    """The draft reads the hidden state after this many layers."""
+    exit_layer: int | str = bounded(MISSING, 1, auto=True, fact=True)
+    """The draft reads the hidden state after this many layers; ``auto``: the fit stage chooses."""
     form: HeadForm = setting(MISSING, fact=True)
     """A full affine map, or one of rank ``rank``."""
     rank: int | None = bounded(None, 1)
@@ -59,7 +59,11 @@ class Options(FittedOptions):
         assert head is not None, "fitted by the fit stage"
         exit = FittedExit(head.tensors, head.facts["previous"])
         readout = Readout(model, head.tensors.get("ids"))
-        return EarlyExit(model, self.exit_layer, exit, readout, self.width, self.budget, self.sample)
+        return EarlyExit(model, self.layer, exit, readout, self.width, self.budget, self.sample)
+
+    def closed_form(self, train: Sequence[Trace]) -> dict[str, Tensor]:
+        """Ridge regression from the exit state to the final one."""
+        return fitting.ridge((example(trace, self.previous) for trace in train), self.ridge, self.rank)
 
     def fit(self, model: Model, train: list[Trace], heldout: list[Trace], seed: int) -> Head:
         """Ridge regression from the exit state to the final one, and SGD on the cross-entropy where asked.
@@ -71,7 +75,7 @@ class Options(FittedOptions):
         """
         begin = time.perf_counter()
         facts: dict[str, Any] = {"previous": self.previous, "form": self.form.name}
-        tensors = fitting.ridge(examples(train, self.previous), self.ridge, self.rank)
+        tensors = self.closed_form(train)
         facts["solve_s"] = round(time.perf_counter() - begin, 3)
         ids = fitting.vocabulary(model, train, self.vocab)
         readout = Readout(model, ids.get("ids"))
@@ -87,19 +91,18 @@ class Options(FittedOptions):
         return Head(tensors | ids, facts)
 
 
-def examples(traces: list[Trace], previous: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features ``[m, P]`` and final states ``[m, D]`` of every answer, float32."""
-    for trace in traces:
-        assert trace.exit is not None, "an early exit"
-        before = trace.final[trace.at - 1].float() if previous else None
-        yield features(trace.exit[trace.at].float(), before), trace.final[trace.at].float()
+def example(trace: Trace, previous: bool) -> tuple[Tensor, Tensor]:
+    """Features ``[m, P]`` and final states ``[m, D]`` of an answer, float32."""
+    assert trace.exit is not None, "an early exit"
+    before = trace.final[trace.at - 1].float() if previous else None
+    return features(trace.exit[trace.at].float(), before), trace.final[trace.at].float()
 
 
 def descend(
     readout: Readout, traces: list[Trace], draft: Options, seed: int, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Minimises the cross-entropy to the model's own tokens, from the closed-form solution on."""
-    x = torch.cat([x for x, _ in examples(traces, draft.previous)])
+    x = torch.cat([example(trace, draft.previous)[0] for trace in traces])
     wanted = readout.indices(torch.cat([trace.tokens[trace.at + 1] for trace in traces]).to(readout.weight.device))
 
     def loss(learned: dict[str, Tensor], rows: Tensor, x: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
