@@ -113,6 +113,18 @@ def test_a_system_without_descriptors_is_worth_a_line(tmp_path: Path, prompts_fi
         told(gateway, 1)
 
 
+def test_it_stops_quietly_whoever_is_connected(tmp_path: Path, prompts_file: Path) -> None:
+    body = json.dumps(LONG).encode()
+    streams = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with serving(tmp_path, prompts_file, 1e6, "serve.drain_s=0.1") as gateway, ExitStack() as stack:
+        for sent in (*BEGINNINGS, METRICS * 2000, streams) * 3:
+            stack.enter_context(connected(gateway, sent))
+        assert ask(gateway, b"", "/health", "GET")[0] == 200
+        gateway.process.terminate()
+        gateway.process.wait()
+        told(gateway, 0)
+
+
 def test_so_many_from_one_address(tmp_path: Path, prompts_file: Path) -> None:
     """Those that are being answered stay; others take each other's place."""
     more = ("serve.max_connections_per_client=3", "serve.max_connections=5")
