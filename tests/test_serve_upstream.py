@@ -32,6 +32,8 @@ from selfspec.serve.metrics import Metrics
 from selfspec.serve.remote import Remote
 from selfspec.types import Request
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-upstream-0123456789"
 ASKED = {"model": "m", "prompt": "hello", "max_tokens": 8, "temperature": 0}
 MOST = 16
