@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -103,8 +103,9 @@ def process(main: Callable[[], None]) -> None:
 
     def last() -> None:
         if any(thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()):
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError, AttributeError):  # whoever read it is gone, or it is closed
+                    stream.flush()
             os._exit(0 if code is None else code if isinstance(code, int) else 1)
 
     atexit.register(last)  # before anybody else: called after everybody else

@@ -174,7 +174,9 @@ class Plan:
     def _soaked(self) -> dict[str, Any]:
         """What changes a soak's results: not where the server listens, nor what its measurements are held to."""
         served, soak = asdict(self.serve), asdict(self.soak)
-        for key in ("name", "host", "port", "api_key", "model_name"):
+        for key in ("name", "host", "port", "api_key", "allowed_hosts", "model_name"):
+            del served[key]
+        for key in ("max_connections", "max_connections_per_client"):  # there is room for all of its callers
             del served[key]
         return {"serve": served, **{key: soak[key] for key in soak if key != "name" and not key.startswith("max_")}}
 

@@ -103,6 +103,28 @@ def until_closed(gateway: Gateway, connect: Callable[[], socket.socket]) -> None
     told(gateway, 0)
 
 
+def test_a_system_without_descriptors_is_worth_a_line(tmp_path: Path, prompts_file: Path) -> None:
+    """A minute; and it serves on."""
+    with serving(tmp_path, prompts_file, 1e6, descriptors=40) as gateway:
+        with ExitStack() as stack:
+            for _ in range(100):
+                stack.enter_context(connected(gateway, b""))
+            assert ask(gateway, GOOD)[0] == 200
+        told(gateway, 1)
+
+
+def test_it_stops_quietly_whoever_is_connected(tmp_path: Path, prompts_file: Path) -> None:
+    body = json.dumps(LONG).encode()
+    streams = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with serving(tmp_path, prompts_file, 1e6, "serve.drain_s=0.1") as gateway, ExitStack() as stack:
+        for sent in (*BEGINNINGS, METRICS * 2000, streams) * 3:
+            stack.enter_context(connected(gateway, sent))
+        assert ask(gateway, b"", "/health", "GET")[0] == 200
+        gateway.process.terminate()
+        gateway.process.wait()
+        told(gateway, 0)
+
+
 def test_so_many_from_one_address(tmp_path: Path, prompts_file: Path) -> None:
     """Those that are being answered stay; others take each other's place."""
     more = ("serve.max_connections_per_client=3", "serve.max_connections=5")
@@ -135,7 +157,7 @@ def is_answered(gateway: Gateway) -> bool:
 @pytest.mark.parametrize("rudely", [False, True])
 def test_those_who_leave_in_the_middle_are_not_worth_a_line(patient: Gateway, rudely: bool) -> None:
     body = json.dumps(LONG).encode()
-    for _ in range(10):
+    for _ in range(3):
         with ExitStack() as stack:
             for _ in range(12):
                 asking = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body

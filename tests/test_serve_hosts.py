@@ -59,7 +59,14 @@ def test_without_a_key_only_this_machines_names_are_heard() -> None:
 
 def test_without_a_key_no_other_sites_page_is_heard() -> None:
     with gateway() as there:
-        foreign = ("http://evil.example", "null", "https://localhost.evil.example", "http://localhost:1", "", "file://")
+        foreign = (
+            "http://evil.example",
+            "null",
+            "https://localhost.evil.example",
+            "http://localhost:1",
+            "http://127.0.0.1:1",
+            "file://",
+        )
         assert [origin for origin in foreign if refused(there, origin=origin) != {True}] == []
         assert refused(there, origin=f"http://{there}") == {False}
 

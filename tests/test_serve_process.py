@@ -160,6 +160,8 @@ class TestRefusals:
             (("-m", *FAKE), "--multirun"),
             (("draft=none", "model.source=file:/nowhere", "model.sha256=null", "serve.port=0"), "/nowhere"),
             (("serve.host=256.0.0.1", *FAKE), "serve.host=256.0.0.1"),
+            (("serve.allowed_hosts=['gateway:80']", *FAKE), "serve.allowed_hosts: gateway:80: must be a name"),
+            (("serve.allowed_hosts=['http://x']", *FAKE), "serve.allowed_hosts: http://x: must be a name"),
         ],
     )
     def test_bad_input_costs_one_line(self, refused: Callable[..., str], argv: tuple[str, ...], says: str) -> None:

@@ -259,6 +259,7 @@ def test_the_gateway_is_given_the_plan_of_the_job(make: Make, more: list[str]) -
             for argument in ("--api-key", "--api_key=s3cr3t", "--hf-token")
         ),
         (["soak.users=65"], "soak.users=65: serve.max_concurrent_requests=64 would refuse it"),
+        (["serve.max_connections=2"], "soak.users=3: serve.max_connections=2 would refuse it"),
         (["soak.seconds=1"], "soak.seconds=1: must be at least three times soak.interval=0.7"),
         (["soak.sentinels=7"], "soak.sentinels=7: must be from 0 to 6"),
         (["soak.max_drift=2"], "soak.max_drift=2.0: must be from 0 to 1"),

@@ -18,6 +18,7 @@ from selfspec.serve.cache import AnswerCache
 from selfspec.serve.errors import Unavailable
 from selfspec.serve.estimates import Timed
 from selfspec.serve.gateway import Gateway
+from selfspec.serve.guard import name_of
 from selfspec.serve.local import Local
 from selfspec.serve.metrics import Metrics
 from selfspec.serve.remote import Remote
@@ -40,6 +41,9 @@ def check(plan: Plan) -> None:
     if plan.controller.chosen_exits and plan.serve.max_batch > 1:
         asked = f"serve.max_batch={plan.serve.max_batch}"
         raise ConfigError(f"{asked}: controller={plan.controller.name} decodes one request at a time")
+    for host in plan.serve.allowed_hosts or ():
+        if host.lower() not in (name_of(host.lower()), name_of(f"[{host.lower()}]")):
+            raise ConfigError(f"serve.allowed_hosts: {host}: must be a name or an address, without scheme and port")
     for backend in plan.serve.backends:
         if backend.key_env is not None and not os.environ.get(backend.key_env):
             raise ConfigError(f"serve.backends: {backend.name}: key_env={backend.key_env}: the environment has none")

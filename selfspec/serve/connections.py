@@ -63,6 +63,11 @@ class Connections:
             del self._all[one]
             self._all[one] = None
 
+    def close(self) -> None:
+        """Ends all that are left."""
+        for one in [*self._all]:
+            one.transport.abort()
+
     def forget(self, one: "Connection") -> None:
         """It is closed."""
         self._all.pop(one, None)

@@ -36,7 +36,8 @@ class Guard:
         self._wanted = None if key is None else hashed(key)
         settings = gateway.settings
         self._any_host = key is not None and settings.allowed_hosts is None
-        self._hosts = {settings.host.lower(), *(name.lower() for name in settings.allowed_hosts or ())} - _NO_NAMES
+        self._sites = {name.lower() for name in settings.allowed_hosts or ()}
+        self._hosts = self._sites | {settings.host.lower()} - _NO_NAMES
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Passes on what it does not refuse, with the hash of the caller's key in the request's state."""
@@ -74,10 +75,10 @@ class Guard:
             return
         sent = {name: value.decode("latin-1").strip().lower() for name, value in scope["headers"]}
         host, origin = sent.get(b"host", ""), sent.get(b"origin")
-        if not self._ours(_name(host)):
+        if not self._ours(name_of(host)):
             raise Forbidden(f"Host {host[:100]}: is none of ours; others are named in serve.allowed_hosts")
         there = None if origin is None else origin.partition("://")[2]
-        if there is not None and there != host and _name(there) not in self._hosts:
+        if there is not None and there != host and name_of(there) not in self._sites:
             raise Forbidden("a page of another site asks; others are named in serve.allowed_hosts")
 
     def _ours(self, name: str) -> bool:
@@ -128,7 +129,7 @@ class Guard:
         return bytes(body)
 
 
-def _name(host: str) -> str:
+def name_of(host: str) -> str:
     """A ``Host`` without its port; empty where it is none."""
     found = re.fullmatch(r"\[([0-9a-f:.]+)\](?::\d+)?|([a-z0-9_.-]+)(?::\d+)?", host)
     return "" if found is None else found[1] or found[2]

@@ -20,6 +20,8 @@ from selfspec.serve.local import Local
 from selfspec.serve.metrics import Metrics
 
 _LOOK_S = 0.02
+_GRACE_S = 1
+"""For the last words of answers, once they have been ended; who has not read them then has had his time."""
 
 
 def run(plan: Plan) -> None:
@@ -71,11 +73,11 @@ class Server(uvicorn.Server):
 
     def __init__(self, gateway: Gateway, key: str | None, **settings: Any) -> None:
         """See :func:`app.make <selfspec.serve.app.make>`; ``settings``: of uvicorn's, in place of ours."""
-        connections = Connections(gateway.settings, lambda kind: gateway.metrics.errors.labels(kind).inc())
+        self._connections = Connections(gateway.settings, lambda kind: gateway.metrics.errors.labels(kind).inc())
         ours: dict[str, Any] = {
-            **{"http": protocol(connections), "ws": "none", "backlog": BACKLOG, "proxy_headers": False},
+            **{"http": protocol(self._connections), "ws": "none", "backlog": BACKLOG, "proxy_headers": False},
             **{"log_level": "error", "access_log": False, "server_header": False},
-            "timeout_graceful_shutdown": 1,  # what is still running then has had its time
+            "timeout_graceful_shutdown": 5 * _GRACE_S,
         }
         super().__init__(uvicorn.Config(app.make(gateway, key), **ours | settings))
 
@@ -84,6 +86,11 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(socket.SOMAXCONN)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which tears its tasks out, each with a traceback: a client that leaves ends them quietly."""
+        asyncio.get_running_loop().call_later(_GRACE_S, self._connections.close)
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

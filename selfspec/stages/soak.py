@@ -36,7 +36,10 @@ from selfspec.types import Completion, Measurements, Prompt, Request
 
 _READINGS = 20
 """Of the server's memory in an interval."""
-_LIMITS = {"users": "max_concurrent_requests", "new_tokens": "max_tokens"}
+_LIMITS = (
+    *(("users", "max_concurrent_requests"), ("users", "max_connections_per_client"), ("users", "max_connections")),
+    ("new_tokens", "max_tokens"),
+)
 """Of callers, and the gateway's."""
 
 
@@ -54,7 +57,7 @@ class Soak(Stage):
         for argument in soak.arguments:
             if argument.startswith("-") and credentials.named(name := argument.partition("=")[0]):
                 raise ConfigError(f"soak.arguments: {name} would be kept with the results; keys are given as {KEY}")
-        for asked, limit in _LIMITS.items():
+        for asked, limit in _LIMITS:
             most, wanted = getattr(plan.serve, limit), getattr(soak, asked)
             if wanted > most and soak.server is SoakServer.selfspec:
                 raise ConfigError(f"soak.{asked}={wanted}: serve.{limit}={most} would refuse it")

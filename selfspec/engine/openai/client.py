@@ -79,8 +79,14 @@ class Server:
         """One request's; times are the caller's, from asking to the first piece of text, and to the end.
 
         Raises:
-            StageError: the server refused it, or broke off.
+            StageError: the server refused it, broke off, or said what is no answer.
         """
+        try:
+            return self._answer(request)
+        except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            raise StageError(f"{self.key}={self.url}: an answer is none ({type(error).__name__})") from error
+
+    def _answer(self, request: Request) -> Completion:
         model, finish, first, last = self.model, None, 0.0, 0.0
         pieces, named, stats, drafts = list[str](), list[Sequence[int]](), dict[str, Any](), dict[str, Any]()
         arrival = time.perf_counter()
