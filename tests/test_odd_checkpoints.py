@@ -18,7 +18,7 @@ from selfspec.model import hf
 from selfspec.model.base import Layers
 from selfspec.model.tree import Tree
 
-pytestmark = pytest.mark.usefixtures("inference")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inference")]
 
 KEYS = [
     *(*tiny.CONFIG, "rope_parameters", "rope_scaling", "sliding_window", "layer_types", "quantization_config", "dtype"),

@@ -48,11 +48,12 @@ def asked_of(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> lis
 
 
 def test_each_turn_is_asked_after_the_models_own_answers(make: Make, tmp_path: Path) -> None:
-    made = make("draft=layerskip", "workload.turns=3", "scale.repeats=2", "engine.max_batch=2")
+    made = make("draft=layerskip", "engine.kernels=torch", "workload.turns=3", "scale.repeats=2", "engine.max_batch=2")
     result = run_job(made, tmp_path / "out")
     measured = result["measurements"]
     assert (result["lossless"], measured["bench/prompts"], measured["bench/units"]) == ("yes", 3, 2 * 2 * 3)
     assert result["notes"][0] == "3 turns of each conversation, asked after plain decoding's answers to those before"
+    assert "3 prompts x 3 turns x 12 tokens" in " ".join((tmp_path / "out" / "report.txt").read_text().split())
     with Journal.open(job.place(made), made.id, {}, Resume.require) as kept:
         records = {record.unit: record.data for record in kept.records("bench")}
     assert [*records][:3] == ["unit-0000/repeat-0", "unit-0000/repeat-0/turn-1", "unit-0000/repeat-0/turn-2"]

@@ -40,9 +40,12 @@ def run(python: Path, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_main_command(python: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_the_main_command(
+    python: Path, overrides: list[str], prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFSPEC_CACHE", str(prompts_file.with_name("cache")))
     own = [each for each in overrides if not each.startswith(("output_dir", "tracking"))]
-    said = run(python, tmp_path / "empty", *MAIN, *own)
+    said = run(python, tmp_path / "empty", *MAIN, *own, "engine.kernels=torch")
     assert all(f"lsq3 varH={threshold} K=4 |" in said for threshold in (4, 5, 6)), said
     assert (tmp_path / "empty" / "outputs" / "mlflow.db").is_file()
     said = run(python, tmp_path / "plugins", "--info", "plugins")

@@ -268,7 +268,9 @@ def setup(row: Result) -> str:
     if "physical_cores" in machine:
         parts[0] += f" ({machine['physical_cores']} cores)"
     parts += [f"{key}={known}" for key, known in flatten(where).items() if known is not None]
-    work = f"{group['scale'].get('prompts', '?')} prompts x {group['workload'].get('new_tokens', '?')} tokens"
+    turns = group["workload"].get("turns", 1)
+    asked = f"{group['scale'].get('prompts', '?')} prompts" + (f" x {turns} turns" if turns > 1 else "")
+    work = f"{asked} x {group['workload'].get('new_tokens', '?')} tokens"
     if group["scale"].get("repeats", 1) > 1:
         work += f" x {group['scale']['repeats']} repeats"
     return ", ".join([*parts, f"{work} ({group['workload'].get('name', 'workload')})"])
