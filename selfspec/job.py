@@ -63,8 +63,7 @@ def fetch(plan: Plan) -> None:
     """
     if checkpoint.begun_here(place(plan)):
         return
-    for asked in (plan.workload, *plan.workload.parts.values()):
-        assets.fetch(asked.source, asked.sha256)
+    assets.fetch_all((asked.source, asked.sha256) for asked in (plan.workload, *plan.workload.parts.values()))
     if plan.engine.reads_model:
         assets.fetch(plan.model.source, plan.model.sha256)
     for stage in stages.of(plan):

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 from selfspec.data import assets, download, folders
+from selfspec.data.download import Wheel
 from selfspec.errors import AssetError, StorageError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -122,6 +124,28 @@ class TestPypi:
         assets.fetch(SOURCE)
         assets.fetch(SOURCE, SHA256)
         assert capsys.readouterr().err == ""
+
+    def test_a_wheel_of_several_files_is_downloaded_once(
+        self, index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And each time where another process keeps wheels; none is left."""
+        downloads = list[str]()
+        once = Wheel._download
+
+        def counted(self: Wheel, folder: Path, report: folders.Report) -> Path:
+            downloads.append(self.member)
+            return once(self, folder, report)
+
+        monkeypatch.setattr(Wheel, "_download", counted)
+        metadata = "pypi:tinyassets==1.0/tinyassets-1.0.dist-info/METADATA"
+        (cache / "pypi" / "wheels.part").mkdir(parents=True)  # of a process that was killed
+        assets.fetch_all([(SOURCE, SHA256), (metadata, None), (SOURCE, SHA256)])
+        assert downloads == [MEMBER] and assets.fetch(SOURCE, SHA256).read_bytes() == CONTENT
+        assert assets.fetch(metadata).read_text().startswith("Metadata-Version")
+        assert not [*cache.rglob("*.whl"), *cache.glob("pypi/*.part")]
+        with FileLock(cache / "pypi" / "wheels.lock"):  # another process': it may be at the same files
+            assets.fetch_all([(SOURCE, None), (metadata.replace("METADATA", "WHEEL"), None)])
+        assert len(downloads) == 3 and not [*cache.rglob("*.whl")]
 
     @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")])
     def test_a_damaged_copy_is_fetched_again(self, index: Path, damage: object) -> None:

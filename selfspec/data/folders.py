@@ -69,7 +69,7 @@ def fingerprint(path: Path, *parts: object) -> str:
 
 def make_once(folder: Path, what: str, build: Callable[[Path], None]) -> Path:
     """``folder``, filled by ``build`` unless it is complete; as :func:`derived`, wherever it is to lie."""
-    if _complete(folder):
+    if complete(folder):
         return folder
     part = folder.with_name(f"{folder.name}.part")
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
@@ -77,7 +77,7 @@ def make_once(folder: Path, what: str, build: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         acquire(lock, f"is at the {what} ({lock.lock_file})")
         try:
-            if _complete(folder):
+            if complete(folder):
                 return folder
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             part.mkdir()
@@ -116,7 +116,8 @@ def _write_manifest(folder: Path) -> None:
     (folder / _MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
 
 
-def _complete(folder: Path) -> bool:
+def complete(folder: Path) -> bool:
+    """Whether a folder that is :func:`made once <make_once>` is there, whole."""
     try:
         sizes: dict[str, int] = from_json((folder / _MANIFEST).read_bytes())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
