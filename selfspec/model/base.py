@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 Layers = Enum("Layers", "auto fast hf")
 """Whose decoder layers run: our own, Hugging Face's, or ours where they know the architecture (``auto``)."""
-Width = Enum("Width", "full int8")
-"""Of weights: the model's own, or 8 bits."""
+Width = Enum("Width", "auto bf16 packed int8")
+"""Of weights: as ``hardware.dtype`` has them, as their GGUF file packs them, or rounded to 8 bits; ``auto``: packed
+where that is to be had, for products are the same."""
 Kernels = Enum("Kernels", "auto native triton torch")
 """Our own, ``native`` on a CPU and ``triton`` within graphs on a GPU, or torch's operators."""
 Graphs = Enum("Graphs", "auto on off")

@@ -1,12 +1,13 @@
 """A model folder as transformers reads it: its config with its class's defaults, stop tokens, tensors; or all of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -78,6 +79,37 @@ def check_shapes(folder: Path, wanted: Mapping[str, tuple[int, ...]], weights: M
         shape = next((shape for end, shape in wanted.items() if name.endswith(end)), None)
         if shape is not None and tuple(tensor.shape) != shape:
             raise AssetError(f"{folder}: {name} is {tuple(tensor.shape)}; by config.json it must be {shape}")
+
+
+class Stored(Mapping[str, Tensor]):
+    """A file's tensors, each read when it is asked for: where it is copied and let go, its pages are given back."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises an ``AssetError`` where the file is missing or corrupt."""
+        self._path = path
+        with self._open() as file:
+            self._names = frozenset(file.keys())  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _open(self) -> Iterator[safe_open]:
+        try:
+            with safe_open(self._path, "pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise AssetError(f"{self._path}: cannot be read as weights: {one_line(error)}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with self._open() as file:
+            tensor: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -9,13 +9,29 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from selfspec.config import Model
 from selfspec.data import assets, folders
 from selfspec.errors import AssetError, StorageError
 
-_VERSION = 1
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_VERSION = 2
 """Raise it when the same GGUF would convert to something else: the old folder is then not taken."""
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output": "lm_head",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""A Llama's matrices, as GGUF calls them and as transformers does."""
 
 
 def model_folder(model: Model) -> Path:
@@ -37,7 +53,7 @@ def model_folder(model: Model) -> Path:
 
 
 def to_safetensors(gguf: Path, folder: Path) -> None:
-    """Dequantises ``gguf`` into ``folder``, as bf16.
+    """Dequantises ``gguf`` into ``folder``, as bf16; beside it, tiles of what our own kernels read packed.
 
     Raises:
         AssetError: a file that is damaged, or of an architecture that transformers does not know.
@@ -47,7 +63,10 @@ def to_safetensors(gguf: Path, folder: Path) -> None:
         if file.read(4) != b"GGUF":
             raise AssetError(f"{gguf}: is not a GGUF file")
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from selfspec.model import blocks
 
     with silence():
         try:
@@ -63,13 +82,42 @@ def to_safetensors(gguf: Path, folder: Path) -> None:
         except Exception as error:  # a damaged file fails in as many ways as there are fields in it
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise AssetError(f"{gguf}: cannot be read as a model: {reason}") from error
+        kept = _kept(gguf, model)
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if kept:
+                save_file(kept, folder / blocks.FILE)
         except OSError as error:
             raise StorageError(f"{folder}: {error.strerror or error}") from error
         except Exception as error:  # safetensors has an error of its own for a full disk
             raise StorageError(f"{folder}: {error}") from error
+
+
+def _kept(gguf: Path, model: Any) -> dict[str, "Tensor"]:
+    """Tiles of a Llama's matrices, as transformers names them; of those only that come to the weights it read."""
+    import torch
+    from gguf import GGUFReader
+
+    from selfspec.model import blocks
+
+    exact, config, kept = model.state_dict(), model.config, {}
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+    for tensor in GGUFReader(gguf).tensors:
+        layer, name = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)", tensor.name.removesuffix(".weight")).groups()  # type: ignore[union-attr]
+        full = f"{f'model.layers.{layer}.' if layer else ''}{_NAMES.get(name)}.weight"
+        if tensor.tensor_type.name not in blocks.KINDS or full not in exact:
+            continue
+        rows = torch.from_numpy(tensor.data.copy())
+        orders = [rows]
+        if name in heads:  # llama.cpp stores a Llama's heads with the two halves of each interleaved
+            count = getattr(config, heads[name])
+            orders.append(rows.view(count, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape))
+        for order in orders:
+            tiles = blocks.laid_out(order, tensor.tensor_type.name)
+            if tiles is not None and blocks.values(tiles).equal(exact[full]):
+                kept[full] = tiles
+    return kept
 
 
 @contextmanager

@@ -49,6 +49,7 @@ def load(
     native: bool = False,
     graphs: bool = False,
     fused: bool = False,
+    keep_packed: bool = False,
 ) -> Model:
     """A model folder by our own layers (``fast``), by Hugging Face's (``hf``), or by ours where they can (``auto``).
 
@@ -56,6 +57,7 @@ def load(
         native: our own layers run on our own kernels.
         graphs: passes over our own layers are captured as CUDA graphs, and
         fused: consist of our own kernels there.
+        keep_packed: what a GGUF file packs stays packed in our own layers.
 
     Raises:
         AssetError: a file is missing or corrupt.
@@ -63,7 +65,7 @@ def load(
     """
     if layers is not Layers.hf:
         try:
-            model = Llama.load(folder, device, dtype, native)
+            model = Llama.load(folder, device, dtype, native, keep_packed)
             model.graphs, model.fused = graphs, fused
             return model
         except ConfigError:

@@ -10,8 +10,10 @@ Shapes: R rows, N new tokens of all rows together (see :class:`~selfspec.model.c
 H query heads, G key-value heads, d head size.
 """
 
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfspec.errors import AssetError, ConfigError, one_line
-from selfspec.model import checkpoint
+from selfspec.model import blocks, checkpoint
 from selfspec.model.attention import AttentionMetadata, attend
 from selfspec.model.base import Shape
 from selfspec.model.cache import KVCache
@@ -47,26 +49,53 @@ class Llama:
     int8 = False
     _stack: Stack | None = None
 
-    def __init__(self, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Fuses ``weights`` (Hugging Face names) as described by ``config`` (a parsed ``config.json``)."""
+    def __init__(
+        self,
+        config: dict[str, Any],
+        weights: Mapping[str, Tensor],
+        packed_weights: Mapping[str, Tensor] = MappingProxyType({}),
+        native: bool = False,
+    ) -> None:
+        """Fuses ``weights`` (Hugging Face names) as described by ``config`` (a parsed ``config.json``).
+
+        All are laid out for the CPU's kernels, our own or torch's, where those have a layout of their own.
+
+        Args:
+            packed_weights: tiles of those that stay packed (``blocks.py``).
+            native: our own kernels, which are loaded, run the model.
+        """
         self.shape = _shape(config)
+        self.native = native
         self.embedding = weights["model.embed_tokens.weight"]
         self.lm_head = _head(weights, bool(config.get("tie_word_embeddings")))
         self._window, self._windowed = _window(config)
         self.final_norm = weights["model.norm.weight"]
-        self.layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.layers = []
+        chosen: Mapping[str, Tensor] = ChainMap({}, packed_weights, weights)  # type: ignore[arg-type]
+        for index in range(self.shape.layers):
+            layer = _layer(chosen, f"model.layers.{index}.")
+            for name in _MATRICES:  # at once: what it was fused from need not stay
+                setattr(layer, name, packed(getattr(layer, name), native))
+            self.layers.append(layer)
+        self._stack = self._make_stack()
+        name = "model.embed_tokens.weight" if self.lm_head is self.embedding else "lm_head.weight"
+        head = packed(packed_weights.get(name, self.lm_head), native)
+        # The packed one: the embedding, which may be the same, stays as it is.
+        self._head: Weight | None = head if head is not self.lm_head else None
         self._graphs: WeakKeyDictionary[KVCache, Graphs] = WeakKeyDictionary()
-        self._head: Weight | None = None  # the packed one: the embedding, which may be the same, stays as it is
         self._rotary = _rotary(config, self.shape)
         self._cos, self._sin = (table.to(self.device, self.dtype) for table in self._rotary)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, native: bool = False) -> "Llama":
+    def load(
+        cls, folder: Path, device: torch.device, dtype: torch.dtype, native: bool = False, keep_packed: bool = False
+    ) -> "Llama":
         """Reads a model folder in the Hugging Face layout (safetensors only).
 
         Args:
             native: run on our own kernels; they are loaded.
+            keep_packed: matrices that their GGUF file packs stay packed, in bf16 on our own kernels.
 
         Raises:
             AssetError: a file is missing or corrupt, or a tensor has another shape than the config says.
@@ -76,24 +105,14 @@ class Llama:
         weights = checkpoint.tensors(folder, device)
         try:
             checkpoint.check_shapes(folder, _shapes(_shape(config), config["intermediate_size"]), weights)
-            model = cls(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
+            kept = checkpoint.Stored(folder / blocks.FILE) if keep_packed else {}
+            model = cls(config, {name: tensor.to(dtype) for name, tensor in weights.items()}, kept, native)
         except KeyError as error:
             raise AssetError(f"{folder}: lacks the tensor or setting {error}") from error
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # config.json's: of another kind
             raise AssetError(f"{folder}: cannot be run as a model: {one_line(error)}") from error
         model.folder = folder
-        model.pack(native)
         return model
-
-    def pack(self, native: bool) -> None:
-        """Lays all weights out for the CPU's kernels, our own or torch's, where those have a layout of their own."""
-        self.native = native
-        for layer in self.layers:
-            for name in _MATRICES:
-                setattr(layer, name, packed(getattr(layer, name), native))
-        head = packed(self.lm_head, native)
-        self._head = head if head is not self.lm_head else None
-        self._stack = self._make_stack()
 
     def quantise(self) -> None:
         """Rounds the weights of all layers, and of the head, to int8."""
@@ -279,7 +298,7 @@ def _window(config: dict[str, Any]) -> tuple[int | None, frozenset[int]]:
     return window, frozenset(layer for layer in layers if kinds[layer] == "sliding_attention")
 
 
-def _head(weights: dict[str, Tensor], tied: bool) -> Tensor:
+def _head(weights: Mapping[str, Tensor], tied: bool) -> Tensor:
     """``[vocab, D]``: a head that differs from the embedding is kept, as in transformers, whatever the config says."""
     embedding = weights["model.embed_tokens.weight"]
     head = weights.get("lm_head.weight") if tied else weights["lm_head.weight"]
@@ -305,9 +324,11 @@ def _shapes(s: Shape, intermediate: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _layer(weights: dict[str, Tensor], prefix: str) -> Layer:
+def _layer(weights: Mapping[str, Tensor], prefix: str) -> Layer:
     def fused(names: tuple[str, ...]) -> Tensor:
-        return torch.cat([weights[prefix + name] for name in names])
+        parts = [weights[prefix + name] for name in names]
+        alike = len({(part.dtype, part.shape[1:]) for part in parts}) == 1
+        return torch.cat(parts if alike else [plain(part) for part in parts])
 
     if prefix + "self_attn.o_proj.bias" in weights:
         raise ConfigError("model: engine=torch runs attention without an output bias only")

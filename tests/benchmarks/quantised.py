@@ -1,9 +1,10 @@
 """What int8 weights bring our engine, and what they cost: speed by batch size, and perplexity.
 
-    python tests/benchmarks/quantised.py [--prompts 8] [--new-tokens 48] [--scored 40]
+    python tests/benchmarks/quantised.py [--prompts 8] [--new-tokens 48] [--scored 40] [--compared 12]
 
 Both engines decode the same ShareGPT prompts in turn in this process, plainly and with the n-gram draft; the ratio is
 per group of prompts decoded together, its interval a bootstrap. Perplexity is of ShareGPT's own answers, under each.
+Where texts part is the first token of 128 that greedy decoding chooses otherwise.
 """
 
 import argparse
@@ -27,10 +28,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--scored", type=int, default=40)
+    parser.add_argument("--compared", type=int, default=12)
     options = parser.parse_args()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         common = ["draft=ngram", "tracking=none"]
-        settings = [plans.make(compose("config", [*common, f"engine.weights={name}"])) for name in ("full", "int8")]
+        settings = [plans.make(compose("config", [*common, f"engine.weights={name}"])) for name in ("bf16", "int8")]
     full, int8 = engines = [TorchEngine(each) for each in settings]
 
     def chat(text: str) -> list[int]:
@@ -60,6 +62,12 @@ def main() -> None:
             name = "none" if plain else "ngram"
             print(f"{name}, {size}, {median(ratios):.2f}x [{low:.2f}, {high:.2f}], {rate:.0f}", flush=True)
 
+    compared = workload.select(settings[0].workload, "bench", options.compared, 0, chat)
+    long = [Request(prompt.tokens, 128, ignore_eos=True) for prompt in compared]
+    said = [[each.tokens for each in engine.generate(long, plain=True, max_batch=4)] for engine in engines]
+    parted = [metrics.first_difference(*pair) for pair in zip(*said, strict=True)]
+    print(f"texts part at token (None: not at all) {parted}")
+
     answered = workload.select(settings[0].workload, "quality", options.scored, 0, chat, answered=True)
     texts = [(prompt.tokens, full.tokenizer.encode(prompt.answer, False)[:96]) for prompt in answered]
     surprisals = [
@@ -67,7 +75,7 @@ def main() -> None:
     ]
     count = sum(len(answer) for _, answer in texts)
     perplexities = [math.exp(sum(each) / count) for each in surprisals]
-    print(f"perplexity of {count} tokens of ShareGPT's answers: full {perplexities[0]:.2f}, int8 {perplexities[1]:.2f}")
+    print(f"perplexity of {count} tokens of ShareGPT's answers: bf16 {perplexities[0]:.3f}, int8 {perplexities[1]:.3f}")
 
 
 if __name__ == "__main__":

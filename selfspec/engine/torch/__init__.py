@@ -18,8 +18,9 @@ class Options(EngineOptions):
 
     name: str = "torch"
     layers: Layers = Layers.auto
-    weights: Width = Width.full
-    """Our own layers on a CPU: ``int8`` halves what a pass reads; another model, a little worse."""
+    weights: Width = Width.auto
+    """Our own layers on a CPU: ``packed`` reads what a GGUF file packs, exactly; ``int8`` is another model, a little
+    worse."""
     kernels: Kernels = Kernels.auto
     graphs: Graphs = Graphs.auto
 
@@ -28,13 +29,13 @@ class Options(EngineOptions):
 
     @property
     def label(self) -> str:
-        """The weights, where they are not the model's own."""
-        return "" if self.weights is Width.full else self.weights.name
+        """The weights, where they were chosen."""
+        return "" if self.weights is Width.auto else self.weights.name
 
     @property
     def fits_as(self) -> dict[str, Any]:
         """Other weights give other answers."""
-        return {} if self.weights is Width.full else {"weights": self.weights}
+        return {"weights": self.weights} if self.weights is Width.int8 else {}
 
     def int8(self) -> "Options":
         """The same model, a little worse."""

@@ -12,7 +12,7 @@ import torch
 from selfspec import config as schema
 from selfspec.engine.base import Usage
 from selfspec.errors import ConfigError
-from selfspec.model import gguf, hf
+from selfspec.model import blocks, gguf, hf
 from selfspec.model.base import Graphs, Kernels, Layers, Model, Width
 from selfspec.model.kernels import has_triton, native
 from selfspec.model.llama import Llama
@@ -58,14 +58,39 @@ class Weights:
         asked, layers = engine.get("graphs", Graphs.auto), engine.get("layers", Layers.auto)
         graphs = self.device.type == "cuda" and asked is not Graphs.off
         native, fused = kernels is Kernels.native, kernels is Kernels.triton
-        model = hf.load(self.folder, self.device, self.dtype, layers, native, graphs, fused)
+        keep_packed = self._width is Width.packed
+        model = hf.load(self.folder, self.device, self.dtype, layers, native, graphs, fused, keep_packed)
         if asked is Graphs.on and not model.graphs:
             raise ConfigError("engine.graphs=on: only our own layers (engine.layers=fast) have them, on a GPU")
-        if engine.get("weights", Width.full) is Width.int8:
-            if not isinstance(model, Llama) or self.device.type != "cpu":
-                raise ConfigError("engine.weights=int8: only our own layers have them (engine.layers=fast), on a CPU")
+        asked = engine.get("weights", Width.auto)
+        if asked in (Width.int8, Width.packed) and not (isinstance(model, Llama) and self.device.type == "cpu"):
+            raise ConfigError(
+                f"engine.weights={asked.name}: only our own layers have them (engine.layers=fast), on a CPU"
+            )
+        if asked is Width.int8 and isinstance(model, Llama):
             model.quantise()
         return model
+
+    @cached_property
+    def _width(self) -> Width:
+        """How weights are kept; packed wherever that can be: ``tests/benchmarks/packed.py`` says that it pays.
+
+        Raises:
+            ConfigError: packed ones were asked for, and are not to be had.
+        """
+        asked: Width = self.plan.engine.get("weights", Width.auto)
+        if asked not in (Width.auto, Width.packed):
+            return asked
+        problem = None
+        if self._kernels is not Kernels.native or not native.multiplies_bf16():
+            problem = "only our own kernels have them (engine.kernels=native), on a CPU that multiplies bf16"
+        elif self.dtype is not torch.bfloat16:
+            problem = "they are made bf16 (hardware.dtype=bf16)"
+        elif not (self.folder / blocks.FILE).is_file():
+            problem = f"model={self.plan.model.name} does not come from a GGUF file of {', '.join(blocks.KINDS)}"
+        if asked is Width.packed and problem:
+            raise ConfigError(f"engine.weights=packed: {problem}; allowed here are auto, bf16, int8")
+        return Width.bf16 if problem else Width.packed
 
     @cached_property
     def _kernels(self) -> Kernels:
@@ -87,13 +112,15 @@ class Weights:
         return Kernels.torch if problem or asked is Kernels.torch else own
 
     def describe(self) -> Mapping[str, object]:
-        """Device, dtype, threads, torch, kernels; of a GPU its capability, its driver and whether graphs are used."""
+        """Device, dtype, threads, torch, kernels, weights where packed; of a GPU capability, driver, graphs too."""
+        width = self._width if isinstance(self.model, Llama) else Width.bf16
         return {
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "kernels": self._kernels.name,
+            **({} if width is Width.bf16 else {"weights": width.name}),
             **(_gpu(self.device) | {"graphs": self.model.graphs} if self.device.type == "cuda" else {}),
         }
 

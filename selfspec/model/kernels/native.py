@@ -37,6 +37,8 @@ SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp")
 _HEADS = (32, 64, 128)
 _LANES = 16
+INT8_GROUP = 32
+"""Inputs with a scale of their own, where activations are rounded to int8."""
 _loaded = False
 
 
@@ -118,23 +120,21 @@ def tiled(weight: Tensor) -> Tensor | None:
     # An even number of tiles: the kernel takes two at a time, and has no code for one that is left over.
     if not multiplies_bf16() or rows % (2 * _LANES) or columns % 2:
         return None
-    return _in_huge_pages(weight.view(rows // _LANES, _LANES, columns // 2, 2).transpose(1, 2))
+    return in_huge_pages(weight.view(rows // _LANES, _LANES, columns // 2, 2).transpose(1, 2))
 
 
 def tiled_int8(values: Tensor, scale: Tensor) -> Tensor | None:
-    """Int8 ``[out, in]`` and a scale ``[out]`` for each output in tiles ``[out / 16, in / 4 + 2, 64]`` of int8.
+    """Int8 ``[out, in]`` and a scale ``[out]`` for each output in tiles ``[out / 16, in / 4 + 1, 64]`` of int8.
 
-    After a tile's weights lie its scales, and 128 times the sum of each output's weights: inputs are moved up by 128.
-    ``None`` where it does not divide so.
+    Weights are moved up by 128, since the kernel's are unsigned; after a tile's lie its scales. ``None`` where it does
+    not divide so.
     """
     rows, columns = values.shape
-    # By 16 inputs and not by a line's 4: `round_rows` goes through a token's inputs 16 at a time.
-    if not multiplies_bf16() or rows % (2 * _LANES) or columns % _LANES:
+    if not multiplies_bf16() or rows % (2 * _LANES) or columns % INT8_GROUP:
         return None
     lines = values.view(rows // _LANES, _LANES, columns // 4, 4).transpose(1, 2).reshape(rows // _LANES, -1, 64)
-    sums = 128 * values.int().sum(1, dtype=torch.int32)
-    ends = [each.contiguous().view(torch.int8).view(rows // _LANES, 1, 64) for each in (scale.float(), sums)]
-    return _in_huge_pages(torch.cat((lines, *ends), 1))
+    ends = scale.float().contiguous().view(torch.int8).view(rows // _LANES, 1, 64)
+    return in_huge_pages(torch.cat((lines ^ -128, ends), 1))
 
 
 _CHUNK = 64 * 2**20
@@ -144,7 +144,7 @@ _chunk: Tensor | None = None
 _used = 0
 
 
-def _in_huge_pages(tensor: Tensor) -> Tensor:
+def in_huge_pages(tensor: Tensor) -> Tensor:
     """A copy, beside the others in huge pages where the system gives them.
 
     Weights are read once a token, and finding pages of 4 KiB takes a fifth of the time that does. torch's allocator
@@ -171,8 +171,8 @@ def untiled(weight: Tensor) -> Tensor:
     tiles = weight.shape[0]
     if weight.dtype is not torch.int8:
         return weight.transpose(1, 2).reshape(tiles * _LANES, weight.shape[1] * 2)
-    values = weight[:, :-2].reshape(tiles, -1, _LANES, 4).transpose(1, 2).reshape(tiles * _LANES, -1)
-    return values * weight[:, -2].reshape(-1).view(torch.float32)[:, None]
+    values = (weight[:, :-1] ^ -128).reshape(tiles, -1, _LANES, 4).transpose(1, 2).reshape(tiles * _LANES, -1)
+    return values * weight[:, -1].reshape(-1).view(torch.float32)[:, None]
 
 
 def takes_rows(logits: Tensor) -> bool:
