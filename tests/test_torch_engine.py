@@ -21,6 +21,7 @@ from selfspec.engine.torch import ties, weights
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.errors import AssetError, ConfigError, HeadError
 from selfspec.model.base import Model
+from selfspec.model.kernels import native
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation.head import features, linear
@@ -402,6 +403,10 @@ class TestPlace:
     def test_memory_and_utilisation(self, engine: Maker) -> None:
         made = engine()
         assert 50 < made.usage().peak_memory_mb < 1e6 and made.usage().device_utilisation is None
+
+    def test_torchs_kernels_need_no_compiler(self, engine: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "problem", lambda: pytest.fail("nothing is to be built"))
+        assert engine("engine.kernels=torch").describe()["kernels"] == "torch"
 
     def test_nothing_is_loaded_before_it_is_asked_for(self, engine: Maker, tmp_path: Path) -> None:
         made = engine(f"model.source=file:{tmp_path / 'none'}")

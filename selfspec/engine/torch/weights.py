@@ -100,16 +100,18 @@ class Weights:
             ConfigError: some were asked for that cannot.
         """
         asked, kind = self.plan.engine.get("kernels", Kernels.auto), self.device.type
+        if asked is Kernels.torch:
+            return Kernels.torch  # and nothing is built
         own = Kernels.torch
         problem: str | None = f"there are none for {kind}"
         if kind == "cpu":
             own, problem = Kernels.native, native.problem()
         elif kind == "cuda":
             own, problem = Kernels.triton, None if has_triton() else "Triton is not installed"
-        if asked not in (Kernels.auto, Kernels.torch) and (problem or asked is not own):
+        if asked is not Kernels.auto and (problem or asked is not own):
             reason = problem or f"they are not for {kind}"
             raise ConfigError(f"engine.kernels={asked.name}: {reason}; allowed here are auto, torch")
-        return Kernels.torch if problem or asked is Kernels.torch else own
+        return Kernels.torch if problem else own
 
     def describe(self) -> Mapping[str, object]:
         """Device, dtype, threads, torch, kernels, weights where packed; of a GPU capability, driver, graphs too."""
