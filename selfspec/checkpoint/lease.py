@@ -13,7 +13,6 @@ machines do not shorten it. Only a lease whose time was over long ago by anybody
 """
 
 import json
-import math
 import secrets
 import sys
 import threading
@@ -31,7 +30,7 @@ from selfspec.interrupt import shield
 
 LEASE_S = 60.0
 MOST_S = 86_400.0
-"""The longest term, in seconds."""
+"""The longest term that is waited for, in seconds, whatever a lease says."""
 POLL_S = 5.0
 """How often one that is held is looked at, by who waits for it."""
 SKEW_S = 60.0
@@ -155,7 +154,7 @@ class Lease:
     def _free(self, lease: dict[str, Any], at: float, silent_s: float) -> bool:
         until, term_s = float(lease["until"]), float(lease["term_s"])
         given_back = until == 0
-        return given_back or at > until + SKEW_S or silent_s >= term_s
+        return given_back or at > until + SKEW_S or silent_s >= min(term_s, MOST_S)
 
     def _take(self, epoch: int) -> bool:
         if not self.bucket.create(self._name(epoch), self._says(self.clock.now() + self.term_s)):
@@ -190,7 +189,7 @@ class Lease:
         try:
             lease = from_json(data)
             until, term_s = float(lease["until"]), float(lease["term_s"])
-            if not (0 <= until < math.inf and 0 <= term_s <= MOST_S):  # else it would be waited for without end
+            if not (until >= 0 and term_s >= 0):  # NaN is not: it would be waited for without end
                 raise ValueError
             return epoch, {"until": until, "term_s": term_s, "holder": lease["holder"]}
         except (ValueError, LookupError, TypeError, OverflowError):
