@@ -66,14 +66,16 @@ def measured(units: Sequence[Unit]) -> Measurements:
     if not plain_ms or not depth.any():
         return {}
     looked = sum(passes[step.batch] * step.steps.max() for step in timed)
-    cost = sum(step.draft_ms + step.verify_ms for step in timed) / plain_ms
+    rows = [_rows(step) for step in timed]
+    draft_ms, verify_ms = (_cut([getattr(step, name) for step in timed], rows) for name in ("draft_ms", "verify_ms"))
+    cost = (draft_ms + verify_ms).sum() / plain_ms
     found = {
         "cost_cycle": cost,
         "stand": accepted.sum() / (accepted + (accepted < depth)).sum(),
         "oracle_speedup": (1 + depth.mean()) / cost,
     }
-    if drafting_ms := sum(step.draft_ms for step in timed):  # where drafting is not told apart, it is in the cycle's
-        found["cost_draft_step"] = drafting_ms / looked
+    if draft_ms.any():  # where drafting is not told apart, it is in the cycle's
+        found["cost_draft_step"] = draft_ms.sum() / looked
     if (even := break_even(depth, cost)) is not None:
         found["break_even"] = even
     return {name: float(value) for name, value in found.items()}
@@ -136,7 +138,7 @@ def _costs(units: Sequence[Unit], steps: Sequence[Step]) -> Iterator[dict[str, A
         if len(own) < KNOWN:
             continue
         draft = line([step.steps.max() for step in own], [step.draft_ms for step in own])
-        verify = line([(step.nodes + 1).sum() for step in own], [step.verify_ms for step in own])
+        verify = line([_rows(step) for step in own], [step.verify_ms for step in own])
         ks = [{"K": 0, "speedup": 1.0}]
         for k in range(1, most + 1):
             if of := [step for step in own if step.k.max() >= k]:
@@ -156,19 +158,17 @@ def _costs(units: Sequence[Unit], steps: Sequence[Step]) -> Iterator[dict[str, A
         }
 
 
-def _rows(step: Step, k: int) -> float:
+def _rows(step: Step, k: float = np.inf) -> float:
     """Tokens that it would have verified of drafts of up to k positions: of a tree, as many a position as it had."""
     return float((1 + step.nodes * np.minimum(step.depth, k) / np.maximum(step.depth, 1)).sum())
 
 
 def line(x: Sequence[float], ms: Sequence[float]) -> tuple[float, float]:
-    """Least squares ``a + b x`` of times, neither less than 0; of one x alone, all is b x.
-
-    Stalls are cut off as in :func:`_typical`, among the times of the same x.
-    """
+    """Least squares ``a + b x`` of times, neither less than 0; of one x alone, all is b x."""
     at = np.asarray(x, float)
     seen = np.unique(at)
-    typical = np.asarray([_typical([t for t, own in zip(ms, at, strict=True) if own == one]) for one in seen])
+    cut = _cut(ms, at)
+    typical = np.asarray([cut[at == one].mean() for one in seen])
     weight = np.asarray([(at == one).sum() for one in seen], float)
     if len(seen) == 1:
         return (0.0, float(typical[0] / seen[0])) if seen[0] else (float(typical[0]), 0.0)
@@ -183,12 +183,20 @@ def _passes(units: Sequence[Unit]) -> dict[int, float]:
     times: dict[int, list[float]] = {}
     for step in _steps(units, "plain"):
         times.setdefault(step.batch, []).append(step.draft_ms + step.verify_ms)
-    return {batch: ms for batch, own in times.items() if len(own) >= KNOWN and (ms := _typical(own)) > 0}
+    return {
+        batch: ms
+        for batch, own in times.items()
+        if len(own) >= KNOWN and (ms := float(_cut(own, [batch] * len(own)).mean()))
+    }
 
 
-def _typical(ms: Sequence[float]) -> float:
-    """The mean, stalls cut off: a rate is of mean times, of which they would be most."""
-    return float(np.minimum(ms, STALL * np.median(ms)).mean())
+def _cut(ms: Sequence[float], like: Sequence[float] | Array) -> Array:
+    """Times, with stalls cut off among those of the same kind: a rate is of mean times, of which they would be most."""
+    found, kinds = np.asarray(ms, float), np.asarray(like)
+    for kind in np.unique(kinds):
+        own = kinds == kind
+        found[own] = np.minimum(found[own], STALL * np.median(found[own]))
+    return found
 
 
 def _joined(steps: Sequence[Step], name: str) -> Array:
