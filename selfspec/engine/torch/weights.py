@@ -62,13 +62,13 @@ class Weights:
         model = hf.load(self.folder, self.device, self.dtype, layers, native, graphs, fused, keep_packed)
         if asked is Graphs.on and not model.graphs:
             raise ConfigError("engine.graphs=on: only our own layers (engine.layers=fast) have them, on a GPU")
-        asked = engine.get("weights", Width.auto)
-        if asked in (Width.int8, Width.packed) and not (isinstance(model, Llama) and self.device.type == "cpu"):
-            raise ConfigError(
-                f"engine.weights={asked.name}: only our own layers have them (engine.layers=fast), on a CPU"
-            )
-        if asked is Width.int8 and isinstance(model, Llama):
-            model.quantise()
+        width: Width = engine.get("weights", Width.auto)
+        if width in (Width.int8, Width.packed):
+            if not isinstance(model, Llama) or self.device.type != "cpu":
+                reason = "only our own layers have them (engine.layers=fast), on a CPU"
+                raise ConfigError(f"engine.weights={width.name}: {reason}")
+            if width is Width.int8:
+                model.quantise()
         return model
 
     @cached_property
@@ -115,7 +115,9 @@ class Weights:
 
     def describe(self) -> Mapping[str, object]:
         """Device, dtype, threads, torch, kernels, weights where packed; of a GPU capability, driver, graphs too."""
-        width = self._width if isinstance(self.model, Llama) else Width.bf16
+        width = self._width
+        if width is Width.packed and not isinstance(self.model, Llama):
+            width = Width.bf16
         return {
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
