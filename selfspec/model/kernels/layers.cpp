@@ -6,6 +6,8 @@
 //
 // N new tokens, H query heads, G key-value heads, d head size, R rows, S slots. Sums are float32 and rounded once.
 
+#include "layers.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -235,19 +237,6 @@ Tensor run(Tensor hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, c
   return hidden;
 }
 
-Tensor layers(const Tensor& hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, const Tensor& row,
-              const Tensor& slot, const optional<Tensor>& mask, int64_t first_row, int64_t stop, int64_t heads,
-              double eps, int64_t first, at::TensorList attention_norm, at::TensorList qkv,
-              const c10::List<optional<Tensor>>& qkv_bias, at::TensorList out, at::TensorList mlp_norm,
-              at::TensorList gate_up, at::TensorList down) {
-  for (const Tensor& each : {hidden, cache, cos, sin, row, slot}) TORCH_CHECK(each.is_contiguous(), "not contiguous");
-  TORCH_CHECK(!mask || mask->is_contiguous(), "not contiguous");
-  const auto chosen = hidden.scalar_type() == at::kFloat ? run<F32> : run<BF16>;
-  TORCH_CHECK(hidden.scalar_type() == at::kFloat || hidden.scalar_type() == at::kBFloat16, "float32 or bfloat16 only");
-  return chosen(hidden, cache, cos, sin, row, slot, mask, first_row, stop, heads, eps, first, attention_norm, qkv,
-                qkv_bias, out, mlp_norm, gate_up, down);
-}
-
 template <class Format>
 void likeliest(const Tensor& logits, int64_t* best) {
   const int64_t width = logits.size(1);
@@ -281,6 +270,23 @@ Tensor argmax(const Tensor& logits) {
 }
 
 }  // namespace
+
+Tensor norm(const Tensor& x, const Tensor& weight, double eps) {
+  return (x.scalar_type() == at::kFloat ? rms_norm<F32> : rms_norm<BF16>)(x, weight, eps);
+}
+
+Tensor layers(const Tensor& hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, const Tensor& row,
+              const Tensor& slot, const optional<Tensor>& mask, int64_t first_row, int64_t stop, int64_t heads,
+              double eps, int64_t first, at::TensorList attention_norm, at::TensorList qkv,
+              const c10::List<optional<Tensor>>& qkv_bias, at::TensorList out, at::TensorList mlp_norm,
+              at::TensorList gate_up, at::TensorList down) {
+  for (const Tensor& each : {hidden, cache, cos, sin, row, slot}) TORCH_CHECK(each.is_contiguous(), "not contiguous");
+  TORCH_CHECK(!mask || mask->is_contiguous(), "not contiguous");
+  const auto chosen = hidden.scalar_type() == at::kFloat ? run<F32> : run<BF16>;
+  TORCH_CHECK(hidden.scalar_type() == at::kFloat || hidden.scalar_type() == at::kBFloat16, "float32 or bfloat16 only");
+  return chosen(hidden, cache, cos, sin, row, slot, mask, first_row, stop, heads, eps, first, attention_norm, qkv,
+                qkv_bias, out, mlp_norm, gate_up, down);
+}
 
 TORCH_LIBRARY(selfspec, library) {
   library.def("product(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor");

@@ -1,8 +1,9 @@
 """C++ kernels for the CPU, built on the machine that runs them, for that machine, once.
 
 ``selfspec::product``: x W' of few rows at the speed at which memory gives the weights. ``selfspec::layers``: a
-range of a Llama's layers over new tokens in one call. ``selfspec::argmax``: of every row. They do what ``linear.py``,
-``llama.py`` and ``sampling.py`` do with torch's operators wherever there is no C++ compiler.
+range of a Llama's layers over new tokens in one call; ``selfspec::exit``: and an early exit's map and readout of their
+states. ``selfspec::argmax``, ``candidates``, ``statistics``: of every row of logits. They do what ``linear.py``,
+``llama.py``, ``sampling.py``, drafts and gates do with torch's operators wherever there is no C++ compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
@@ -154,15 +155,40 @@ def untiled(weight: Tensor) -> Tensor:
 
 
 def takes_rows(logits: Tensor) -> bool:
-    """Whether ``selfspec::argmax`` finds the largest of every row, twice as fast as NumPy and more in bf16."""
-    return _loaded and logits.is_contiguous() and logits.shape[-1] % _LANES == 0 and _knows(logits.dtype)
+    """Whether the kernels look through such logits: twice as fast as NumPy and more in bf16, or as torch by far."""
+    plain = logits.device.type == "cpu" and logits.dim() == 2 and logits.is_contiguous()
+    return _loaded and plain and logits.shape[1] % _LANES == 0 and _knows(logits.dtype)
+
+
+class Statistics(NamedTuple):
+    """Of the distribution in each of N rows of logits, float32 ``[N]``; in nats, and nats squared."""
+
+    max_prob: Tensor
+    entropy: Tensor
+    var_entropy: Tensor
+
+
+def statistics(logits: Tensor) -> Statistics:
+    """Of logits that :func:`takes_rows` says yes to."""
+    return Statistics(*torch.ops.selfspec.statistics(logits))
 
 
 class Stack:
     """A Llama's layers, handed to the kernel in ranges."""
 
-    def __init__(self, layers: Sequence[Layer], heads: int, norm_eps: float) -> None:
-        self._heads, self._norm_eps = heads, norm_eps
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        final_norm: Tensor,
+        head: Tensor,
+        heads: int,
+        norm_eps: float,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """``head``: what reads final states, in any layout. ``cos``, ``sin``: ``[positions, d]``, the sine signed."""
+        self._final_norm, self._head = final_norm, head
+        self._heads, self._norm_eps, self._cos, self._sin = heads, norm_eps, cos, sin
         names = ("attention_norm", "qkv", "qkv_bias", "out", "mlp_norm", "gate_up", "down")
         self._weights = [[getattr(layer, name) for layer in layers] for name in names]
 
@@ -174,18 +200,45 @@ class Stack:
         whole = head_dim in _HEADS and all(width % _LANES == 0 for width in widths)
         return plain and whole and _knows(dtype)
 
-    def run(
-        self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, cos: Tensor, sin: Tensor, first: int, last: int
-    ) -> Tensor:
-        """Layers ``first`` to ``last - 1`` on ``[N, D]``; ``cos``, ``sin``: ``[N, d]``, of the positions."""
-        row, slot = at.each()
-        chosen = [weights[first:last] for weights in self._weights]
-        kv = cache.kv
-        place = (row, slot, at.mask, at.rows.start, at.stop)
-        result: Tensor = torch.ops.selfspec.layers(
-            hidden, kv, cos, sin, *place, self._heads, self._norm_eps, first, *chosen
-        )
+    def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
+        """Layers ``first`` to ``last - 1`` on ``[N, D]``."""
+        result: Tensor = torch.ops.selfspec.layers(hidden, *self._arguments(cache, at, first, last))
         return result
+
+    def exit(
+        self,
+        hidden: Tensor,
+        previous: Tensor | None,
+        cache: KVCache,
+        at: AttentionMetadata,
+        last: int,
+        head: Sequence[Tensor],
+        readout: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The first ``last`` layers on ``[N, D]``, what a head makes of them, and its readout, in one call.
+
+        Args:
+            previous: what the head also reads, ``[N, D]``, if anything.
+            head: weight and bias, or scale, down, up and bias; matrices in any layout. None: the model's norm.
+            readout: the rows of the language-model head that are read; ``None``: all.
+
+        Returns:
+            The residual stream, the head's estimates of the normed final states, and logits ``[N, V]``.
+        """
+        states: tuple[Tensor, Tensor, Tensor] = torch.ops.selfspec.exit(
+            hidden,
+            *self._arguments(cache, at, 0, last),
+            previous,
+            head or [self._final_norm],
+            self._head if readout is None else readout,
+        )
+        return states
+
+    def _arguments(self, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> tuple[Any, ...]:
+        chosen = [weights[first:last] for weights in self._weights]
+        place = (*at.each(), at.mask, at.rows.start, at.stop)
+        angles = self._cos[at.positions], self._sin[at.positions]
+        return (cache.kv, *angles, *place, self._heads, self._norm_eps, first, *chosen)
 
 
 def _knows(dtype: torch.dtype) -> bool:

@@ -95,6 +95,25 @@ class EarlyExit(Draft):
         """Exit states and the previous positions' final states -> estimates of the final ones, all ``[N, D]``."""
         return self.head(hidden, previous)
 
+    def exit(
+        self, tokens: Sequence[int], previous: Tensor, cache: KVCache, at: AttentionMetadata, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs N tokens through the first layers and reads them out: by one call where our own kernels do.
+
+        Args:
+            previous: the positions' before final states, or estimates of them, ``[N, D]``.
+
+        Returns:
+            Exit states and estimates of the final ones, ``[N, D]``, and logits ``[N, V]``.
+        """
+        hidden, stack = self.model.embed(tokens, at), self.model.stack(cache, at)
+        if stack is not None and not self.remembers:
+            also = previous if self.head.previous else None
+            return stack.exit(hidden, also, cache, at, layer, self.head.weights, self.readout.packed)
+        hidden = self.model.run(hidden, cache, at, 0, layer)
+        states = self.estimate(hidden, previous, cache, at)
+        return hidden, states, self.readout(states)
+
     def remember(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata) -> None:
         """Exit states ``[N, D]`` that are not read out: a draft with keys and values of its own writes them now."""
 
@@ -123,9 +142,8 @@ class EarlyExit(Draft):
             step = len(hidden)
             # Zeros stand for tokens that have been run: places depend on how many there are, not on which.
             at = cache.place([Tree.chain([0] * step + [token]) for token in tokens], first=step)
-            hidden.append(self.model.run(self.model.embed(tokens, at), cache, at, 0, exit_layer))
-            states = self.estimate(hidden[-1], states, cache, at)
-            logits = self.readout(states)
+            left, states, logits = self.exit(tokens, states, cache, at, exit_layer)
+            hidden.append(left)
             best, signals = self.readout.best(logits, self.width, gate.signal(logits))
             tokens = [token for token, *_ in best]
             for r, tree in enumerate(trees):

@@ -18,7 +18,7 @@ from selfspec.speculation import fit as fitting
 from selfspec.speculation.draft.base import FittedOptions, check_rank
 from selfspec.speculation.draft.layerskip import EarlyExit, agreement
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.head import FittedExit, Head, HeadForm, RawExit, features, linear
+from selfspec.speculation.head import FittedExit, Head, HeadForm, RawExit, features, laid_out, linear
 from selfspec.speculation.readout import Readout
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Options(FittedOptions):
     def make(self, model: Model, head: Head | None) -> EarlyExit:
         """The same draft as ``layerskip`` with a better readout."""
         assert head is not None, "fitted by the fit stage"
-        exit = FittedExit(head.tensors, head.facts["previous"])
+        exit = FittedExit(laid_out(head.tensors, model.native), head.facts["previous"])
         readout = Readout(model, head.tensors.get("ids"))
         return EarlyExit(model, self.exit_layer, exit, readout, self.width, self.budget, self.sample)
 

@@ -1,0 +1,183 @@
+// What an early exit drafts with: its layers, the map of their state and the readout in one call; and what is asked of
+// the logits then.
+//
+// N tokens, D hidden size, V tokens of the draft's vocabulary. Sums are float32 and rounded once.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "layers.h"
+#include "product.h"
+#include "vectors.h"
+
+namespace selfspec {
+namespace {
+
+// Rows of x [N, D] scaled to unit root-mean-square, into columns of another tensor from `out` on, `step` apart.
+template <class Format>
+void unit_rms(const Tensor& x, typename Format::T* out, int64_t step) {
+  constexpr float eps = std::numeric_limits<float>::epsilon();  // of torch's norm where none is given, in bf16 too
+  const int64_t rows = x.size(0), width = x.size(1);
+  const auto* in = static_cast<const typename Format::T*>(x.const_data_ptr());
+  for (int64_t n = 0; n < rows; n++, in += width, out += step) {
+    floats squares{};
+    for (int64_t i = 0; i < width; i += LANES) {
+      const floats v = Format::load(in + i);
+      squares += v * v;
+    }
+    const float scale = 1 / std::sqrt(sum(squares) / width + eps);
+    for (int64_t i = 0; i < width; i += LANES) Format::store(out + i, Format::load(in + i) * scale);
+  }
+}
+
+// What a fitted map reads: the states, and beside them those of the positions before, if it is given any.
+Tensor features(const Tensor& hidden, const optional<Tensor>& previous) {
+  const int64_t width = hidden.size(1);
+  Tensor x = at::empty({hidden.size(0), previous ? 2 * width : width}, hidden.options());
+  const auto fill = [&](auto format) {
+    using Format = decltype(format);
+    auto* out = static_cast<typename Format::T*>(x.data_ptr());
+    unit_rms<Format>(hidden, out, x.size(1));
+    if (previous) unit_rms<Format>(previous->contiguous(), out + width, x.size(1));
+  };
+  hidden.scalar_type() == at::kFloat ? fill(F32()) : fill(BF16());
+  return x;
+}
+
+// The estimate of the normed final state [N, D], by the weights of a head: the final norm of the model; or a fitted map,
+// of weight and bias; or one of low rank, of scale, down, up and bias.
+Tensor estimate(const Tensor& hidden, const optional<Tensor>& previous, at::TensorList head, double eps) {
+  if (head.size() == 1) return norm(hidden, head[0], eps);
+  const Tensor x = features(hidden, previous);
+  if (head.size() == 2) return product(x, head[0], head[1], {});
+  const Tensor scaled = at::addcmul(head[3], x.narrow(1, 0, hidden.size(1)), head[0]);
+  return product(product(x, head[1], {}, {}), head[2], {}, scaled);
+}
+
+std::tuple<Tensor, Tensor, Tensor> exit(
+    const Tensor& hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, const Tensor& row, const Tensor& slot,
+    const optional<Tensor>& mask, int64_t first_row, int64_t stop, int64_t heads, double eps, int64_t first,
+    at::TensorList attention_norm, at::TensorList qkv, const c10::List<optional<Tensor>>& qkv_bias, at::TensorList out,
+    at::TensorList mlp_norm, at::TensorList gate_up, at::TensorList down, const optional<Tensor>& previous,
+    at::TensorList head, const Tensor& readout) {
+  Tensor left = layers(hidden, cache, cos, sin, row, slot, mask, first_row, stop, heads, eps, first, attention_norm, qkv,
+                       qkv_bias, out, mlp_norm, gate_up, down);
+  Tensor state = estimate(left, previous, head, eps);
+  Tensor logits = product(state, readout, {}, {});
+  return {left, state, logits};
+}
+
+// Of one row of logits: the largest, and with d = x - largest, sums of e^d, d e^d, d^2 e^d.
+struct Sums {
+  float largest, weight, first, second;
+};
+
+template <class Format>
+Sums summed(const typename Format::T* row, int64_t width) {
+  floats most = floats{} - INFINITY, weight{}, first{}, second{};
+  for (int64_t i = 0; i < width; i += LANES) {
+    const floats here = Format::load(row + i);
+    most = here > most ? here : most;
+  }
+  const float largest = highest(most);
+  for (int64_t i = 0; i < width; i += LANES) {
+    const floats d = Format::load(row + i) - largest, p = exp(d), pd = p * d;
+    weight += p;
+    first += pd;
+    second += pd * d;
+  }
+  return {largest, sum(weight), sum(first), sum(second)};
+}
+
+template <class Format>
+void likeliest(const Tensor& logits, Tensor& places, Tensor& log_p) {
+  using T = typename Format::T;
+  const int64_t width = logits.size(1), wanted = places.size(1);
+  const auto* all = static_cast<const T*>(logits.const_data_ptr());
+  int64_t* found = places.data_ptr<int64_t>();
+  float* scores = log_p.data_ptr<float>();
+  at::parallel_for(0, logits.size(0), 1, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; n++) {
+      const T* row = all + n * width;
+      int64_t* best = found + n * wanted;
+      float* values = scores + n * wanted;
+      std::fill_n(values, wanted, -INFINITY);
+      std::fill_n(best, wanted, 0);
+      for (int64_t i = 0; i < width; i += LANES) {
+        if (!(highest(Format::load(row + i)) > values[wanted - 1])) continue;
+        for (int64_t j = i; j < i + LANES; j++) {
+          const float value = Format::load_one(row + j);
+          // Larger, not as large: the first of equals stays.
+          if (!(value > values[wanted - 1])) continue;
+          int64_t at = wanted - 1;
+          for (; at > 0 && value > values[at - 1]; at--) values[at] = values[at - 1], best[at] = best[at - 1];
+          values[at] = value, best[at] = j;
+        }
+      }
+      const Sums sums = summed<Format>(row, width);
+      const float total = sums.largest + std::log(sums.weight);
+      for (int64_t i = 0; i < wanted; i++) values[i] -= total;
+    }
+  });
+}
+
+void check(const Tensor& logits) {
+  TORCH_CHECK(logits.dim() == 2 && logits.size(1) % LANES == 0 && logits.is_contiguous(), "whole lanes only");
+  TORCH_CHECK(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16, "float32 or bfloat16 only");
+}
+
+// The places of the `width` largest of every row, the first of equals first, and their log-probabilities.
+std::tuple<Tensor, Tensor> candidates(const Tensor& logits, int64_t width) {
+  check(logits);
+  const int64_t rows = logits.size(0), wanted = std::min(width, logits.size(1));
+  Tensor places = at::empty({rows, wanted}, at::kLong), log_p = at::empty({rows, wanted}, at::kFloat);
+  (logits.scalar_type() == at::kFloat ? likeliest<F32> : likeliest<BF16>)(logits, places, log_p);
+  return {places, log_p};
+}
+
+template <class Format>
+void measure(const Tensor& logits, float* out) {
+  const int64_t rows = logits.size(0), width = logits.size(1);
+  const auto* all = static_cast<const typename Format::T*>(logits.const_data_ptr());
+  at::parallel_for(0, rows, 1, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; n++) {
+      const Sums s = summed<Format>(all + n * width, width);
+      // Surprisal is ln(weight) - d: its mean is the entropy, its variance that of d.
+      const double mean = static_cast<double>(s.first) / s.weight;
+      out[n] = 1 / s.weight;
+      out[rows + n] = static_cast<float>(std::log(static_cast<double>(s.weight)) - mean);
+      out[2 * rows + n] = static_cast<float>(std::max(static_cast<double>(s.second) / s.weight - mean * mean, 0.0));
+    }
+  });
+}
+
+// Of the distribution in every row: its largest probability, its entropy and its var-entropy. [3, N]
+Tensor statistics(const Tensor& logits) {
+  check(logits);
+  Tensor found = at::empty({3, logits.size(0)}, at::kFloat);
+  (logits.scalar_type() == at::kFloat ? measure<F32> : measure<BF16>)(logits, found.data_ptr<float>());
+  return found;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(selfspec, library) {
+  const auto add = [&](const char* schema, auto&& function) {
+    library.def(schema, torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, function));
+  };
+  add("exit(Tensor hidden, Tensor(a!) cache, Tensor cos, Tensor sin, Tensor row, Tensor slot, Tensor? mask, "
+      "int first_row, int stop, int heads, float eps, int first, Tensor[] attention_norm, Tensor[] qkv, "
+      "Tensor?[] qkv_bias, Tensor[] out, Tensor[] mlp_norm, Tensor[] gate_up, Tensor[] down, Tensor? previous, "
+      "Tensor[] head, Tensor readout) -> (Tensor, Tensor, Tensor)",
+      TORCH_FN(exit));
+  add("candidates(Tensor logits, int width) -> (Tensor, Tensor)", TORCH_FN(candidates));
+  add("statistics(Tensor logits) -> Tensor", TORCH_FN(statistics));
+}
+
+}  // namespace selfspec

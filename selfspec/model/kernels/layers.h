@@ -1,0 +1,25 @@
+// The layers of a Llama over a few new tokens, in one call.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/List.h>
+
+#include <optional>
+
+namespace selfspec {
+
+using at::Tensor;
+using std::optional;
+
+// Rows of [N, D] scaled to unit root-mean-square, and by a weight [D].
+Tensor norm(const Tensor& x, const Tensor& weight, double eps);
+
+// Runs layers on the residual stream [N, D] and writes their keys and values; those of one list are a layer's each.
+// cache: [layers, 2, R, G, S, d]; cos, sin: [N, d], of the positions; row, slot: int64 [N].
+Tensor layers(const Tensor& hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, const Tensor& row,
+              const Tensor& slot, const optional<Tensor>& mask, int64_t first_row, int64_t stop, int64_t heads,
+              double eps, int64_t first, at::TensorList attention_norm, at::TensorList qkv,
+              const c10::List<optional<Tensor>>& qkv_bias, at::TensorList out, at::TensorList mlp_norm,
+              at::TensorList gate_up, at::TensorList down);
+
+}  // namespace selfspec
