@@ -1,5 +1,6 @@
 """native: our own CPU kernels compute what torch's operators do, in float32 and in bf16."""
 
+import math
 import mmap
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,11 @@ from selfspec.model.kernels import native
 from selfspec.model.linear import add_linear, linear, packed, packed_int8, plain, rounded
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
-from selfspec.speculation.draft.layerskip import EarlyExit
-from selfspec.speculation.gate.entropy import entropy
-from selfspec.speculation.gate.maxp import max_prob
-from selfspec.speculation.gate.varH import var_entropy
+from selfspec.speculation.draft.layerskip import EarlyExit, Exit
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.gate.entropy import Entropy, entropy
+from selfspec.speculation.gate.maxp import MaxProb, max_prob
+from selfspec.speculation.gate.varH import VarEntropy, var_entropy
 from selfspec.speculation.head import ExitHead, FittedExit, RawExit, laid_out
 from selfspec.speculation.readout import Readout
 
@@ -141,7 +143,7 @@ class TestAnExit:
         tensors = {name: t.to(model.dtype) for name, t in tensors.items()}
         return FittedExit(laid_out(tensors, model.native), previous=kind == "both states")
 
-    def read(self, model: Llama, kind: str, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, model: Llama, kind: str, ids: Tensor | None, gate: Gate) -> Exit:
         """Of three rows, a token after what each has verified."""
         cache = model.new_cache(64, rows=3)
         for prompt in (PROMPT, PROMPT[:4], PROMPT[2:9]):
@@ -150,10 +152,10 @@ class TestAnExit:
             cache.commit(row, range(len(prompt)))
         at = cache.place([Tree.chain([token]) for token in (4, 5, 6)])
         assert (model.stack(cache, at) is not None) == model.native
-        draft = EarlyExit(model, 2, self.head(kind, model), Readout(model, ids))
+        draft = EarlyExit(model, 2, self.head(kind, model), Readout(model, ids), width=3)
         previous = torch.linspace(-2, 3, 3 * 96).view(3, 96).to(model.dtype)
-        read = draft.exit([4, 5, 6], previous, cache, at, 2)
-        model.run(read[0], cache, at, 2, LAYERS)
+        read = draft.exit([4, 5, 6], previous, cache, at, 2, gate)
+        model.run(read.hidden, cache, at, 2, LAYERS)
         for row in range(3):
             cache.commit(row, range(1))
         caches.check(cache, LAYERS)
@@ -163,14 +165,26 @@ class TestAnExit:
     @pytest.mark.parametrize("kind", ["raw", "affine", "both states", "low rank"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_is_that_of_torch(self, folder: Path, kind: str, ids: Tensor | None, dtype: torch.dtype) -> None:
-        ours, torchs = (self.read(Llama.load(folder, CPU, dtype, own), kind, ids) for own in (True, False))
-        exact = self.read(Llama.load(folder, CPU, torch.float32), kind, ids)
-        for own, other, right in zip(ours, torchs, exact, strict=True):
+        gate = MaxProb(0)
+        ours, torchs = (self.read(Llama.load(folder, CPU, dtype, own), kind, ids, gate) for own in (True, False))
+        exact = self.read(Llama.load(folder, CPU, torch.float32), kind, ids, gate)
+        for own, other, right in zip(ours[:3], torchs[:3], exact[:3], strict=True):
             assert own.shape == other.shape and own.dtype is other.dtype
             if dtype is torch.float32:
                 assert_close(own, other, atol=1e-4, rtol=1e-4)
             else:  # no further from the truth than torch's operators are
                 assert (own - right).norm() <= 1.3 * (other - right).norm() + 1e-3
+        likely, log_p, _ = Readout(Llama.load(folder, CPU, dtype), ids).candidates(ours.logits, 3, ours.logits[:0])
+        assert ours.tokens == likely
+        assert_close(ours.log_p, log_p)
+        assert_close(ours.signals, [math.exp(row[0]) for row in log_p])
+
+    def test_every_gate_sees_its_own_signal(self, folder: Path) -> None:
+        model = Llama.load(folder, CPU, torch.float32, native=True)
+        for gate in (MaxProb(0), Entropy(0), VarEntropy(0)):
+            read = self.read(model, "raw", None, gate)
+            assert_close(read.signals, gate.signal(read.logits).tolist())
+        assert self.read(model, "raw", None, Gate()).signals == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

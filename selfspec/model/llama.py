@@ -107,7 +107,7 @@ class Llama:
             return None
         if not isinstance(head, Tensor):
             return None
-        return Stack(self.layers, self.final_norm, head, s.heads, s.norm_eps, self._cos, self._sin)
+        return Stack(self.layers, self.embedding, self.final_norm, head, s.heads, s.norm_eps, self._cos, self._sin)
 
     def to(self, dtype: torch.dtype) -> "Llama":
         """The same model in another dtype (a copy; used to look at a tie in float32)."""

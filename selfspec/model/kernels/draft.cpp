@@ -11,6 +11,7 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <vector>
 
 #include "layers.h"
 #include "product.h"
@@ -58,19 +59,6 @@ Tensor estimate(const Tensor& hidden, const optional<Tensor>& previous, at::Tens
   if (head.size() == 2) return product(x, head[0], head[1], {});
   const Tensor scaled = at::addcmul(head[3], x.narrow(1, 0, hidden.size(1)), head[0]);
   return product(product(x, head[1], {}, {}), head[2], {}, scaled);
-}
-
-std::tuple<Tensor, Tensor, Tensor> exit(
-    const Tensor& hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, const Tensor& row, const Tensor& slot,
-    const optional<Tensor>& mask, int64_t first_row, int64_t stop, int64_t heads, double eps, int64_t first,
-    at::TensorList attention_norm, at::TensorList qkv, const c10::List<optional<Tensor>>& qkv_bias, at::TensorList out,
-    at::TensorList mlp_norm, at::TensorList gate_up, at::TensorList down, const optional<Tensor>& previous,
-    at::TensorList head, const Tensor& readout) {
-  Tensor left = layers(hidden, cache, cos, sin, row, slot, mask, first_row, stop, heads, eps, first, attention_norm, qkv,
-                       qkv_bias, out, mlp_norm, gate_up, down);
-  Tensor state = estimate(left, previous, head, eps);
-  Tensor logits = product(state, readout, {}, {});
-  return {left, state, logits};
 }
 
 // Of one row of logits: the largest, and with d = x - largest, sums of e^d, d e^d, d^2 e^d.
@@ -165,16 +153,49 @@ Tensor statistics(const Tensor& logits) {
   return found;
 }
 
+template <class Number>
+std::vector<Number> numbers(const Tensor& t) {
+  const auto copy = [&](const auto* from) { return std::vector<Number>(from, from + t.numel()); };
+  return t.scalar_type() == at::kLong ? copy(t.const_data_ptr<int64_t>()) : copy(t.const_data_ptr<float>());
+}
+
+// All that a step of an early exit's draft is: embedded, run through the first layers, estimated, read out, and looked
+// through. The residual stream, estimates and logits of all tokens; then, as plain numbers, the candidates of each with
+// their log-probabilities, and the statistics.
+using Numbers = std::vector<double>;
+std::tuple<Tensor, Tensor, Tensor, std::vector<int64_t>, Numbers, Numbers, Numbers, Numbers> exit(
+    const Tensor& embedding, at::IntArrayRef tokens, Tensor& cache, const Tensor& cos, const Tensor& sin,
+    at::IntArrayRef bases, at::IntArrayRef sizes, at::IntArrayRef parents, int64_t first, int64_t first_row,
+    int64_t heads, double eps, int64_t first_layer, at::TensorList attention_norm, at::TensorList qkv,
+    const c10::List<optional<Tensor>>& qkv_bias, at::TensorList out, at::TensorList mlp_norm, at::TensorList gate_up,
+    at::TensorList down, const optional<Tensor>& previous, at::TensorList head, const Tensor& readout,
+    const optional<Tensor>& ids, int64_t width) {
+  const Tensor embedded = at::embedding(embedding, at::tensor(tokens, at::kLong));
+  Tensor hidden = layers(embedded, cache, cos, sin, bases, sizes, parents, first, first_row, heads, eps, first_layer,
+                         attention_norm, qkv, qkv_bias, out, mlp_norm, gate_up, down);
+  Tensor state = estimate(hidden, previous, head, eps);
+  Tensor logits = product(state, readout, {}, {});
+  const auto [places, log_p] = candidates(logits, width);
+  std::vector<int64_t> best = numbers<int64_t>(places);
+  if (ids) {
+    for (int64_t& each : best) each = ids->const_data_ptr<int64_t>()[each];
+  }
+  const auto of = statistics(logits).unbind();
+  return {hidden, state, logits, best, numbers<double>(log_p), numbers<double>(of[0]), numbers<double>(of[1]),
+          numbers<double>(of[2])};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(selfspec, library) {
   const auto add = [&](const char* schema, auto&& function) {
     library.def(schema, torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, function));
   };
-  add("exit(Tensor hidden, Tensor(a!) cache, Tensor cos, Tensor sin, Tensor row, Tensor slot, Tensor? mask, "
-      "int first_row, int stop, int heads, float eps, int first, Tensor[] attention_norm, Tensor[] qkv, "
-      "Tensor?[] qkv_bias, Tensor[] out, Tensor[] mlp_norm, Tensor[] gate_up, Tensor[] down, Tensor? previous, "
-      "Tensor[] head, Tensor readout) -> (Tensor, Tensor, Tensor)",
+  add("exit(Tensor embedding, int[] tokens, Tensor(a!) cache, Tensor cos, Tensor sin, int[] bases, int[] sizes, "
+      "int[] parents, int first, int first_row, int heads, float eps, int first_layer, Tensor[] attention_norm, "
+      "Tensor[] qkv, Tensor?[] qkv_bias, Tensor[] out, Tensor[] mlp_norm, Tensor[] gate_up, Tensor[] down, "
+      "Tensor? previous, Tensor[] head, Tensor readout, Tensor? ids, int width) "
+      "-> (Tensor, Tensor, Tensor, int[], float[], float[], float[], float[])",
       TORCH_FN(exit));
   add("candidates(Tensor logits, int width) -> (Tensor, Tensor)", TORCH_FN(candidates));
   add("statistics(Tensor logits) -> Tensor", TORCH_FN(statistics));

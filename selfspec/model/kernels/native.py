@@ -173,12 +173,35 @@ def statistics(logits: Tensor) -> Statistics:
     return Statistics(*torch.ops.selfspec.statistics(logits))
 
 
+class Read(NamedTuple):
+    """N tokens run as far as an early exit, and read out there.
+
+    Attributes:
+        hidden: the residual stream, and
+        states: the head's estimates of the normed final states, both ``[N, D]``.
+        logits: ``[N, V]``.
+        tokens: the likeliest of each, best first, and
+        log_p: their log-probabilities.
+        max_prob, entropy, var_entropy: as of :class:`Statistics`.
+    """
+
+    hidden: Tensor
+    states: Tensor
+    logits: Tensor
+    tokens: list[list[int]]
+    log_p: list[list[float]]
+    max_prob: list[float]
+    entropy: list[float]
+    var_entropy: list[float]
+
+
 class Stack:
     """A Llama's layers, handed to the kernel in ranges."""
 
     def __init__(
         self,
         layers: Sequence[Layer],
+        embedding: Tensor,
         final_norm: Tensor,
         head: Tensor,
         heads: int,
@@ -187,7 +210,7 @@ class Stack:
         sin: Tensor,
     ) -> None:
         """``head``: what reads final states, in any layout. ``cos``, ``sin``: ``[positions, d]``, the sine signed."""
-        self._final_norm, self._head = final_norm, head
+        self._embedding, self._final_norm, self._head = embedding, final_norm, head
         self._heads, self._norm_eps, self._cos, self._sin = heads, norm_eps, cos, sin
         names = ("attention_norm", "qkv", "qkv_bias", "out", "mlp_norm", "gate_up", "down")
         self._weights = [[getattr(layer, name) for layer in layers] for name in names]
@@ -207,38 +230,41 @@ class Stack:
 
     def exit(
         self,
-        hidden: Tensor,
+        tokens: Sequence[int],
         previous: Tensor | None,
         cache: KVCache,
         at: AttentionMetadata,
         last: int,
         head: Sequence[Tensor],
         readout: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The first ``last`` layers on ``[N, D]``, what a head makes of them, and its readout, in one call.
+        ids: Tensor | None,
+        width: int,
+    ) -> Read:
+        """All of a step of an early exit's draft: N tokens through the first ``last`` layers, a head, and its readout.
 
         Args:
             previous: what the head also reads, ``[N, D]``, if anything.
             head: weight and bias, or scale, down, up and bias; matrices in any layout. None: the model's norm.
             readout: the rows of the language-model head that are read; ``None``: all.
-
-        Returns:
-            The residual stream, the head's estimates of the normed final states, and logits ``[N, V]``.
+            ids: int64 ``[V]``, the tokens of those rows.
+            width: how many of the likeliest tokens are asked for.
         """
-        states: tuple[Tensor, Tensor, Tensor] = torch.ops.selfspec.exit(
-            hidden,
-            *self._arguments(cache, at, 0, last),
-            previous,
-            head or [self._final_norm],
-            self._head if readout is None else readout,
+        read = (head or [self._final_norm], self._head if readout is None else readout, ids, width)
+        hidden, states, logits, best, log_p, *of = torch.ops.selfspec.exit(
+            self._embedding, tokens, *self._arguments(cache, at, 0, last), previous, *read
         )
-        return states
+        each = len(best) // len(tokens)
+        places = range(0, len(best), each)
+        likely = [best[i : i + each] for i in places], [log_p[i : i + each] for i in places]
+        return Read(hidden, states, logits, *likely, *of)
 
     def _arguments(self, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> tuple[Any, ...]:
+        # As numbers, not as the tensors that torch's attention is told by: while weights pass through a CPU's caches,
+        # nothing else stays there, and each small operator costs ten times what it seems to.
+        sizes, parents = [len(tree) for tree in at.trees], [parent for tree in at.trees for parent in tree.parents]
+        place = (at.bases, sizes, parents, at.first, at.rows.start)
         chosen = [weights[first:last] for weights in self._weights]
-        place = (*at.each(), at.mask, at.rows.start, at.stop)
-        angles = self._cos[at.positions], self._sin[at.positions]
-        return (cache.kv, *angles, *place, self._heads, self._norm_eps, first, *chosen)
+        return (cache.kv, self._cos, self._sin, *place, self._heads, self._norm_eps, first, *chosen)
 
 
 def _knows(dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from omegaconf import MISSING
 
@@ -67,6 +67,26 @@ class Options(ReadoutOptions):
         return Head(tensors, fitting.facts(train, heldout, tensors, by_position) | {"solve_s": round(solved, 3)})
 
 
+class Exit(NamedTuple):
+    """N tokens run as far as the exit, and read out there.
+
+    Attributes:
+        hidden: exit states, and
+        states: estimates of the normed final ones, both ``[N, D]``.
+        logits: ``[N, V]``.
+        tokens: the likeliest of each, best first, and
+        log_p: their log-probabilities.
+        signals: the gate's of each, if it reads any.
+    """
+
+    hidden: Tensor
+    states: Tensor
+    logits: Tensor
+    tokens: list[list[int]]
+    log_p: list[list[float]]
+    signals: list[float]
+
+
 class EarlyExit(Draft):
     """Drafts with layers below ``exit_layer`` and a readout of their hidden state.
 
@@ -96,23 +116,23 @@ class EarlyExit(Draft):
         return self.head(hidden, previous)
 
     def exit(
-        self, tokens: Sequence[int], previous: Tensor, cache: KVCache, at: AttentionMetadata, layer: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, tokens: Sequence[int], previous: Tensor, cache: KVCache, at: AttentionMetadata, layer: int, gate: Gate
+    ) -> Exit:
         """Runs N tokens through the first layers and reads them out: by one call where our own kernels do.
 
         Args:
             previous: the positions' before final states, or estimates of them, ``[N, D]``.
-
-        Returns:
-            Exit states and estimates of the final ones, ``[N, D]``, and logits ``[N, V]``.
         """
-        hidden, stack = self.model.embed(tokens, at), self.model.stack(cache, at)
-        if stack is not None and not self.remembers:
-            also = previous if self.head.previous else None
-            return stack.exit(hidden, also, cache, at, layer, self.head.weights, self.readout.packed)
-        hidden = self.model.run(hidden, cache, at, 0, layer)
+        stack = None if self.remembers else self.model.stack(cache, at)
+        if stack is not None:
+            head, readout, also = self.head, self.readout, previous if self.head.previous else None
+            read = stack.exit(tokens, also, cache, at, layer, head.weights, readout.packed, readout.ids, self.width)
+            own = gate.signal(read.logits).tolist() if gate.statistic is None else getattr(read, gate.statistic)
+            return Exit(*read[:5], own)
+        hidden = self.model.run(self.model.embed(tokens, at), cache, at, 0, layer)
         states = self.estimate(hidden, previous, cache, at)
-        return hidden, states, self.readout(states)
+        logits = self.readout(states)
+        return Exit(hidden, states, logits, *self.readout.candidates(logits, self.width, gate.signal(logits)))
 
     def remember(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata) -> None:
         """Exit states ``[N, D]`` that are not read out: a draft with keys and values of its own writes them now."""
@@ -142,9 +162,8 @@ class EarlyExit(Draft):
             step = len(hidden)
             # Zeros stand for tokens that have been run: places depend on how many there are, not on which.
             at = cache.place([Tree.chain([0] * step + [token]) for token in tokens], first=step)
-            left, states, logits = self.exit(tokens, states, cache, at, exit_layer)
+            left, states, logits, best, _, signals = self.exit(tokens, states, cache, at, exit_layer, gate)
             hidden.append(left)
-            best, signals = self.readout.best(logits, self.width, gate.signal(logits))
             tokens = [token for token, *_ in best]
             for r, tree in enumerate(trees):
                 if not going[r]:

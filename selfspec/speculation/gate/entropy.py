@@ -33,6 +33,7 @@ class Entropy(Threshold):
     """By the entropy."""
 
     low_stops = False
+    statistic = "entropy"
 
     def signal(self, logits: Tensor) -> Tensor:
         """In nats."""

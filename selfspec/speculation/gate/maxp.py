@@ -33,6 +33,7 @@ class MaxProb(Threshold):
     """By the largest probability."""
 
     low_stops = True
+    statistic = "max_prob"
 
     def signal(self, logits: Tensor) -> Tensor:
         """In [0, 1]."""

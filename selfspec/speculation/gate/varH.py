@@ -33,6 +33,7 @@ class VarEntropy(Threshold):
     """By the variance of surprisal."""
 
     low_stops = False
+    statistic = "var_entropy"
 
     def signal(self, logits: Tensor) -> Tensor:
         """In nats squared."""
