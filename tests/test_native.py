@@ -188,19 +188,19 @@ class TestAnExit:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0, 30.0])
+@pytest.mark.parametrize(("scale", "temperature"), [(0.0, 1.0), (0.1, 0.7), (3.0, 1.3), (30.0, 1.0)])
 def test_statistics_and_candidates_are_those_of_torch(
-    scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    scale: float, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = (torch.randn(5, 480, generator=torch.Generator().manual_seed(1)) * scale - 40).to(dtype)
     found = native.statistics(logits)
     readout = object.__new__(Readout)
-    readout.ids = None
+    readout.ids, readout.temperature = None, temperature
     candidates = readout.candidates(logits, 7, found.entropy)
     monkeypatch.setattr(native, "_loaded", False)
     for own, by_torch in zip(found, (max_prob, entropy, var_entropy), strict=True):
         assert_close(own, by_torch(logits), atol=2e-4, rtol=1e-4)
-    values = logits.float().log_softmax(-1)
+    values = (logits.float() / temperature).log_softmax(-1)
     # The first of equals, as in `max`: a stable sort keeps their order.
     wanted = values.sort(descending=True, stable=True)
     assert candidates[0] == wanted.indices[:, :7].tolist()

@@ -220,6 +220,8 @@ class Llama:
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The model's own final norm: ``[N, D]`` -> ``[N, D]``, what the language-model head reads."""
+        if self._stack is not None:
+            return self._stack.norm(hidden)
         return F.rms_norm(hidden, (self.shape.hidden,), self.final_norm, self.shape.norm_eps)
 
     def logits(self, state: Tensor) -> Tensor:

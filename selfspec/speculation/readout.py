@@ -15,6 +15,7 @@ from selfspec.model.kernels import native
 from selfspec.model.linear import linear, packed
 from selfspec.model.transfer import to_host
 from selfspec.speculation import sampling
+from selfspec.speculation.head import Head
 from selfspec.types import Sampling
 
 if TYPE_CHECKING:
@@ -31,15 +32,25 @@ class Readout:
 
     Args:
         ids: int64 ``[V]``, the vocabulary; ``None``: the model's own.
+        temperature: what logits are divided by, so that probabilities are shares of what comes true
+            (Guo et al., 1706.04599). Trees are chosen by those; gates and draws see the logits as they are.
     """
 
-    def __init__(self, model: Model, ids: Tensor | None = None) -> None:
+    def __init__(self, model: Model, ids: Tensor | None = None, temperature: float = 1.0) -> None:
+        self.temperature = temperature
         ids = None if ids is None else ids.to(model.device)
         self.ids, self.vocab = ids, model.shape.vocab
         self.weight = model.lm_head if ids is None else model.lm_head[ids]
         self._model = model
         # A head that biases, scales or caps its logits is read whole, by the model: its rows alone say something else.
         self.packed = None if ids is None or not model.plain_head else packed(self.weight, model.native)
+
+    @classmethod
+    def of(cls, model: Model, head: Head | None) -> Readout:
+        """What a fitted head reads out with: over its tokens, at its temperature; ``None``: all, as they are."""
+        if head is None:
+            return cls(model)
+        return cls(model, head.tensors.get("ids"), head.facts.get("temperature", 1.0))
 
     def __call__(self, state: Tensor) -> Tensor:
         """``[N, D]`` -> ``[N, V]``."""
@@ -51,7 +62,7 @@ class Readout:
     def likeliest(self, logits: Tensor, width: int = 1) -> Tensor:
         """The best token ids of each row of ``[N, V]``, best first: ``[N, width]``."""
         if width > 1:
-            return self.tokens(_largest(logits, width)[0])
+            return self.tokens(self._largest(logits, width)[0])
         own = native.takes_rows(logits)
         return self.tokens(torch.ops.selfspec.argmax(logits)[:, None] if own else logits.max(-1, keepdim=True).indices)
 
@@ -68,9 +79,19 @@ class Readout:
         if width == 1:
             tokens, read = self.best(logits, width, signals)
             return tokens, [[0.0]] * len(logits), read
-        indices, log_p = _largest(logits, width)
+        indices, log_p = self._largest(logits, width)
         flat, scores, read = to_host(self.tokens(indices), log_p, signals)
         return _rows(map(int, flat), indices.shape[1]), _rows(scores, indices.shape[1]), read
+
+    def _largest(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The places of the largest of each row of ``[N, V]``, and their log-probabilities: ``[N, width]``."""
+        width = min(width, logits.shape[-1])
+        if native.takes_rows(logits):
+            found: tuple[Tensor, Tensor] = torch.ops.selfspec.candidates(logits, width, self.temperature)
+            return found
+        values, indices = logits.topk(width)
+        scaled = logits.float() / self.temperature
+        return indices, values.float() / self.temperature - scaled.logsumexp(-1, keepdim=True)
 
     def draw(self, logits: Tensor, how: Sampling, position: int, ahead: int) -> tuple[int, Tensor]:
         """A token drawn from one row ``[V]``, and what it was drawn from, float32 ``[vocab]`` on the CPU.
@@ -95,16 +116,6 @@ class Readout:
         places = torch.full((self.vocab,), -1, device=self.ids.device)
         places[self.ids] = torch.arange(len(self.ids), device=self.ids.device)
         return places[tokens.to(self.ids.device)]
-
-
-def _largest(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The places of the largest of each row of ``[N, V]``, and their log-probabilities, float32: ``[N, width]``."""
-    width = min(width, logits.shape[-1])
-    if native.takes_rows(logits):
-        found: tuple[Tensor, Tensor] = torch.ops.selfspec.candidates(logits, width)
-        return found
-    values, indices = logits.topk(width)
-    return indices, values.float() - logits.float().logsumexp(-1, keepdim=True)
 
 
 def _rows(flat: Iterable[Number], width: int) -> list[list[Number]]:

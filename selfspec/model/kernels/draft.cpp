@@ -61,13 +61,13 @@ Tensor estimate(const Tensor& hidden, const optional<Tensor>& previous, at::Tens
   return product(product(x, head[1], {}, {}), head[2], {}, scaled);
 }
 
-// Of one row of logits: the largest, and with d = x - largest, sums of e^d, d e^d, d^2 e^d.
+// Of one row of logits: the largest, and with d = (x - largest) / temperature, sums of e^d, d e^d, d^2 e^d.
 struct Sums {
   float largest, weight, first, second;
 };
 
 template <class Format>
-Sums summed(const typename Format::T* row, int64_t width) {
+Sums summed(const typename Format::T* row, int64_t width, float temperature = 1) {
   floats most = floats{} - INFINITY, weight{}, first{}, second{};
   for (int64_t i = 0; i < width; i += LANES) {
     const floats here = Format::load(row + i);
@@ -75,7 +75,7 @@ Sums summed(const typename Format::T* row, int64_t width) {
   }
   const float largest = highest(most);
   for (int64_t i = 0; i < width; i += LANES) {
-    const floats d = Format::load(row + i) - largest, p = exp(d), pd = p * d;
+    const floats d = (Format::load(row + i) - largest) / temperature, p = exp(d), pd = p * d;
     weight += p;
     first += pd;
     second += pd * d;
@@ -84,7 +84,7 @@ Sums summed(const typename Format::T* row, int64_t width) {
 }
 
 template <class Format>
-void likeliest(const Tensor& logits, Tensor& places, Tensor& log_p) {
+void likeliest(const Tensor& logits, float temperature, Tensor& places, Tensor& log_p) {
   using T = typename Format::T;
   const int64_t width = logits.size(1), wanted = places.size(1);
   const auto* all = static_cast<const T*>(logits.const_data_ptr());
@@ -108,9 +108,9 @@ void likeliest(const Tensor& logits, Tensor& places, Tensor& log_p) {
           values[at] = value, best[at] = j;
         }
       }
-      const Sums sums = summed<Format>(row, width);
-      const float total = sums.largest + std::log(sums.weight);
-      for (int64_t i = 0; i < wanted; i++) values[i] -= total;
+      const Sums sums = summed<Format>(row, width, temperature);
+      const float total = std::log(sums.weight);
+      for (int64_t i = 0; i < wanted; i++) values[i] = (values[i] - sums.largest) / temperature - total;
     }
   });
 }
@@ -120,12 +120,12 @@ void check(const Tensor& logits) {
   TORCH_CHECK(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16, "float32 or bfloat16 only");
 }
 
-// The places of the `width` largest of every row, the first of equals first, and their log-probabilities.
-std::tuple<Tensor, Tensor> candidates(const Tensor& logits, int64_t width) {
+// The places of the `width` largest of every row, the first of equals first, and their log-probabilities at a temperature.
+std::tuple<Tensor, Tensor> candidates(const Tensor& logits, int64_t width, double temperature) {
   check(logits);
   const int64_t rows = logits.size(0), wanted = std::min(width, logits.size(1));
   Tensor places = at::empty({rows, wanted}, at::kLong), log_p = at::empty({rows, wanted}, at::kFloat);
-  (logits.scalar_type() == at::kFloat ? likeliest<F32> : likeliest<BF16>)(logits, places, log_p);
+  (logits.scalar_type() == at::kFloat ? likeliest<F32> : likeliest<BF16>)(logits, temperature, places, log_p);
   return {places, log_p};
 }
 
@@ -169,13 +169,13 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<int64_t>, Numbers, Numbers, Numbe
     int64_t heads, double eps, int64_t first_layer, at::TensorList attention_norm, at::TensorList qkv,
     const c10::List<optional<Tensor>>& qkv_bias, at::TensorList out, at::TensorList mlp_norm, at::TensorList gate_up,
     at::TensorList down, const optional<Tensor>& previous, at::TensorList head, const Tensor& readout,
-    const optional<Tensor>& ids, int64_t width) {
+    const optional<Tensor>& ids, int64_t width, double temperature) {
   const Tensor embedded = at::embedding(embedding, at::tensor(tokens, at::kLong));
   Tensor hidden = layers(embedded, cache, cos, sin, bases, sizes, parents, first, first_row, heads, eps, first_layer,
                          attention_norm, qkv, qkv_bias, out, mlp_norm, gate_up, down);
   Tensor state = estimate(hidden, previous, head, eps);
   Tensor logits = product(state, readout, {}, {});
-  const auto [places, log_p] = candidates(logits, width);
+  const auto [places, log_p] = candidates(logits, width, temperature);
   std::vector<int64_t> best = numbers<int64_t>(places);
   if (ids) {
     for (int64_t& each : best) each = ids->const_data_ptr<int64_t>()[each];
@@ -194,10 +194,10 @@ TORCH_LIBRARY_FRAGMENT(selfspec, library) {
   add("exit(Tensor embedding, int[] tokens, Tensor(a!) cache, Tensor cos, Tensor sin, int[] bases, int[] sizes, "
       "int[] parents, int first, int first_row, int heads, float eps, int first_layer, Tensor[] attention_norm, "
       "Tensor[] qkv, Tensor?[] qkv_bias, Tensor[] out, Tensor[] mlp_norm, Tensor[] gate_up, Tensor[] down, "
-      "Tensor? previous, Tensor[] head, Tensor readout, Tensor? ids, int width) "
+      "Tensor? previous, Tensor[] head, Tensor readout, Tensor? ids, int width, float temperature) "
       "-> (Tensor, Tensor, Tensor, int[], float[], float[], float[], float[])",
       TORCH_FN(exit));
-  add("candidates(Tensor logits, int width) -> (Tensor, Tensor)", TORCH_FN(candidates));
+  add("candidates(Tensor logits, int width, float temperature) -> (Tensor, Tensor)", TORCH_FN(candidates));
   add("statistics(Tensor logits) -> Tensor", TORCH_FN(statistics));
 }
 

@@ -274,7 +274,8 @@ Tensor argmax(const Tensor& logits) {
 
 }  // namespace
 
-Tensor norm(const Tensor& x, const Tensor& weight, double eps) {
+Tensor norm(const Tensor& given, const Tensor& weight, double eps) {
+  const Tensor x = given.contiguous();
   return (x.scalar_type() == at::kFloat ? rms_norm<F32> : rms_norm<BF16>)(x, weight, eps);
 }
 
@@ -294,6 +295,8 @@ Tensor layers(const Tensor& hidden, Tensor& cache, const Tensor& cos, const Tens
 TORCH_LIBRARY(selfspec, library) {
   library.def("product(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor");
   library.impl("product", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(product)));
+  library.def("norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.impl("norm", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(norm)));
   library.def("argmax(Tensor logits) -> Tensor");
   library.impl("argmax", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(argmax)));
   library.def(

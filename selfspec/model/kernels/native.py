@@ -228,6 +228,11 @@ class Stack:
         result: Tensor = torch.ops.selfspec.layers(hidden, *self._arguments(cache, at, first, last))
         return result
 
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The final norm: ``[N, D]`` -> ``[N, D]``."""
+        normed: Tensor = torch.ops.selfspec.norm(hidden, self._final_norm, self._norm_eps)
+        return normed
+
     def exit(
         self,
         tokens: Sequence[int],
@@ -239,6 +244,7 @@ class Stack:
         readout: Tensor | None,
         ids: Tensor | None,
         width: int,
+        temperature: float,
     ) -> Read:
         """All of a step of an early exit's draft: N tokens through the first ``last`` layers, a head, and its readout.
 
@@ -248,8 +254,9 @@ class Stack:
             readout: the rows of the language-model head that are read; ``None``: all.
             ids: int64 ``[V]``, the tokens of those rows.
             width: how many of the likeliest tokens are asked for.
+            temperature: what logits are divided by for their probabilities; statistics are those at 1.
         """
-        read = (head or [self._final_norm], self._head if readout is None else readout, ids, width)
+        read = (head or [self._final_norm], self._head if readout is None else readout, ids, width, temperature)
         hidden, states, logits, best, log_p, *of = torch.ops.selfspec.exit(
             self._embedding, tokens, *self._arguments(cache, at, 0, last), previous, *read
         )
