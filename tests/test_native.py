@@ -3,7 +3,9 @@
 import math
 import mmap
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -127,6 +129,12 @@ def test_ranges_of_layers_come_to_all_of_them(folder: Path) -> None:
     assert_close(whole, parts, atol=0, rtol=0)
 
 
+@pytest.fixture(scope="module")
+def models(folder: Path) -> Callable[[torch.dtype, bool], Llama]:
+    """Loaded once: for what leaves a model as it was."""
+    return cache(lambda dtype, own: Llama.load(folder, CPU, dtype, own))
+
+
 class TestAnExit:
     """The layers, the head and the readout in one call, against one after the other by torch's operators."""
 
@@ -164,17 +172,19 @@ class TestAnExit:
     @pytest.mark.parametrize("ids", [None, torch.arange(32) * 2], ids=["all tokens", "frequent ones"])
     @pytest.mark.parametrize("kind", ["raw", "affine", "both states", "low rank"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_is_that_of_torch(self, folder: Path, kind: str, ids: Tensor | None, dtype: torch.dtype) -> None:
+    def test_is_that_of_torch(
+        self, models: Callable[[torch.dtype, bool], Llama], kind: str, ids: Tensor | None, dtype: torch.dtype
+    ) -> None:
         gate = MaxProb(0)
-        ours, torchs = (self.read(Llama.load(folder, CPU, dtype, own), kind, ids, gate) for own in (True, False))
-        exact = self.read(Llama.load(folder, CPU, torch.float32), kind, ids, gate)
+        ours, torchs = (self.read(models(dtype, own), kind, ids, gate) for own in (True, False))
+        exact = self.read(models(torch.float32, False), kind, ids, gate)
         for own, other, right in zip(ours[:3], torchs[:3], exact[:3], strict=True):
             assert own.shape == other.shape and own.dtype is other.dtype
             if dtype is torch.float32:
                 assert_close(own, other, atol=1e-4, rtol=1e-4)
             else:  # no further from the truth than torch's operators are
                 assert (own - right).norm() <= 1.3 * (other - right).norm() + 1e-3
-        likely, log_p, _ = Readout(Llama.load(folder, CPU, dtype), ids).candidates(ours.logits, 3, ours.logits[:0])
+        likely, log_p, _ = Readout(models(dtype, False), ids).candidates(ours.logits, 3, ours.logits[:0])
         assert ours.tokens == likely
         assert_close(ours.log_p, log_p)
         assert_close(ours.signals, [math.exp(row[0]) for row in log_p])
