@@ -163,6 +163,22 @@ def ridge(parts: Iterable[tuple[Tensor, Tensor]], draft: DraftOptions) -> dict[s
     return fit.ridge(parts, draft.get("ridge"), draft.get("rank"))
 
 
+class TestTemperature:
+    @pytest.mark.parametrize("planted", [0.4, 1.0, 1.7])
+    def test_a_planted_one_is_found(self, model: Llama, planted: float) -> None:
+        """Tokens drawn at a temperature; those that the vocabulary lacks are not looked at."""
+        model.lm_head = 0.3 * random(80, 32, seed=1)
+        readout, states, chance = Readout(model, torch.arange(40)), random(2000, 32), torch.Generator().manual_seed(2)
+        tokens = (readout(states) / planted).softmax(-1).multinomial(1, generator=chance)[:, 0]
+        states, tokens = torch.cat((states, states)), torch.cat((tokens, torch.full_like(tokens, 70)))
+        parts = zip(states.split(500), tokens.split(500), strict=True)
+        assert fit.temperature(readout, parts)["temperature"] == pytest.approx(planted, rel=0.06)
+
+    def test_nothing_to_fit_it_on(self, model: Llama) -> None:
+        readout = Readout(model, torch.arange(40))
+        assert fit.temperature(readout, [(random(3, 32), torch.full((3,), 70))]) == {"temperature": 1.0}
+
+
 class TestClosedForm:
     def test_a_planted_map_is_recovered(self) -> None:
         exit, _, final, weight, bias = planted()

@@ -1,5 +1,6 @@
 """Learned drafts through the real loop: whatever was fitted, tokens are plain decoding's, one by one or in a batch."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from selfspec.engine.torch.session import Scheduler
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.speculation import fit
+from selfspec.speculation.beam import DEEPER
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft
@@ -117,11 +119,14 @@ def test_tokens_are_plain_decodings(
             assert max(cycle.proposed for cycle in cycles) > K, "trees"
 
 
-@pytest.mark.parametrize("width, budget", [(1, None), (3, None), (3, 5), (2, 3)])
-def test_a_comb_by_its_definition(bench: Bench, width: int, budget: int | None) -> None:
-    """The exit's likeliest tokens as a chain, the next likeliest as leaves beside each, the first positions first."""
+@pytest.mark.parametrize(
+    "width, budget, worth",
+    [(1, None, 0), (3, None, 0), (3, 5, 0), (2, 3, 0), (8, None, 0.01), (8, 6, 0.03), (4, None, 1)],
+)
+def test_an_exits_tree_by_its_definition(bench: Bench, width: int, budget: int | None, worth: float) -> None:
+    """The likeliest nodes of a path of likeliest tokens, and of the next likeliest beside each of these."""
     model, ks = bench.model, [4, 2, 0]
-    draft = bench.make(replace(DRAFTS["raw"], width=width, budget=budget))
+    draft = bench.make(replace(DRAFTS["raw"], width=width, budget=budget, worth=worth))
     speculation = Speculation(Target(model, 6, model.norm), draft, Gate(), Controller(K), LongestPrefix())
     session = Scheduler(speculation, model.new_cache(60, 3))
     for request in bench.requests[:3]:
@@ -129,18 +134,27 @@ def test_a_comb_by_its_definition(bench: Bench, width: int, budget: int | None) 
     session.step()
     rows = session.running
     for row, k, tree in zip(rows, ks, draft.propose(rows, ks, Gate(), session.cache).trees, strict=True):
-        said, chain, leaves = list(row.tokens), [], []
+        said, pool, path = list(row.tokens), [], 0.0
         for step in range(min(k, budget or k)):
+            if path < math.log(DEEPER * worth or 1e-99):
+                break
             alone = model.new_cache(len(said))
             at = alone.place([Tree.chain(said)], row=alone.admit())
             exit = model.run(model.embed(said, at), alone, at, 0, EXIT)[-1:]
-            best, *others = model.logits(model.norm(exit))[0].topk(width).indices.tolist()
-            chain.append(best)
-            leaves += [(token, step) for token in others]
+            log_p = model.logits(model.norm(exit))[0].log_softmax(-1).topk(width)
+            scores = [path + value for value in log_p.values.tolist()]
+            best, *others = log_p.indices.tolist()
+            pool += [
+                (scores[0], step, best, 0),
+                *((s, step, token, 1) for s, token in zip(scores[1:], others, strict=True)),
+            ]
             said.append(best)
-        leaves = leaves[: None if budget is None else budget - len(chain)]
-        assert tree.tokens == [row.tokens[-1], *chain, *(token for token, _ in leaves)]
+            path = scores[0]
+        likely = sorted((node for node in pool if node[0] >= math.log(worth or 1e-99)), reverse=True)[:budget]
+        chain, leaves = ([(token, at) for _, at, token, leaf in likely if leaf == which] for which in (0, 1))
+        assert tree.tokens == [row.tokens[-1], *(token for token, _ in chain + leaves)]
         assert tree.parents == [*range(-1, len(chain)), *(parent for _, parent in leaves)]
+        assert worth < 1 or len(tree) == 1
         assert len(tree) <= draft.nodes(k)
 
 

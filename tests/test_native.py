@@ -1,8 +1,11 @@
 """native: our own CPU kernels compute what torch's operators do, in float32 and in bf16."""
 
+import math
 import mmap
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +19,13 @@ from selfspec.model.kernels import native
 from selfspec.model.linear import add_linear, linear, packed, packed_int8, plain, rounded
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
+from selfspec.speculation.draft.layerskip import EarlyExit, Exit
+from selfspec.speculation.gate.base import Gate
+from selfspec.speculation.gate.entropy import Entropy, entropy
+from selfspec.speculation.gate.maxp import MaxProb, max_prob
+from selfspec.speculation.gate.varH import VarEntropy, var_entropy
+from selfspec.speculation.head import ExitHead, FittedExit, RawExit, laid_out
+from selfspec.speculation.readout import Readout
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inference", "kernels")]
 BF16 = pytest.mark.usefixtures("bf16")
@@ -117,6 +127,95 @@ def test_ranges_of_layers_come_to_all_of_them(folder: Path) -> None:
     model = Llama.load(folder, CPU, torch.float32, native=True)
     whole, parts = (states(model, [PROMPT], [BUSHY], layers) for layers in ((0, LAYERS), (0, 1, LAYERS)))
     assert_close(whole, parts, atol=0, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> Callable[[torch.dtype, bool], Llama]:
+    """Loaded once: for what leaves a model as it was."""
+    return cache(lambda dtype, own: Llama.load(folder, CPU, dtype, own))
+
+
+class TestAnExit:
+    """The layers, the head and the readout in one call, against one after the other by torch's operators."""
+
+    @staticmethod
+    def head(kind: str, model: Llama) -> ExitHead:
+        if kind == "raw":
+            return RawExit(model)
+        width, rank = 96 * (1 + (kind == "both states")), 32
+        draw = torch.Generator().manual_seed(3)
+        names = {"weight": (96, width), "bias": (96,)}
+        if kind == "low rank":
+            names = {"scale": (96,), "down": (rank, width), "up": (96, rank), "bias": (96,)}
+        tensors = {name: torch.randn(size, generator=draw) / size[-1] ** 0.5 for name, size in names.items()}
+        tensors = {name: t.to(model.dtype) for name, t in tensors.items()}
+        return FittedExit(laid_out(tensors, model.native), previous=kind == "both states")
+
+    def read(self, model: Llama, kind: str, ids: Tensor | None, gate: Gate) -> Exit:
+        """Of three rows, a token after what each has verified."""
+        cache = model.new_cache(64, rows=3)
+        for prompt in (PROMPT, PROMPT[:4], PROMPT[2:9]):
+            at = cache.place([Tree.chain(prompt)], row=(row := cache.admit()))
+            model.run(model.embed(prompt), cache, at, 0, LAYERS)
+            cache.commit(row, range(len(prompt)))
+        at = cache.place([Tree.chain([token]) for token in (4, 5, 6)])
+        assert (model.stack(cache, at) is not None) == model.native
+        draft = EarlyExit(model, 2, self.head(kind, model), Readout(model, ids), width=3)
+        previous = torch.linspace(-2, 3, 3 * 96).view(3, 96).to(model.dtype)
+        read = draft.exit([4, 5, 6], previous, cache, at, 2, gate)
+        model.run(read.hidden, cache, at, 2, LAYERS)
+        for row in range(3):
+            cache.commit(row, range(1))
+        caches.check(cache, LAYERS)
+        return read
+
+    @pytest.mark.parametrize("ids", [None, torch.arange(32) * 2], ids=["all tokens", "frequent ones"])
+    @pytest.mark.parametrize("kind", ["raw", "affine", "both states", "low rank"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_is_that_of_torch(
+        self, models: Callable[[torch.dtype, bool], Llama], kind: str, ids: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        gate = MaxProb(0)
+        ours, torchs = (self.read(models(dtype, own), kind, ids, gate) for own in (True, False))
+        exact = self.read(models(torch.float32, False), kind, ids, gate)
+        for own, other, right in zip(ours[:3], torchs[:3], exact[:3], strict=True):
+            assert own.shape == other.shape and own.dtype is other.dtype
+            if dtype is torch.float32:
+                assert_close(own, other, atol=1e-4, rtol=1e-4)
+            else:  # no further from the truth than torch's operators are
+                assert (own - right).norm() <= 1.3 * (other - right).norm() + 1e-3
+        likely, log_p, _ = Readout(models(dtype, False), ids).candidates(ours.logits, 3, ours.logits[:0])
+        assert ours.tokens == likely
+        assert_close(ours.log_p, log_p)
+        assert_close(ours.signals, [math.exp(row[0]) for row in log_p])
+
+    def test_every_gate_sees_its_own_signal(self, folder: Path) -> None:
+        model = Llama.load(folder, CPU, torch.float32, native=True)
+        for gate in (MaxProb(0), Entropy(0), VarEntropy(0)):
+            read = self.read(model, "raw", None, gate)
+            assert_close(read.signals, gate.signal(read.logits).tolist())
+        assert self.read(model, "raw", None, Gate()).signals == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "temperature"), [(0.0, 1.0), (0.1, 0.7), (3.0, 1.3), (30.0, 1.0)])
+def test_statistics_and_candidates_are_those_of_torch(
+    scale: float, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = (torch.randn(5, 480, generator=torch.Generator().manual_seed(1)) * scale - 40).to(dtype)
+    found = native.statistics(logits)
+    readout = object.__new__(Readout)
+    readout.ids, readout.temperature = None, temperature
+    candidates = readout.candidates(logits, 7, found.entropy)
+    monkeypatch.setattr(native, "_loaded", False)
+    for own, by_torch in zip(found, (max_prob, entropy, var_entropy), strict=True):
+        assert_close(own, by_torch(logits), atol=2e-4, rtol=1e-4)
+    values = (logits.float() / temperature).log_softmax(-1)
+    # The first of equals, as in `max`: a stable sort keeps their order.
+    wanted = values.sort(descending=True, stable=True)
+    assert candidates[0] == wanted.indices[:, :7].tolist()
+    assert_close(torch.tensor(candidates[1]), wanted.values[:, :7], atol=1e-5, rtol=1e-5)
+    assert [tokens[0] for tokens in candidates[0]] == logits.max(-1).indices.tolist()
 
 
 def test_a_planted_fault_is_seen(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """readout and beam: a smaller vocabulary is rows of the head, and a tree holds the likeliest paths; by brute force."""
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch.testing import assert_close
 
 from selfspec.model.llama import Llama
 from selfspec.speculation import beam, sampling
-from selfspec.speculation.beam import Beam
+from selfspec.speculation.beam import Beam, Spine
 from selfspec.speculation.readout import Readout
 from selfspec.types import Sampling
 
@@ -117,6 +118,27 @@ class TestBeam:
         assert all(parent < node for node, parent in enumerate(tree.parents))
         for budget in (1, 3, 60):
             assert len(self.grown(width, depth).tree(budget)) == beam.most(depth, width, budget)
+
+    def test_what_is_not_worth_it_is_left_out(self) -> None:
+        made = Beam(1, 2, worth=0.1)
+        made.grow([[2, 3, 4]], [[math.log(p) for p in (0.7, 0.2, 0.05)]])
+        assert made.pays and made.tree(None).tokens == [1, 2, 3] and made.tree(1).tokens == [1, 2]
+        made.grow([[5, 6], [7, 8]], [[math.log(p) for p in (0.8, 0.1)]] * 2)
+        assert not made.pays, "0.56 is less than six times as likely as 0.1"
+        assert made.tree(None).tokens == [1, 2, 3, 5, 7]
+
+    def test_a_spine(self) -> None:
+        made = Spine(1, worth=0.1)
+        assert made.pays and made.tree(None)[0].tokens == [1]
+        made.grow(0, [2, 3, 4], [math.log(p) for p in (0.7, 0.2, 0.05)])
+        assert made.pays
+        made.grow(1, [5, 6], [math.log(p) for p in (0.6, 0.3)])
+        assert not made.pays
+        tree, path = made.tree(None)
+        assert (tree.tokens, tree.parents, path) == ([1, 2, 5, 6, 3], [-1, 0, 1, 1, 0], 3)
+        tree, path = made.tree(1)
+        assert (tree.tokens, path) == ([1, 2], 2)
+        assert len(Spine(1, worth=0.1).tree(None)[0]) == 1
 
     def test_certain_tokens_and_rounding(self) -> None:
         """A parent comes first among equals, and no rounding makes a child likelier than it."""

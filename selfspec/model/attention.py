@@ -97,13 +97,6 @@ class AttentionMetadata:
         """int64 ``[N]``, every token's slot; ``None`` where it covers one row."""
         return None if self._alone else self._numbers["slot"]
 
-    def each(self) -> tuple[Tensor, Tensor]:
-        """Every token's row and slot, int64 ``[N]`` each, also where ``rows`` is one row."""
-        if self.row is not None and self.slot is not None:
-            return self.row, self.slot
-        row, slots = self.rows.start, torch.arange(self.start, self.stop, device=self.device)
-        return torch.full_like(slots, row), slots
-
     @property
     def pad(self) -> Tensor | None:
         """int64 ``[R * T]``, indices into the N tokens that lay them out as ``[R, T]``; ``None``: they lie so."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from selfspec.lazy import torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.cache import KVCache
+from selfspec.model.kernels.native import Stack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +82,10 @@ class Model(Protocol):
 
     def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """Runs layers ``first`` to ``last - 1`` on the residual stream ``[N, D]``; writes their keys and values."""
+        ...
+
+    def stack(self, cache: KVCache, at: AttentionMetadata) -> Stack | None:
+        """The kernel that such a pass is one call to, for who has more to ask of that call; ``None``: there is none."""
         ...
 
     def norm(self, hidden: Tensor) -> Tensor:

@@ -205,6 +205,9 @@ class HFModel:
         laid = _rows(hidden, at)
         return self._pass(Pass(first, last, laid, at), Slots(cache, at), inputs_embeds=laid)
 
+    def stack(self, cache: KVCache, at: AttentionMetadata) -> None:
+        """None: the layers are Hugging Face's."""
+
     def norm(self, hidden: Tensor) -> Tensor:
         """What the model does after its last layer: ``[N, D]`` -> ``[N, D]``, what the language-model head reads."""
         for module in self._after:

@@ -124,10 +124,13 @@ class Llama:
         self._stack = self._make_stack()
 
     def _make_stack(self) -> Stack | None:
+        s, head = self.shape, self.lm_head if self._head is None else self._head
         whole = all(isinstance(getattr(layer, name), Tensor) for layer in self.layers for name in _MATRICES)
-        if not (self.native and whole and Stack.takes(self.layers, self.shape.hidden, self.shape.head_dim, self.dtype)):
+        if not (self.native and whole and Stack.takes(self.layers, s.hidden, s.head_dim, self.dtype)):
             return None
-        return Stack(self.layers, self.shape.heads, self.shape.norm_eps)
+        if not isinstance(head, Tensor):
+            return None
+        return Stack(self.layers, self.embedding, self.final_norm, head, s.heads, s.norm_eps, self._cos, self._sin)
 
     def to(self, dtype: torch.dtype) -> "Llama":
         """The same model in another dtype (a copy; used to look at a tie in float32)."""
@@ -180,10 +183,14 @@ class Llama:
         graphs = self._graphs.get(cache)
         if graphs is not None and graphs.take(at):
             return graphs.run(hidden, cache, at, first, last)
-        if self._stack is not None and not at.causal:  # a long prompt is better off with torch's attention
-            cos, sin = self._cos[at.positions], self._sin[at.positions]
-            return self._stack.run(hidden, cache, at, cos, sin, first, last)
-        return self._run(hidden, cache, at, first, last)
+        stack = self.stack(cache, at)
+        return (self._run if stack is None else stack.run)(hidden, cache, at, first, last)
+
+    def stack(self, cache: KVCache, at: AttentionMetadata) -> Stack | None:
+        """See :meth:`Model.stack <selfspec.model.base.Model.stack>`."""
+        windowed = self._window is not None and at.stop > self._window
+        # A long prompt is better off with torch's attention.
+        return None if windowed or at.causal or cache in self._graphs else self._stack
 
     def _run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
         """:meth:`run` by torch's operators."""
@@ -236,6 +243,8 @@ class Llama:
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The model's own final norm: ``[N, D]`` -> ``[N, D]``, what the language-model head reads."""
+        if self._stack is not None:
+            return self._stack.norm(hidden)
         return F.rms_norm(hidden, (self.shape.hidden,), self.final_norm, self.shape.norm_eps)
 
     def logits(self, state: Tensor) -> Tensor:

@@ -172,7 +172,11 @@ def fit(
     measure = partial(agreement, model, readout, heldout, previous)
     further = partial(_descend, model, readout, train, sgd_epochs, seed, previous)
     tensors, by_position, gain = fitting.refine(tensors, measure, further)
-    facts = {"form": "block", "solve_s": round(solved, 3)} | gain
+    there = Head(tensors, {}).to(model.dtype, model.device).tensors
+    read = ((whole(model, trace, previous), trace.at) for trace in heldout)
+    states = (estimate(there, model.shape, [x], [at]) for x, at in read)
+    calibration = fitting.temperature(readout, zip(states, [t.tokens[t.at + 1] for t in heldout], strict=True))
+    facts = {"form": "block", "solve_s": round(solved, 3)} | gain | calibration
     return Head(tensors | ids, facts | fitting.facts(train, heldout, tensors, by_position))
 
 

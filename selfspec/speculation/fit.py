@@ -21,11 +21,15 @@ from selfspec.model.tree import Tree
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from selfspec.speculation.readout import Readout
+
 AHEAD = 5
 """How many positions ahead agreement is measured, unless a draft looks less far."""
 
 T = TypeVar("T")
 
+_CALIBRATED, _HOTTEST, _HALVINGS = 2048, 8.0, 12
+"""Tokens that a temperature is fitted on, its bounds, and steps of bisection."""
 _BLOCK = 4096
 _SGD_BATCH, _SGD_RATE = 256, 1e-3
 
@@ -142,6 +146,33 @@ def facts(
         "heldout_tokens": sum(len(trace.at) for trace in heldout),
         "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
     }
+
+
+def temperature(readout: Readout, parts: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The fact ``temperature``: what logits are to be divided by so that their probabilities come true.
+
+    It minimises the negative log-likelihood of tokens (Guo et al., 1706.04599), which is convex in its inverse.
+
+    Args:
+        parts: estimated states ``[m, D]``, and the tokens ``[m]`` that they should give.
+    """
+    logits, found = [], []
+    for states, tokens in parts:
+        wanted = readout.indices(tokens).to(states.device)
+        known = wanted >= 0
+        logits.append(readout(states[known]).float())
+        found.append(wanted[known])
+        if sum(map(len, found)) >= _CALIBRATED:
+            break
+    x, wanted = torch.cat(logits), torch.cat(found)[:, None]
+    low, high = 1 / _HOTTEST, _HOTTEST
+    for _ in range(_HALVINGS if len(wanted) else 0):
+        middle = (low * high) ** 0.5
+        p = (x / middle).softmax(-1)
+        # The derivative by 1/T: what logits of the right tokens lack to the mean under the distribution.
+        too_cold = bool(((p * x).sum(-1, keepdim=True) - x.gather(1, wanted)).sum() > 0)
+        low, high = (middle, high) if too_cold else (low, middle)
+    return {"temperature": round((low * high) ** 0.5, 3)}
 
 
 def refine(

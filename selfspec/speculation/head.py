@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from selfspec import heads
 from selfspec.errors import HeadError, one_line
 from selfspec.lazy import F, torch
+from selfspec.model import linear as products
 from selfspec.model.base import Model
 
 if TYPE_CHECKING:
@@ -78,7 +80,15 @@ def _like(t: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 class ExitHead(Protocol):
-    """Estimates the normed final state, which the frozen language-model head then reads."""
+    """Estimates the normed final state, which the frozen language-model head then reads.
+
+    Attributes:
+        previous: whether it reads the final states of the positions before.
+        weights: its tensors, as :meth:`Stack.exit <selfspec.model.kernels.native.Stack.exit>` takes them.
+    """
+
+    previous: bool
+    weights: Sequence[Tensor]
 
     def __call__(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """Exit states ``[N, D]`` and the previous positions' normed final states ``[N, D]`` -> ``[N, D]``."""
@@ -87,6 +97,9 @@ class ExitHead(Protocol):
 
 class RawExit:
     """The model's own final norm applied early."""
+
+    previous = False
+    weights: Sequence[Tensor] = ()
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -101,6 +114,8 @@ class FittedExit:
 
     def __init__(self, tensors: dict[str, Tensor], previous: bool) -> None:
         self.tensors, self.previous = tensors, previous
+        names = ("weight", "bias") if "weight" in tensors else ("scale", "down", "up", "bias")
+        self.weights: Sequence[Tensor] = [tensors[name] for name in names]
 
     def __call__(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """The estimate of the normed final state."""
@@ -111,12 +126,17 @@ def linear(t: dict[str, Tensor], x: Tensor) -> Tensor:
     """Applies a fitted linear map to features ``[N, P]``, where P is D or more: ``[N, D]``.
 
     Affine: ``weight`` ``[D, P]`` and ``bias`` ``[D]``. Low rank: in the place of ``weight``, a ``scale`` ``[D]``
-    of the first D features and ``up`` ``[D, r]`` times ``down`` ``[r, P]``.
+    of the first D features and ``up`` ``[D, r]`` times ``down`` ``[r, P]``. Matrices may be :func:`laid_out`.
     """
     if "weight" in t:
-        return F.linear(x, t["weight"], t["bias"])
+        return products.linear(x, t["weight"], t["bias"])
     scaled = torch.addcmul(t["bias"], x[:, : len(t["scale"])], t["scale"])
-    return torch.addmm(scaled, F.linear(x, t["down"]), t["up"].t())
+    return products.add_linear(scaled, products.linear(x, t["down"]), t["up"])
+
+
+def laid_out(t: dict[str, Tensor], native: bool) -> dict[str, Tensor]:
+    """The tensors of a fitted linear map, its matrices as the CPU's kernels, our own or torch's, want them."""
+    return t | {name: products.packed(t[name], native) for name in ("weight", "down", "up") if name in t}
 
 
 def features(first: Tensor, second: Tensor | None = None) -> Tensor:

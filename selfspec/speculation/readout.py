@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from selfspec.lazy import torch
 from selfspec.model.base import Model
+from selfspec.model.kernels import native
 from selfspec.model.linear import linear, packed
 from selfspec.model.transfer import to_host
 from selfspec.speculation import sampling
+from selfspec.speculation.head import Head
 from selfspec.types import Sampling
 
 if TYPE_CHECKING:
@@ -25,30 +27,44 @@ Number = TypeVar("Number", int, float)
 class Readout:
     """Normed states -> logits over the draft's vocabulary of V tokens, and from there to tokens.
 
+    Attributes:
+        packed: rows of the language-model head in a kernel's layout; ``None`` where the model reads all of it.
+
     Args:
         ids: int64 ``[V]``, the vocabulary; ``None``: the model's own.
+        temperature: what logits are divided by, so that probabilities are shares of what comes true
+            (Guo et al., 1706.04599). Trees are chosen by those; gates and draws see the logits as they are.
     """
 
-    def __init__(self, model: Model, ids: Tensor | None = None) -> None:
+    def __init__(self, model: Model, ids: Tensor | None = None, temperature: float = 1.0) -> None:
+        self.temperature = temperature
         ids = None if ids is None else ids.to(model.device)
         self.ids, self.vocab = ids, model.shape.vocab
         self.weight = model.lm_head if ids is None else model.lm_head[ids]
         self._model = model
         # A head that biases, scales or caps its logits is read whole, by the model: its rows alone say something else.
-        self._frequent = None if ids is None or not model.plain_head else packed(self.weight, model.native)
+        self.packed = None if ids is None or not model.plain_head else packed(self.weight, model.native)
+
+    @classmethod
+    def of(cls, model: Model, head: Head | None) -> Readout:
+        """What a fitted head reads out with: over its tokens, at its temperature; ``None``: all, as they are."""
+        if head is None:
+            return cls(model)
+        return cls(model, head.tensors.get("ids"), head.facts.get("temperature", 1.0))
 
     def __call__(self, state: Tensor) -> Tensor:
         """``[N, D]`` -> ``[N, V]``."""
-        if self._frequent is not None:
-            return linear(state, self._frequent)
+        if self.packed is not None:
+            return linear(state, self.packed)
         logits = self._model.logits(state)
         return logits if self.ids is None else logits[:, self.ids]
 
     def likeliest(self, logits: Tensor, width: int = 1) -> Tensor:
         """The best token ids of each row of ``[N, V]``, best first: ``[N, width]``."""
-        if width == 1:
-            return self.tokens(logits.max(-1, keepdim=True).indices)
-        return self.tokens(logits.topk(min(width, logits.shape[-1])).indices)
+        if width > 1:
+            return self.tokens(self._largest(logits, width)[0])
+        own = native.takes_rows(logits)
+        return self.tokens(torch.ops.selfspec.argmax(logits)[:, None] if own else logits.max(-1, keepdim=True).indices)
 
     def best(self, logits: Tensor, width: int, signals: Tensor) -> tuple[list[list[int]], list[float]]:
         """The best token ids of each row of ``[N, V]``, and the gate's signals, which are read along with them."""
@@ -63,10 +79,19 @@ class Readout:
         if width == 1:
             tokens, read = self.best(logits, width, signals)
             return tokens, [[0.0]] * len(logits), read
-        values, indices = logits.topk(min(width, logits.shape[-1]))
-        log_p = values.float() - logits.float().logsumexp(-1, keepdim=True)
+        indices, log_p = self._largest(logits, width)
         flat, scores, read = to_host(self.tokens(indices), log_p, signals)
-        return _rows(map(int, flat), values.shape[1]), _rows(scores, values.shape[1]), read
+        return _rows(map(int, flat), indices.shape[1]), _rows(scores, indices.shape[1]), read
+
+    def _largest(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The places of the largest of each row of ``[N, V]``, and their log-probabilities: ``[N, width]``."""
+        width = min(width, logits.shape[-1])
+        if native.takes_rows(logits):
+            found: tuple[Tensor, Tensor] = torch.ops.selfspec.candidates(logits, width, self.temperature)
+            return found
+        values, indices = logits.topk(width)
+        scaled = logits.float() / self.temperature
+        return indices, values.float() / self.temperature - scaled.logsumexp(-1, keepdim=True)
 
     def draw(self, logits: Tensor, how: Sampling, position: int, ahead: int) -> tuple[int, Tensor]:
         """A token drawn from one row ``[V]``, and what it was drawn from, float32 ``[vocab]`` on the CPU.

@@ -6,6 +6,8 @@
 //
 // N new tokens, H query heads, G key-value heads, d head size, R rows, S slots. Sums are float32 and rounded once.
 
+#include "layers.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -133,49 +135,57 @@ struct Row {
   int64_t row, begin, end, stop;
 };
 
-std::vector<Row> rows_of(const int64_t* row, const int64_t* slot, int64_t count) {
+// Where every new token goes, and what it may look at: from how many tokens each row has verified (bases), how many nodes
+// its tree has (sizes), every node's parent there, and the first of its nodes that is new.
+struct Places {
   std::vector<Row> rows;
-  for (int64_t n = 0; n < count; n++) {
-    if (rows.empty() || rows.back().row != row[n]) rows.push_back({row[n], n, n, 0});
-    rows.back().end = n + 1;
-    // A row is read only as far as it goes itself, not as far as the longest of the batch.
-    rows.back().stop = std::max(rows.back().stop, slot[n] + 1);
-  }
-  return rows;
-}
+  std::vector<int64_t> positions, slots;
+  std::vector<float> bias;  // [N, width]: 0, or -inf where a token may not look
+};
 
-// What keeps every token from looking where it may not: [N, width], 0 or -inf. mask: bool [R, 1, T, stop], or none:
-// a token looks up to its own slot.
-std::vector<float> biases(const std::vector<Row>& rows, const int64_t* slot, const optional<Tensor>& mask,
-                          int64_t first_row, int64_t stop) {
+Places places(at::IntArrayRef bases, at::IntArrayRef sizes, at::IntArrayRef parents, int64_t first, int64_t first_row,
+              int64_t last_position) {
+  Places found;
+  int64_t stop = 0;
+  for (size_t r = 0; r < bases.size(); r++) stop = std::max(stop, bases[r] + sizes[r]);
   const int64_t width = up_to_lanes(stop);
-  // -inf first: slots beyond a token's own, and the padding to whole lanes, are then never to be asked about.
-  std::vector<float> bias(rows.back().end * width, -INFINITY);
-  for (const Row& r : rows) {
-    for (int64_t n = r.begin; n < r.end; n++) {
-      const bool* seen = mask ? mask->const_data_ptr<bool>() + ((r.row - first_row) * mask->size(2) + n - r.begin) * stop
-                              : nullptr;
-      for (int64_t s = 0; s <= slot[n]; s++) bias[n * width + s] = !seen || seen[s] ? 0 : -INFINITY;
+  const int64_t* parent = parents.data();
+  for (size_t r = 0; r < bases.size(); parent += sizes[r++]) {
+    const int64_t begin = found.slots.size();
+    std::vector<int64_t> depths(sizes[r]);
+    for (int64_t node = 0; node < sizes[r]; node++) {
+      depths[node] = parent[node] < 0 ? 0 : depths[parent[node]] + 1;
+      if (node < first) continue;
+      // A row that rides along while others draft on may go past the last position; what it says is dropped.
+      found.positions.push_back(std::min(bases[r] + depths[node], last_position));
+      found.slots.push_back(bases[r] + node);
+      found.bias.resize(found.bias.size() + width, -INFINITY);
+      float* seen = &found.bias.end()[-width];
+      std::fill_n(seen, bases[r], 0.0f);
+      for (int64_t above = node; above >= 0; above = parent[above]) seen[bases[r] + above] = 0;
     }
+    const int64_t end = found.slots.size();
+    // A row is read only as far as it goes itself, not as far as the longest of the batch.
+    if (end > begin) found.rows.push_back({first_row + static_cast<int64_t>(r), begin, end, bases[r] + sizes[r]});
   }
-  return bias;
+  return found;
 }
 
 template <class Format, int D>
-void mix(Tensor& qkv, Tensor& kv, const Tensor& cos, const Tensor& sin, const std::vector<Row>& rows,
-         const int64_t* slot, const std::vector<float>& bias, int64_t heads, int64_t stop, Tensor& mixed) {
+void mix(Tensor& qkv, Tensor& kv, const Tensor& cos, const Tensor& sin, const Places& at, int64_t heads, Tensor& mixed) {
   using T = typename Format::T;
   const int64_t groups = kv.size(2), capacity = kv.size(3), count = qkv.size(0), width = qkv.size(1);
   T *all = static_cast<T*>(qkv.data_ptr()), *out = static_cast<T*>(mixed.data_ptr());
   const T *c = static_cast<const T*>(cos.const_data_ptr()), *s = static_cast<const T*>(sin.const_data_ptr());
   T *keys = static_cast<T*>(kv.data_ptr()), *values = keys + kv.stride(0);
   const int64_t row_step = kv.stride(1);
-  for (const Row& r : rows) {
+  for (const Row& r : at.rows) {
     for (int64_t n = r.begin; n < r.end; n++) {
       T* token = all + n * width;
-      for (int64_t h = 0; h < heads + groups; h++) rotate<Format>(token + h * D, c + n * D, s + n * D, D);
+      const int64_t angle = at.positions[n] * D;
+      for (int64_t h = 0; h < heads + groups; h++) rotate<Format>(token + h * D, c + angle, s + angle, D);
       for (int64_t g = 0; g < groups; g++) {
-        const int64_t to = r.row * row_step + (g * capacity + slot[n]) * D;
+        const int64_t to = r.row * row_step + (g * capacity + at.slots[n]) * D;
         std::copy_n(token + (heads + g) * D, D, keys + to);
         std::copy_n(token + (heads + groups + g) * D, D, values + to);
       }
@@ -183,17 +193,17 @@ void mix(Tensor& qkv, Tensor& kv, const Tensor& cos, const Tensor& sin, const st
   }
   // Only now that all keys and values of the pass are written: a token looks at others of the same pass.
   std::vector<std::pair<const Row*, int64_t>> blocks;  // of up to four tokens
-  for (const Row& r : rows) {
+  for (const Row& r : at.rows) {
     for (int64_t n = r.begin; n < r.end; n += 4) blocks.push_back({&r, n});
   }
-  const int64_t padded = up_to_lanes(stop), units = static_cast<int64_t>(blocks.size()) * heads;
+  const int64_t padded = at.bias.size() / count, units = static_cast<int64_t>(blocks.size()) * heads;
   // Little work stays with one thread (a grain of all units): it is not worth waking others for.
-  at::parallel_for(0, units, count * stop * D < 4096 ? units : 1, [&](int64_t from, int64_t to) {
+  at::parallel_for(0, units, count * padded * D < 4096 ? units : 1, [&](int64_t from, int64_t to) {
     std::vector<float> scores(4 * padded);
     for (int64_t unit = from; unit < to; unit++) {
       const auto [r, n] = blocks[unit / heads];
       const int64_t h = unit % heads, g = h / (heads / groups), begins = r->row * row_step + g * capacity * D;
-      const Head<Format> head{all + n * width + h * D, keys + begins, values + begins, bias.data() + n * padded,
+      const Head<Format> head{all + n * width + h * D, keys + begins, values + begins, at.bias.data() + n * padded,
                               r->stop, padded, width, heads * D, out + (n * heads + h) * D};
       switch (r->end - n) {
         case 1: attend<Format, D, 1>(head, scores.data()); break;
@@ -206,22 +216,17 @@ void mix(Tensor& qkv, Tensor& kv, const Tensor& cos, const Tensor& sin, const st
 }
 
 template <class Format>
-Tensor run(Tensor hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, const Tensor& row, const Tensor& slot,
-           const optional<Tensor>& mask, int64_t first_row, int64_t stop, int64_t heads, double eps, int64_t first,
+Tensor run(Tensor hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, const Places& at, int64_t heads,
+           double eps, int64_t first,
            at::TensorList attention_norm, at::TensorList qkv_weight, const c10::List<optional<Tensor>>& qkv_bias,
            at::TensorList out, at::TensorList mlp_norm, at::TensorList gate_up, at::TensorList down) {
   const int64_t d = cache.size(5);
-  const int64_t* slots = slot.const_data_ptr<int64_t>();
-  const auto rows = rows_of(row.const_data_ptr<int64_t>(), slots, row.numel());
-  const auto bias = biases(rows, slots, mask, first_row, stop);
   for (size_t i = 0; i < qkv_weight.size(); i++) {
     Tensor qkv = product(rms_norm<Format>(hidden, attention_norm[i], eps), qkv_weight[i], qkv_bias.get(i), {});
     Tensor mixed = at::empty({hidden.size(0), heads * d}, hidden.options());
     Tensor kv = cache.select(0, first + static_cast<int64_t>(i));
     // The head size is a template's argument, so that the vectors of a head are unrolled and stay in registers.
-    const auto with = [&](auto size) {
-      mix<Format, size.value>(qkv, kv, cos, sin, rows, slots, bias, heads, stop, mixed);
-    };
+    const auto with = [&](auto size) { mix<Format, size.value>(qkv, kv, cos, sin, at, heads, mixed); };
     switch (d) {
       case 32: with(std::integral_constant<int, 32>()); break;
       case 64: with(std::integral_constant<int, 64>()); break;
@@ -233,19 +238,6 @@ Tensor run(Tensor hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, c
     hidden = product(swiglu<Format>(x), down[i], {}, hidden);
   }
   return hidden;
-}
-
-Tensor layers(const Tensor& hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, const Tensor& row,
-              const Tensor& slot, const optional<Tensor>& mask, int64_t first_row, int64_t stop, int64_t heads,
-              double eps, int64_t first, at::TensorList attention_norm, at::TensorList qkv,
-              const c10::List<optional<Tensor>>& qkv_bias, at::TensorList out, at::TensorList mlp_norm,
-              at::TensorList gate_up, at::TensorList down) {
-  for (const Tensor& each : {hidden, cache, cos, sin, row, slot}) TORCH_CHECK(each.is_contiguous(), "not contiguous");
-  TORCH_CHECK(!mask || mask->is_contiguous(), "not contiguous");
-  const auto chosen = hidden.scalar_type() == at::kFloat ? run<F32> : run<BF16>;
-  TORCH_CHECK(hidden.scalar_type() == at::kFloat || hidden.scalar_type() == at::kBFloat16, "float32 or bfloat16 only");
-  return chosen(hidden, cache, cos, sin, row, slot, mask, first_row, stop, heads, eps, first, attention_norm, qkv,
-                qkv_bias, out, mlp_norm, gate_up, down);
 }
 
 template <class Format>
@@ -289,14 +281,34 @@ Tensor argmax(const Tensor& logits) {
 
 }  // namespace
 
+Tensor norm(const Tensor& given, const Tensor& weight, double eps) {
+  const Tensor x = given.contiguous();
+  return (x.scalar_type() == at::kFloat ? rms_norm<F32> : rms_norm<BF16>)(x, weight, eps);
+}
+
+Tensor layers(const Tensor& hidden, Tensor& cache, const Tensor& cos, const Tensor& sin, at::IntArrayRef bases,
+              at::IntArrayRef sizes, at::IntArrayRef parents, int64_t first, int64_t first_row, int64_t heads,
+              double eps, int64_t first_layer, at::TensorList attention_norm, at::TensorList qkv,
+              const c10::List<optional<Tensor>>& qkv_bias, at::TensorList out, at::TensorList mlp_norm,
+              at::TensorList gate_up, at::TensorList down) {
+  for (const Tensor& each : {hidden, cache, cos, sin}) TORCH_CHECK(each.is_contiguous(), "not contiguous");
+  TORCH_CHECK(hidden.scalar_type() == at::kFloat || hidden.scalar_type() == at::kBFloat16, "float32 or bfloat16 only");
+  const Places at = places(bases, sizes, parents, first, first_row, cos.size(0) - 1);
+  const auto chosen = hidden.scalar_type() == at::kFloat ? run<F32> : run<BF16>;
+  return chosen(hidden, cache, cos, sin, at, heads, eps, first_layer, attention_norm, qkv, qkv_bias, out, mlp_norm,
+                gate_up, down);
+}
+
 TORCH_LIBRARY(selfspec, library) {
   library.def("product(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor");
   library.impl("product", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(product)));
+  library.def("norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.impl("norm", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(norm)));
   library.def("argmax(Tensor logits) -> Tensor");
   library.impl("argmax", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(argmax)));
   library.def(
-      "layers(Tensor hidden, Tensor(a!) cache, Tensor cos, Tensor sin, Tensor row, Tensor slot, Tensor? mask, "
-      "int first_row, int stop, int heads, float eps, int first, Tensor[] attention_norm, Tensor[] qkv, "
+      "layers(Tensor hidden, Tensor(a!) cache, Tensor cos, Tensor sin, int[] bases, int[] sizes, int[] parents, "
+      "int first, int first_row, int heads, float eps, int first_layer, Tensor[] attention_norm, Tensor[] qkv, "
       "Tensor?[] qkv_bias, Tensor[] out, Tensor[] mlp_norm, Tensor[] gate_up, Tensor[] down) -> Tensor");
   library.impl("layers", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(layers)));
 }

@@ -1,8 +1,9 @@
 """C++ kernels for the CPU, built on the machine that runs them, for that machine, once.
 
 ``selfspec::product``: x W' of few rows at the speed at which memory gives the weights. ``selfspec::layers``: a
-range of a Llama's layers over new tokens in one call. ``selfspec::argmax``: of every row. They do what ``linear.py``,
-``llama.py`` and ``sampling.py`` do with torch's operators wherever there is no C++ compiler.
+range of a Llama's layers over new tokens in one call; ``selfspec::exit``: and an early exit's map and readout of their
+states. ``selfspec::argmax``, ``candidates``, ``statistics``: of every row of logits. They do what ``linear.py``,
+``llama.py``, ``sampling.py``, drafts and gates do with torch's operators wherever there is no C++ compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
@@ -176,15 +177,63 @@ def untiled(weight: Tensor) -> Tensor:
 
 
 def takes_rows(logits: Tensor) -> bool:
-    """Whether ``selfspec::argmax`` finds the largest of every row, twice as fast as NumPy and more in bf16."""
-    return _loaded and logits.is_contiguous() and logits.shape[-1] % _LANES == 0 and _knows(logits.dtype)
+    """Whether the kernels look through such logits: twice as fast as NumPy and more in bf16, or as torch by far."""
+    plain = logits.device.type == "cpu" and logits.dim() == 2 and logits.is_contiguous()
+    return _loaded and plain and logits.shape[1] % _LANES == 0 and _knows(logits.dtype)
+
+
+class Statistics(NamedTuple):
+    """Of the distribution in each of N rows of logits, float32 ``[N]``; in nats, and nats squared."""
+
+    max_prob: Tensor
+    entropy: Tensor
+    var_entropy: Tensor
+
+
+def statistics(logits: Tensor) -> Statistics:
+    """Of logits that :func:`takes_rows` says yes to."""
+    return Statistics(*torch.ops.selfspec.statistics(logits))
+
+
+class Read(NamedTuple):
+    """N tokens run as far as an early exit, and read out there.
+
+    Attributes:
+        hidden: the residual stream, and
+        states: the head's estimates of the normed final states, both ``[N, D]``.
+        logits: ``[N, V]``.
+        tokens: the likeliest of each, best first, and
+        log_p: their log-probabilities.
+        max_prob, entropy, var_entropy: as of :class:`Statistics`.
+    """
+
+    hidden: Tensor
+    states: Tensor
+    logits: Tensor
+    tokens: list[list[int]]
+    log_p: list[list[float]]
+    max_prob: list[float]
+    entropy: list[float]
+    var_entropy: list[float]
 
 
 class Stack:
     """A Llama's layers, handed to the kernel in ranges."""
 
-    def __init__(self, layers: Sequence[Layer], heads: int, norm_eps: float) -> None:
-        self._heads, self._norm_eps = heads, norm_eps
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        embedding: Tensor,
+        final_norm: Tensor,
+        head: Tensor,
+        heads: int,
+        norm_eps: float,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """``head``: what reads final states, in any layout. ``cos``, ``sin``: ``[positions, d]``, the sine signed."""
+        self._embedding, self._final_norm, self._head = embedding, final_norm, head
+        self._heads, self._norm_eps, self._cos, self._sin = heads, norm_eps, cos, sin
         names = ("attention_norm", "qkv", "qkv_bias", "out", "mlp_norm", "gate_up", "down")
         self._weights = [[getattr(layer, name) for layer in layers] for name in names]
 
@@ -196,18 +245,55 @@ class Stack:
         whole = head_dim in _HEADS and all(width % _LANES == 0 for width in widths)
         return plain and whole and _knows(dtype)
 
-    def run(
-        self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, cos: Tensor, sin: Tensor, first: int, last: int
-    ) -> Tensor:
-        """Layers ``first`` to ``last - 1`` on ``[N, D]``; ``cos``, ``sin``: ``[N, d]``, of the positions."""
-        row, slot = at.each()
-        chosen = [weights[first:last] for weights in self._weights]
-        kv = cache.kv
-        place = (row, slot, at.mask, at.rows.start, at.stop)
-        result: Tensor = torch.ops.selfspec.layers(
-            hidden, kv, cos, sin, *place, self._heads, self._norm_eps, first, *chosen
-        )
+    def run(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> Tensor:
+        """Layers ``first`` to ``last - 1`` on ``[N, D]``."""
+        result: Tensor = torch.ops.selfspec.layers(hidden, *self._arguments(cache, at, first, last))
         return result
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The final norm: ``[N, D]`` -> ``[N, D]``."""
+        normed: Tensor = torch.ops.selfspec.norm(hidden, self._final_norm, self._norm_eps)
+        return normed
+
+    def exit(
+        self,
+        tokens: Sequence[int],
+        previous: Tensor | None,
+        cache: KVCache,
+        at: AttentionMetadata,
+        last: int,
+        head: Sequence[Tensor],
+        readout: Tensor | None,
+        ids: Tensor | None,
+        width: int,
+        temperature: float,
+    ) -> Read:
+        """All of a step of an early exit's draft: N tokens through the first ``last`` layers, a head, and its readout.
+
+        Args:
+            previous: what the head also reads, ``[N, D]``, if anything.
+            head: weight and bias, or scale, down, up and bias; matrices in any layout. None: the model's norm.
+            readout: the rows of the language-model head that are read; ``None``: all.
+            ids: int64 ``[V]``, the tokens of those rows.
+            width: how many of the likeliest tokens are asked for.
+            temperature: what logits are divided by for their probabilities; statistics are those at 1.
+        """
+        read = (head or [self._final_norm], self._head if readout is None else readout, ids, width, temperature)
+        hidden, states, logits, best, log_p, *of = torch.ops.selfspec.exit(
+            self._embedding, tokens, *self._arguments(cache, at, 0, last), previous, *read
+        )
+        each = len(best) // len(tokens)
+        places = range(0, len(best), each)
+        likely = [best[i : i + each] for i in places], [log_p[i : i + each] for i in places]
+        return Read(hidden, states, logits, *likely, *of)
+
+    def _arguments(self, cache: KVCache, at: AttentionMetadata, first: int, last: int) -> tuple[Any, ...]:
+        # As numbers, not as the tensors that torch's attention is told by: while weights pass through a CPU's caches,
+        # nothing else stays there, and each small operator costs ten times what it seems to.
+        sizes, parents = [len(tree) for tree in at.trees], [parent for tree in at.trees for parent in tree.parents]
+        place = (at.bases, sizes, parents, at.first, at.rows.start)
+        chosen = [weights[first:last] for weights in self._weights]
+        return (cache.kv, self._cos, self._sin, *place, self._heads, self._norm_eps, first, *chosen)
 
 
 def _knows(dtype: torch.dtype) -> bool:

@@ -63,8 +63,8 @@ class Adapter(EarlyExit):
     remembers = True
 
     def __init__(self, model: Model, head: Head, draft: Options) -> None:
-        readout, raw = Readout(model, head.tensors.get("ids")), RawExit(model)
-        super().__init__(model, draft.exit_layer, raw, readout, draft.width, draft.budget, draft.sample)
+        trees = draft.width, draft.budget, draft.sample, draft.worth
+        super().__init__(model, draft.exit_layer, RawExit(model), Readout.of(model, head), *trees)
         self.block = Block(head.tensors, model.shape)
 
     def prefill(self, tokens: Sequence[int], cache: KVCache, at: AttentionMetadata, row: Seq) -> tuple[Tensor, int]:

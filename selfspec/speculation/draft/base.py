@@ -90,6 +90,8 @@ class ReadoutOptions(DraftOptions):
     """Candidates kept at every position: 1 drafts a chain, more a tree."""
     budget: int | None = bounded(None, 1, 63, use=True)
     """Trees: the most draft tokens verified together."""
+    worth: float = bounded(0.0, 0, 1, use=True)
+    """Trees: the least probability of a token that is verified, by the draft; 0: as many as there is room for."""
     sample: bool = setting(False, use=True)
     """Chains under ``policy=rejection``: draw draft tokens from the draft's distribution, not its likeliest."""
 
@@ -112,8 +114,10 @@ class ReadoutOptions(DraftOptions):
         return self.name
 
     def check(self) -> None:
-        """Refuses to draw trees."""
+        """Refuses to draw trees, and to choose among the tokens of a chain."""
         check_chain(self.sample, self.width)
+        if self.worth and self.width == 1:
+            raise ConfigError(f"draft.worth={self.worth}: chooses the nodes of a tree; draft.width=1 asks for a chain")
 
 
 @dataclass

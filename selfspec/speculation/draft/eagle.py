@@ -27,7 +27,7 @@ from selfspec.speculation.block import Block
 from selfspec.speculation.draft.base import Draft, Proposal, ReadoutOptions, check_rank
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate.base import Gate
-from selfspec.speculation.head import Head, HeadForm, features, linear
+from selfspec.speculation.head import Head, HeadForm, features, laid_out, linear
 from selfspec.speculation.readout import Readout
 from selfspec.speculation.sequence import Seq
 
@@ -77,7 +77,7 @@ class Options(ReadoutOptions):
     def make(self, model: Model, head: Head | None) -> Eagle:
         """The extrapolation, or what the fit stage made."""
         if self.form is None:
-            return Extrapolated(model, Readout(model, head.tensors["ids"] if head else None), self)
+            return Extrapolated(model, Readout.of(model, head), self)
         assert head is not None, "fitted by the fit stage"
         return Trained(model, head, self) if self.form is HeadForm.block else Regressed(model, head, self)
 
@@ -101,7 +101,9 @@ class Options(ReadoutOptions):
         readout = Readout(model, ids.get("ids"))
         further = partial(_descend, model, readout, train, self.sgd_epochs, seed) if self.sgd_epochs else None
         tensors, by_position, gain = fitting.refine(tensors, measured, further)
-        return Head(tensors | ids, facts | gain | fitting.facts(train, heldout, tensors, by_position))
+        facts |= gain | fitting.facts(train, heldout, tensors, by_position)
+        drafts = self.make(model, Head(tensors | ids, {}).to(model.dtype, model.device))
+        return Head(tensors | ids, facts | _temperature(drafts, heldout))
 
 
 class Eagle(Draft):
@@ -112,7 +114,8 @@ class Eagle(Draft):
 
     def __init__(self, model: Model, readout: Readout, draft: Options) -> None:
         super().__init__(model)
-        self.readout, self.width, self.budget, self.sample = readout, draft.width, draft.budget, draft.sample
+        self.readout, self.worth = readout, draft.worth
+        self.width, self.budget, self.sample = draft.width, draft.budget, draft.sample
 
     def begin(self, row: Seq) -> Tensor:
         """What to go on from at a row's last token, ``[1, S]``."""
@@ -137,7 +140,7 @@ class Eagle(Draft):
 
     def propose(self, rows: Sequence[Seq], ks: Sequence[int], gate: Gate, cache: KVCache) -> Proposal:
         """Until every row has its k positions or the gate doubts the likeliest path of one; the others ride along."""
-        beams, going = [Beam(row.tokens[-1], self.width) for row in rows], [k > 0 for k in ks]
+        beams, going = [Beam(row.tokens[-1], self.width, self.worth) for row in rows], [k > 0 for k in ks]
         trees = [own.tree(0) for own in beams]
         seen: list[list[float]] = [[] for _ in rows]
         drawn_from: list[list[Tensor]] = [[] for _ in rows]
@@ -165,7 +168,7 @@ class Eagle(Draft):
                 parents += [r * paths + place for place in places]
                 for place, token in zip(places, own.tokens, strict=True):
                     gone[r].add(first + place, token)
-                if going[r] and step + 1 == ks[r]:
+                if going[r] and (step + 1 == ks[r] or not own.pays):
                     trees[r], going[r] = own.tree(self.budget), False
             if not any(going):
                 break
@@ -207,8 +210,8 @@ class Regressed(Eagle):
     """A fitted linear map of the state and the token's embedding. S is D."""
 
     def __init__(self, model: Model, head: Head, draft: Options) -> None:
-        super().__init__(model, Readout(model, head.tensors.get("ids")), draft)
-        self.tensors = head.tensors
+        super().__init__(model, Readout.of(model, head), draft)
+        self.tensors = laid_out(head.tensors, model.native)
 
     def ahead(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Estimates of the normed final states at those tokens."""
@@ -225,7 +228,7 @@ class Trained(Eagle):
     layers = 1
 
     def __init__(self, model: Model, head: Head, draft: Options) -> None:
-        super().__init__(model, Readout(model, head.tensors.get("ids")), draft)
+        super().__init__(model, Readout.of(model, head), draft)
         self.block = Block(head.tensors, model.shape)
 
     def nodes(self, k: int) -> int:
@@ -264,6 +267,20 @@ def _agreement(drafts: Eagle, traces: Sequence[Trace]) -> list[float]:
         return drafts.readout.likeliest(drafts.readout(states[:, :size]))[:, 0], states
 
     return fitting.agreement(traces, guess)
+
+
+def _temperature(drafts: Eagle, traces: Sequence[Trace]) -> dict[str, float]:
+    """Of the first token drafted."""
+    size, device = drafts.model.shape.hidden, drafts.model.device
+
+    def first(trace: Trace) -> Tensor:
+        at = trace.at
+        states = trace.final[at - 1]
+        if isinstance(drafts, Extrapolated):
+            states = torch.cat((states, trace.final[(at - 2).clamp(0)]), -1)
+        return drafts.ahead(states.to(device), trace.tokens[at].to(device))[:, :size]
+
+    return fitting.temperature(drafts.readout, ((first(trace), trace.tokens[trace.at + 1]) for trace in traces))
 
 
 def _descend(

@@ -48,7 +48,7 @@ class _Own(DraftOptions):
     @property
     def parts(self) -> tuple[DraftOptions, DraftOptions]:
         """The lookup, and the learned draft as a chain: ``width`` is the lookup's."""
-        return self._part(self.lookup), self._part(self.learned, width=1, budget=None)
+        return self._part(self.lookup), self._part(self.learned, width=1, budget=None, worth=0.0)
 
     def _part(self, name: str, **fixed: Any) -> DraftOptions:
         option = DRAFT.options[name]
@@ -81,7 +81,7 @@ class _Own(DraftOptions):
         learned = options[self.learned]
         lookups = [option for option in options.values() if option.role == "lookup"]
         own: list[type[DraftOptions]] = [_Own, *lookups, learned]
-        known = {f.name for option in own for f in fields(option)}
+        known = {f.name for option in own for f in fields(option)} - {"worth"}  # the learned draft is a chain
         for key, value in self.changed().items():
             if key not in known:
                 shown = str(value).lower() if isinstance(value, bool) else getattr(value, "name", value)

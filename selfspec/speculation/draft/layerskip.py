@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from omegaconf import MISSING
 
@@ -20,6 +20,7 @@ from selfspec.model.cache import KVCache
 from selfspec.model.tree import Tree
 from selfspec.options import bounded
 from selfspec.speculation import fit as fitting
+from selfspec.speculation.beam import Spine
 from selfspec.speculation.draft.base import Draft, Proposal, ReadoutOptions, stack
 from selfspec.speculation.fit import Trace
 from selfspec.speculation.gate.base import Gate
@@ -72,23 +73,44 @@ class Options(ExitOptions):
 
     def make(self, model: Model, head: Head | None) -> EarlyExit:
         """Read out through the model's own norm and head, or its rows of frequent tokens."""
-        readout = Readout(model, head.tensors["ids"] if head else None)
-        return EarlyExit(model, self.layer, RawExit(model), readout, self.width, self.budget, self.sample)
+        readout = Readout.of(model, head)
+        return EarlyExit(model, self.layer, RawExit(model), readout, self.width, self.budget, self.sample, self.worth)
 
     def fit(self, model: Model, train: list[Trace], heldout: list[Trace], seed: int) -> Head:
         """Nothing but the draft's vocabulary; its facts hold the held-out agreement by drafted position."""
         begin = time.perf_counter()
         tensors = fitting.vocabulary(model, train, self.vocab)
         solved = time.perf_counter() - begin
-        by_position = agreement(model, Readout(model, tensors["ids"]), RawExit(model), heldout)
-        return Head(tensors, fitting.facts(train, heldout, tensors, by_position) | {"solve_s": round(solved, 3)})
+        readout, exit = Readout(model, tensors["ids"]), RawExit(model)
+        facts = fitting.facts(train, heldout, tensors, agreement(model, readout, exit, heldout))
+        return Head(tensors, facts | temperature(readout, exit, heldout) | {"solve_s": round(solved, 3)})
+
+
+class Exit(NamedTuple):
+    """N tokens run as far as the exit, and read out there.
+
+    Attributes:
+        hidden: exit states, and
+        states: estimates of the normed final ones, both ``[N, D]``.
+        logits: ``[N, V]``.
+        tokens: the likeliest of each, best first, and
+        log_p: their log-probabilities.
+        signals: the gate's of each, if it reads any.
+    """
+
+    hidden: Tensor
+    states: Tensor
+    logits: Tensor
+    tokens: list[list[int]]
+    log_p: list[list[float]]
+    signals: list[float]
 
 
 class EarlyExit(Draft):
     """Drafts with layers below ``exit_layer`` and a readout of their hidden state.
 
-    A chain, or with a ``width`` a comb: beside every token of the chain, the next likeliest ones as leaves, up to
-    ``budget`` tokens in all. Leaves are run together with the chain's last token, and so cost little.
+    A chain, or with a ``width`` a tree of which the likeliest path goes on (see :class:`Spine
+    <selfspec.speculation.beam.Spine>`). Leaves are run together with the path's last token, and so cost little.
     """
 
     remembers = False
@@ -103,14 +125,35 @@ class EarlyExit(Draft):
         width: int = 1,
         budget: int | None = None,
         sample: bool = False,
+        worth: float = 0.0,
     ) -> None:
         super().__init__(model)
         self.exit_layer, self.head, self.readout = exit_layer, head, readout or Readout(model)
-        self.width, self.budget, self.sample = width, budget, sample
+        self.width, self.budget, self.sample, self.worth = width, budget, sample, worth
 
     def estimate(self, hidden: Tensor, previous: Tensor, cache: KVCache, at: AttentionMetadata) -> Tensor:
         """Exit states and the previous positions' final states -> estimates of the final ones, all ``[N, D]``."""
         return self.head(hidden, previous)
+
+    def exit(
+        self, tokens: Sequence[int], previous: Tensor, cache: KVCache, at: AttentionMetadata, layer: int, gate: Gate
+    ) -> Exit:
+        """Runs N tokens through the first layers and reads them out: by one call where our own kernels do.
+
+        Args:
+            previous: the positions' before final states, or estimates of them, ``[N, D]``.
+        """
+        stack = None if self.remembers else self.model.stack(cache, at)
+        if stack is not None:
+            head, readout, also = self.head, self.readout, previous if self.head.previous else None
+            how = head.weights, readout.packed, readout.ids, self.width, readout.temperature
+            read = stack.exit(tokens, also, cache, at, layer, *how)
+            own = gate.signal(read.logits).tolist() if gate.statistic is None else getattr(read, gate.statistic)
+            return Exit(*read[:5], own)
+        hidden = self.model.run(self.model.embed(tokens, at), cache, at, 0, layer)
+        states = self.estimate(hidden, previous, cache, at)
+        logits = self.readout(states)
+        return Exit(hidden, states, logits, *self.readout.candidates(logits, self.width, gate.signal(logits)))
 
     def remember(self, hidden: Tensor, cache: KVCache, at: AttentionMetadata) -> None:
         """Exit states ``[N, D]`` that are not read out: a draft with keys and values of its own writes them now."""
@@ -129,8 +172,7 @@ class EarlyExit(Draft):
         if not any(ks) and not self.remembers:
             return Proposal([Tree.chain(row.tokens[-1:]) for row in rows])
         exit_layer = rows[0].exit_layer or self.exit_layer
-        trees = [Tree.chain(row.tokens[-1:]) for row in rows]
-        leaves: list[list[tuple[int, int]]] = [[] for _ in rows]
+        spines, seen = [Spine(row.tokens[-1], self.worth) for row in rows], [list[float]() for _ in rows]
         drawn_from: list[list[Tensor]] = [[] for _ in rows]
         ks = [min(k, self.budget or k) for k in ks]
         going = [k > 0 for k in ks]
@@ -140,33 +182,26 @@ class EarlyExit(Draft):
             step = len(hidden)
             # Zeros stand for tokens that have been run: places depend on how many there are, not on which.
             at = cache.place([Tree.chain([0] * step + [token]) for token in tokens], first=step)
-            hidden.append(self.model.run(self.model.embed(tokens, at), cache, at, 0, exit_layer))
-            states = self.estimate(hidden[-1], states, cache, at)
-            logits = self.readout(states)
-            best, signals = self.readout.best(logits, self.width, gate.signal(logits))
-            tokens = [token for token, *_ in best]
-            for r, tree in enumerate(trees):
-                if not going[r]:
-                    continue
-                if gate.reads:
-                    tree.signals.append(signals[r])
+            left, states, logits, best, log_p, signals = self.exit(tokens, states, cache, at, exit_layer, gate)
+            hidden.append(left)
+            for r, spine in enumerate(spines):
+                if gate.reads and going[r]:
+                    seen[r].append(signals[r])
                     going[r] = not gate.stops(signals[r])
                 if going[r] and self.sample and rows[r].request.sampling.temperature > 0:
                     number = len(rows[r].tokens) + step
-                    tokens[r], q = self.readout.draw(logits[r], rows[r].request.sampling, number, step)
+                    best[r][0], q = self.readout.draw(logits[r], rows[r].request.sampling, number, step)
                     drawn_from[r].append(q)
                 if going[r]:
-                    tree.add(step, tokens[r])
-                    leaves[r] += ((step, token) for token in best[r][1:])
-                    going[r] = len(tree) <= ks[r]
-        for tree, drawn in zip(trees, drawn_from, strict=True):
-            tree.drawn_from = torch.stack(drawn) if drawn else None
-        # A chain's last token has been proposed and not run, unless its row rode along while others drafted on.
-        ran = [min(len(tree), len(hidden)) for tree in trees]
-        for tree, others in zip(trees, leaves, strict=True):
-            room = len(others) if self.budget is None else self.budget - (len(tree) - 1)
-            for parent, token in others[:room]:  # the shallow ones are reached most often
-                tree.add(parent, token)
+                    spine.grow(step, best[r], log_p[r])
+                    going[r] = step + 1 < ks[r] and spine.pays
+            tokens = [token for token, *_ in best]
+        grown = [spine.tree(self.budget) for spine in spines]
+        trees = [tree for tree, _ in grown]
+        for tree, drawn, signals in zip(trees, drawn_from, seen, strict=True):
+            tree.drawn_from, tree.signals = torch.stack(drawn) if drawn else None, signals
+        # A path's last token has been proposed and not run, unless its row rode along while others drafted on.
+        ran = [min(path, len(hidden)) for _, path in grown]
         missing = any(len(tree) > count for tree, count in zip(trees, ran, strict=True))
         # One pass from the shortest row's end on: rows that went further run those tokens again.
         first = min(ran) if missing else len(hidden)
@@ -204,3 +239,14 @@ def agreement(model: Model, readout: Readout, head: ExitHead, traces: Sequence[T
         return readout.likeliest(readout(states))[:, 0], states
 
     return fitting.agreement(traces, guess)
+
+
+def temperature(readout: Readout, head: ExitHead, traces: Sequence[Trace]) -> dict[str, float]:
+    """The fact that says at which temperature its first tokens are as likely as an exit head says they are."""
+
+    def first(trace: Trace) -> Tensor:
+        assert trace.exit is not None, "an early exit"
+        device = readout.weight.device
+        return head(trace.exit[trace.at].to(device), trace.final[trace.at - 1].to(device))
+
+    return fitting.temperature(readout, ((first(trace), trace.tokens[trace.at + 1]) for trace in traces))

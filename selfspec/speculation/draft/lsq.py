@@ -16,9 +16,9 @@ from selfspec.model.base import Model
 from selfspec.options import bounded, setting
 from selfspec.speculation import fit as fitting
 from selfspec.speculation.draft.base import FittedOptions, check_rank
-from selfspec.speculation.draft.layerskip import EarlyExit, ExitOptions, agreement
+from selfspec.speculation.draft.layerskip import EarlyExit, ExitOptions, agreement, temperature
 from selfspec.speculation.fit import Trace
-from selfspec.speculation.head import FittedExit, Head, HeadForm, RawExit, features, linear
+from selfspec.speculation.head import FittedExit, Head, HeadForm, RawExit, features, laid_out, linear
 from selfspec.speculation.readout import Readout
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ class Options(FittedOptions, ExitOptions):
     def make(self, model: Model, head: Head | None) -> EarlyExit:
         """The same draft as ``layerskip`` with a better readout."""
         assert head is not None, "fitted by the fit stage"
-        exit = FittedExit(head.tensors, head.facts["previous"])
-        readout = Readout(model, head.tensors.get("ids"))
-        return EarlyExit(model, self.layer, exit, readout, self.width, self.budget, self.sample)
+        exit = FittedExit(laid_out(head.tensors, model.native), head.facts["previous"])
+        readout = Readout.of(model, head)
+        return EarlyExit(model, self.layer, exit, readout, self.width, self.budget, self.sample, self.worth)
 
     def closed_form(self, train: Sequence[Trace]) -> dict[str, Tensor]:
         """Ridge regression from the exit state to the final one."""
@@ -88,6 +88,8 @@ class Options(FittedOptions, ExitOptions):
         further = partial(descend, readout, train, self, seed) if self.sgd_epochs else None
         tensors, by_position, gain = fitting.refine(tensors, measured, further)
         facts |= gain | fitting.facts(train, heldout, tensors, by_position) | {"raw_agreement": raw[0]}
+        exit = FittedExit(Head(tensors, facts).to(model.dtype, model.device).tensors, self.previous)
+        facts |= temperature(readout, exit, heldout)
         return Head(tensors | ids, facts)
 
 

@@ -76,7 +76,8 @@ class Options(FittedOptions):
             return _descend(model, readout, Head(tensors, facts), train, self.sgd_epochs, seed)
 
         tensors, by_position, gain = fitting.refine(tensors, measured, trained if self.sgd_epochs else None)
-        return Head(tensors | ids, facts | gain | fitting.facts(train, heldout, tensors, by_position))
+        facts |= gain | fitting.facts(train, heldout, tensors, by_position)
+        return Head(tensors | ids, facts | _temperature(model, readout, Head(tensors, facts), heldout))
 
 
 class Medusa(Draft):
@@ -86,8 +87,8 @@ class Medusa(Draft):
         super().__init__(model)
         self.heads, self.block = int(head.facts["heads"]), bool(head.facts["block"])
         self.weight, self.bias = head.tensors["weight"], head.tensors["bias"]
-        self.readout = Readout(model, head.tensors.get("ids"))
-        self.width, self.budget, self.sample = draft.width, draft.budget, draft.sample
+        self.readout = Readout.of(model, head)
+        self.width, self.budget, self.sample, self.worth = draft.width, draft.budget, draft.sample, draft.worth
 
     def nodes(self, k: int) -> int:
         """The root, and what a beam over k positions, or as many as there are heads, may hold."""
@@ -107,7 +108,7 @@ class Medusa(Draft):
         for r, (row, k) in enumerate(zip(rows, ks, strict=True)):
             first, seen = r * most, signals[r * most : r * most + k]
             sure = next((i for i, signal in enumerate(seen) if gate.stops(signal)), k)
-            grown = Beam(row.tokens[-1], self.width)
+            grown = Beam(row.tokens[-1], self.width, self.worth)
             for i in range(first, first + sure):
                 grown.grow([tokens[i]] * len(grown.frontier), [log_p[i]] * len(grown.frontier))
             tree = grown.tree(self.budget)
@@ -167,6 +168,18 @@ def _agreement(model: Model, readout: Readout, head: Head, traces: Sequence[Trac
         return readout.likeliest(readout(later))[:, 0], states
 
     return fitting.agreement(traces, guess, heads)
+
+
+def _temperature(model: Model, readout: Readout, head: Head, traces: Sequence[Trace]) -> dict[str, float]:
+    """Of the first head."""
+    there = head.to(model.dtype, model.device)
+    weight, bias, block = *there.tensors.values(), head.facts["block"]
+
+    def first(trace: Trace) -> Tensor:
+        verified, state = model.embedding[trace.tokens[trace.at]], trace.final[trace.at - 1].to(model.device)
+        return estimate(weight, bias, block, state, verified, 1)[:, 0]
+
+    return fitting.temperature(readout, ((first(trace), trace.tokens[trace.at + 1]) for trace in traces))
 
 
 def _descend(

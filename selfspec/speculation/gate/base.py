@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from selfspec.types import Cycle
 
@@ -16,6 +16,8 @@ class Gate:
 
     reads = False
     """Whether it has a signal."""
+    statistic: ClassVar[Literal["max_prob", "entropy", "var_entropy"] | None] = None
+    """Which of the statistics that our own kernels give of a distribution its signal is, if it is one."""
 
     def signal(self, logits: Tensor) -> Tensor:
         """The draft's logits ``[R, vocab]`` -> ``[R]``; ``[0]`` of a gate that reads nothing."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from selfspec.axes import GateOptions
+from selfspec.model.kernels import native
 from selfspec.options import bounded
 from selfspec.speculation.gate.base import Threshold, surprisals
 
@@ -32,6 +33,7 @@ class Entropy(Threshold):
     """By the entropy."""
 
     low_stops = False
+    statistic = "entropy"
 
     def signal(self, logits: Tensor) -> Tensor:
         """In nats."""
@@ -45,5 +47,7 @@ class Entropy(Threshold):
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy H = -sum p ln p of each row of ``[R, vocab]``, in nats."""
+    if native.takes_rows(logits):
+        return native.statistics(logits).entropy
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)

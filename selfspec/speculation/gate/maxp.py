@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from selfspec.axes import GateOptions
+from selfspec.model.kernels import native
 from selfspec.options import bounded
 from selfspec.speculation.gate.base import Threshold
 
@@ -32,6 +33,7 @@ class MaxProb(Threshold):
     """By the largest probability."""
 
     low_stops = True
+    statistic = "max_prob"
 
     def signal(self, logits: Tensor) -> Tensor:
         """In [0, 1]."""
@@ -40,6 +42,8 @@ class MaxProb(Threshold):
 
 def max_prob(logits: Tensor) -> Tensor:
     """The largest probability of each row of ``[R, vocab]``, in [0, 1]."""
+    if native.takes_rows(logits):
+        return native.statistics(logits).max_prob
     # One exp a row: a softmax would write the whole vocabulary to find one number.
     x = logits.float()
     return (x.amax(-1) - x.logsumexp(-1)).exp()

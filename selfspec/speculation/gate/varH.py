@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from selfspec.axes import GateOptions
+from selfspec.model.kernels import native
 from selfspec.options import bounded
 from selfspec.speculation.gate.base import Threshold, surprisals
 
@@ -32,6 +33,7 @@ class VarEntropy(Threshold):
     """By the variance of surprisal."""
 
     low_stops = False
+    statistic = "var_entropy"
 
     def signal(self, logits: Tensor) -> Tensor:
         """In nats squared."""
@@ -45,6 +47,8 @@ class VarEntropy(Threshold):
 
 def var_entropy(logits: Tensor) -> Tensor:
     """The variance of surprisal, sum p (ln p)^2 - H^2, of each row, in nats squared: 0 if certain and if uniform."""
+    if native.takes_rows(logits):
+        return native.statistics(logits).var_entropy
     log_p = logits.float().log_softmax(-1)
     p = log_p.exp()
     centred = log_p - (p * log_p).sum(-1, keepdim=True)  # as a mean of squares: two large numbers leave noise
