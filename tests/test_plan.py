@@ -231,7 +231,7 @@ def test_who_shares_heads_and_answers(change: str, head: bool, answers: bool) ->
     [
         ("draft=none gate=maxp", "none"),
         ("gate=varH tau_v=4", "lsqauto varH=4 K=auto"),
-        ("draft=lsq_tree exit_layer=1 K=2", "lsq1/8k/w8 K=2"),
+        ("draft=lsq_tree exit_layer=1 K=2", "lsq1/8k/w3 K=2"),
         ("draft=lsq gate=varH tau_v=4 exit_layer=12", "lsq12 varH=4 K=4"),
         ("draft=lsq_lowrank exit_layer=6 K=2", "lsq6r128 K=2"),
         ("draft=layerskip policy.verify=false gate=maxp exit_layer=12", "layerskip12 unverified"),

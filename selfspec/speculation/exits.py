@@ -23,9 +23,12 @@ WIDEST = 16
 
 
 def candidates(layers: int) -> list[int]:
-    """Exit layers of a model that has so many: all of the first few, then each half as deep again as the last."""
+    """Exit layers of a model that has so many: all of the first few, then each half as deep again as the last.
+
+    None in the last third: there, what a draft runs, and verification again for what it proposes, is nearly a pass.
+    """
     found = [1]
-    while (further := max(found[-1] + 1, found[-1] * 3 // 2)) < layers:
+    while 3 * (further := max(found[-1] + 1, found[-1] * 3 // 2)) <= 2 * layers:
         found.append(further)
     return found
 

@@ -43,9 +43,9 @@ def cycle_ms(
     most = max(way.controller.k for way in ways.values())
     requests = [Request(tuple(prompt), 1 + CYCLES + most, ignore_eos=True)] * batch
     took = defaultdict[W, list[float]](list)
-    for turn in range(1 + TURNS):  # the first one warms up
+    for _ in range(TURNS):
         for name, way in ways.items():
             k, answers = way.controller.k, decode(way, requests)
             cycles = [cycle for answer in answers for cycle in answer.cycles if cycle.k_asked == k]
-            took[name] += [median(cycle.draft_ms + cycle.verify_ms for cycle in cycles)] if turn else []
+            took[name] += [median(cycle.draft_ms + cycle.verify_ms for cycle in cycles)]
     return {name: min(times) for name, times in took.items()}
