@@ -24,6 +24,8 @@ from selfspec.data.config import Workload
 from selfspec.errors import ConfigError
 from selfspec.options import AUTO
 from selfspec.quality.config import Quality
+from selfspec.serve.config import Serve
+from selfspec.soak.config import Soak
 
 STAGE_VERSIONS = {"fit": 2, "bench": 4, "quality": 1, "soak": 1, "profile": 1}
 """Raise a stage's number when the same plan would give other results: old journals are then not taken."""
@@ -61,8 +63,8 @@ class Plan:
     quality: Quality
     tracking: schema.Tracking
     checkpoint: schema.Checkpoint
-    serve: schema.Serve
-    soak: schema.Soak
+    serve: Serve
+    soak: Soak
 
     @property
     def open(self) -> bool:

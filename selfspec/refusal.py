@@ -12,8 +12,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from selfspec.axes import AXES
-from selfspec.config import RENAMED, BackendConfig, unknown
+from selfspec.config import RENAMED, unknown
 from selfspec.errors import SelfspecError, UserError, one_line, printable
+from selfspec.serve.config import BackendConfig
 
 BY_USER = (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError)
 """What the user can put right: told in one line, exit code 2."""

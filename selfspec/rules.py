@@ -13,6 +13,7 @@ from selfspec.axes import DRAFT, DraftOptions
 from selfspec.data import assets
 from selfspec.errors import ConfigError
 from selfspec.options import AUTO
+from selfspec.serve.config import RouteName, Serve
 
 REFERENCES: dict[str, Callable[[DraftOptions], DraftOptions]] = {
     "hf": lambda draft: DRAFT.new("none"),
@@ -71,7 +72,7 @@ def _check_open(config: schema.Config) -> None:
         )
 
 
-def _check_backends(serve: schema.Serve) -> None:
+def _check_backends(serve: Serve) -> None:
     taken = {"local", "auto", "cache"}  # our engine's, the router's and the cache's
     for at, backend in enumerate(serve.backends):
         key = f"serve.backends[{at}]"
@@ -89,7 +90,7 @@ def _check_backends(serve: schema.Serve) -> None:
             )
         if backend.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", backend.key_env):
             raise ConfigError(f"{key}.key_env: must be the name of an environment variable, not a key")
-    if serve.router.policy is schema.RouteName.length and serve.router.max_total_tokens is None:
+    if serve.router.policy is RouteName.length and serve.router.max_total_tokens is None:
         raise ConfigError("serve.router.max_total_tokens=null: policy=length needs to know when to leave our engine")
 
 

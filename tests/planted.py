@@ -16,9 +16,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from selfspec.config import Serve
 from selfspec.engine.fake import session as fake
 from selfspec.serve import build, server
+from selfspec.serve.config import Serve
 
 BEGAN = time.monotonic()
 KEPT = list[bytes]()

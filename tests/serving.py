@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfspec.config import Order
 from selfspec.engine.base import Engine, RequestOutput
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.engine.fake.session import FakeSession, Parts
 from selfspec.plan import Plan
 from selfspec.serve import build
 from selfspec.serve.backend import Call, Chunk, Price, Usage
+from selfspec.serve.config import Order
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.local import Local
 from selfspec.serve.metrics import Metrics

@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfspec.axes import DRAFT, GATE
-from selfspec.config import Order
 from selfspec.engine.torch.session import Scheduler
 from selfspec.model import graphs
 from selfspec.model.attention import AttentionMetadata
@@ -33,6 +32,7 @@ from selfspec.model.cache import KVCache
 from selfspec.model.graphs import Graphs
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
+from selfspec.serve.config import Order
 from selfspec.speculation import fit
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target

@@ -12,12 +12,13 @@ from serving import Scripted, listening, says, serving
 
 from selfspec import job, refusal
 from selfspec.checkpoint import Journal
-from selfspec.config import Resume, Serve
+from selfspec.config import Resume
 from selfspec.engine.openai import client as served
 from selfspec.errors import ConfigError, StageError
 from selfspec.plan import Plan
 from selfspec.serve.backend import Chunk
 from selfspec.serve.build import Fixed
+from selfspec.serve.config import Serve
 from selfspec.serve.errors import Failed
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.metrics import Metrics

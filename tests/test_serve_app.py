@@ -15,12 +15,12 @@ import pytest
 from plans import planned
 from serving import Gated, Scripted, Serving, listening, request, says, serving
 
-from selfspec.config import CacheConfig, CacheMode
 from selfspec.engine.fake.engine import FakeEngine
 from selfspec.plan import Plan
 from selfspec.serve.backend import Call, Chunk, Route
 from selfspec.serve.build import Fixed
 from selfspec.serve.cache import AnswerCache
+from selfspec.serve.config import CacheConfig, CacheMode
 from selfspec.serve.errors import Failed, Overloaded, Unavailable
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.metrics import Metrics

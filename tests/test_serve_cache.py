@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from plans import planned
 from serving import Clock, serving
 
-from selfspec.config import CacheConfig, CacheMode
 from selfspec.serve.backend import Call, Chunk, TokenLogprob, Usage
 from selfspec.serve.cache import AnswerCache
+from selfspec.serve.config import CacheConfig, CacheMode
 from selfspec.serve.words import normalise
 
 ANSWER = (Chunk("It is ", 2, [TokenLogprob("It", -0.5)]), Chunk("so.", 1, None, "stop", Usage(3, 3), {"cycles": 2}))

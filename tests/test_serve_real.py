@@ -8,9 +8,9 @@ import pytest
 from plans import planned
 from serving import serving
 
-from selfspec.config import Order
 from selfspec.engine.torch.engine import TorchEngine
 from selfspec.plan import Plan
+from selfspec.serve.config import Order
 from selfspec.types import Request
 
 pytestmark = pytest.mark.real

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from plans import planned
 from serving import Clock, serving
 
-from selfspec.config import BackendConfig
 from selfspec.errors import ConfigError
 from selfspec.serve import remote
 from selfspec.serve.backend import Call, Chunk, Usage
 from selfspec.serve.breaker import Breaker
+from selfspec.serve.config import BackendConfig
 from selfspec.serve.errors import Failed, Invalid, Overloaded, RequestError, TooLong, Unavailable
 from selfspec.serve.remote import Remote
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from plans import planned
 from serving import Clock, Scripted, says, serving
 
-from selfspec.config import RouteName, RouterConfig
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.serve import build, remote
 from selfspec.serve import router as module
 from selfspec.serve.backend import Call, Chunk, Price, Route
+from selfspec.serve.config import RouteName, RouterConfig
 from selfspec.serve.errors import Unavailable
 from selfspec.serve.estimates import Timed, dollars
 from selfspec.serve.router import AUTO, Option, PolicyRouter

@@ -21,12 +21,12 @@ from plans import planned
 from serving import listening
 
 from selfspec import outbound
-from selfspec.config import BackendConfig
 from selfspec.engine.openai.client import Server
 from selfspec.errors import StageError
 from selfspec.serve import remote
 from selfspec.serve.build import Fixed
 from selfspec.serve.cache import AnswerCache
+from selfspec.serve.config import BackendConfig
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.metrics import Metrics
 from selfspec.serve.remote import Remote

@@ -13,7 +13,6 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
 from selfspec import plan
-from selfspec.config import Order
 from selfspec.engine import admission
 from selfspec.engine.admission import STALL
 from selfspec.engine.base import Load, RequestOutput
@@ -25,6 +24,7 @@ from selfspec.model.cache import KVCache
 from selfspec.model.llama import Llama
 from selfspec.model.tree import Tree
 from selfspec.run import CONF
+from selfspec.serve.config import Order
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.decode import Speculation, Target
 from selfspec.speculation.draft.base import Draft

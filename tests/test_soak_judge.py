@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from selfspec.config import Soak
 from selfspec.soak import chart, judge
+from selfspec.soak.config import Soak
 
 ALLOWED = Soak("test", users=2, max_memory_slope=5.0, max_drift=0.1, max_error_rate=0.01)
 

@@ -21,7 +21,6 @@ from vllm_inside import leave_unswept, look_at
 
 from selfspec import job, plan
 from selfspec.axes import ENGINE
-from selfspec.config import Order
 from selfspec.data import workload
 from selfspec.engine import factory
 from selfspec.engine.torch.engine import TorchEngine
@@ -32,6 +31,7 @@ from selfspec.errors import ConfigError
 from selfspec.metrics import first_difference
 from selfspec.plan import Plan
 from selfspec.run import CONF
+from selfspec.serve.config import Order
 from selfspec.types import Completion, Request, Sampling
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; .ci/vllm has it in an environment of its own")

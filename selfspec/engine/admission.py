@@ -6,7 +6,7 @@ them.
 
 from collections.abc import Sequence
 
-from selfspec.config import Order
+from selfspec.serve.config import Order
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Request
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from selfspec.config import Order
 from selfspec.plan import Plan
+from selfspec.serve.config import Order
 from selfspec.types import Completion, Logprob, Request, Score, Signals
 
 

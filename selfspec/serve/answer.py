@@ -4,10 +4,10 @@ import secrets
 from itertools import zip_longest
 from typing import Any
 
-from selfspec.config import Serve
 from selfspec.engine.base import Opens, RequestOutput, Tokenizer
 from selfspec.metrics import pack
 from selfspec.serve.backend import Call, Chunk, TokenLogprob, Usage
+from selfspec.serve.config import Serve
 from selfspec.serve.errors import Invalid, TooLong
 from selfspec.serve.text import Detokenizer, Stops
 from selfspec.types import Completion, Logprob, Request, Sampling

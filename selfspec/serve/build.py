@@ -8,13 +8,13 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from selfspec import fitting
-from selfspec.config import BackendConfig, CacheMode
 from selfspec.engine import factory
 from selfspec.engine.base import Opens, Tokenizer
 from selfspec.errors import ConfigError, one_line
 from selfspec.plan import Plan
 from selfspec.serve.backend import Backend, Call, Route, Router
 from selfspec.serve.cache import AnswerCache
+from selfspec.serve.config import BackendConfig, CacheMode
 from selfspec.serve.errors import Unavailable
 from selfspec.serve.estimates import Timed
 from selfspec.serve.gateway import Gateway

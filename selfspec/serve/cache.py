@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from selfspec.config import CacheConfig, CacheMode
 from selfspec.serve.backend import Call, Chunk, Hit
+from selfspec.serve.config import CacheConfig, CacheMode
 from selfspec.serve.words import normalise
 
 _NO_PART = ("id", "stats", "detail", "cache")

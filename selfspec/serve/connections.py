@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from selfspec.config import Serve
+from selfspec.serve.config import Serve
 
 log = logging.getLogger(__name__)
 

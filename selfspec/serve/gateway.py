@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
-from selfspec.config import Serve
 from selfspec.serve.backend import Cache, Call, Chunk, Hit, Router
+from selfspec.serve.config import Serve
 from selfspec.serve.errors import Invalid, Overloaded, RequestError, Unavailable, UnknownModel
 from selfspec.serve.metrics import Metrics
 

@@ -12,10 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-from selfspec.config import Serve
 from selfspec.engine.base import Load, Opens, RequestOutput, Session
 from selfspec.serve.answer import Answer, request
 from selfspec.serve.backend import Call, Chunk, Price
+from selfspec.serve.config import Serve
 from selfspec.serve.errors import Failed, RequestError, TooLong, Unavailable
 from selfspec.serve.metrics import Metrics
 from selfspec.types import Completion, Request

@@ -15,10 +15,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from selfspec import outbound
-from selfspec.config import BackendConfig
 from selfspec.errors import ConfigError
 from selfspec.serve.backend import Call, Chunk, Price, TokenLogprob, Usage
 from selfspec.serve.breaker import Breaker
+from selfspec.serve.config import BackendConfig
 from selfspec.serve.errors import Failed, Invalid, Overloaded, RequestError, TooLong, Unavailable
 from selfspec.serve.text import Stops
 from selfspec.serve.upstream import Event

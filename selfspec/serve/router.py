@@ -18,8 +18,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
-from selfspec.config import RouteName, RouterConfig
 from selfspec.serve.backend import Backend, Call, Route
+from selfspec.serve.config import RouteName, RouterConfig
 from selfspec.serve.errors import Unavailable
 from selfspec.serve.estimates import Timed, dollars
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import uvicorn
 
-from selfspec.config import Serve
 from selfspec.errors import ConfigError
 from selfspec.plan import Plan
 from selfspec.serve import app, build
+from selfspec.serve.config import Serve
 from selfspec.serve.connections import BACKLOG, Connections, protocol, quiet
 from selfspec.serve.gateway import Gateway
 from selfspec.serve.local import Local

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selfspec.config import Soak
+from selfspec.soak.config import Soak
 from selfspec.types import Measurements
 
 Interval = Mapping[str, Any]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfspec.config import SoakServer
 from selfspec.files import create, write_atomic
 from selfspec.plan import Plan
+from selfspec.soak.config import SoakServer
 from selfspec.soak.guard import Guarded, guarded
 from selfspec.soak.judge import rounded
 from selfspec.soak.server import environment

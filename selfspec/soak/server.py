@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 
 from selfspec.axes import AXES
-from selfspec.config import SoakServer
 from selfspec.engine import factory
 from selfspec.engine.vllm import args as vllm_args
 from selfspec.errors import StageError
 from selfspec.fitting import head_path
 from selfspec.plan import Plan
+from selfspec.soak.config import SoakServer
 from selfspec.soak.guard import Guarded, guarded
 
 KEY = "SELFSPEC_API_KEY"

@@ -17,7 +17,6 @@ from typing import Any
 
 from selfspec import credentials, sense
 from selfspec.checkpoint import Journal, Record
-from selfspec.config import SoakServer
 from selfspec.data import workload
 from selfspec.engine import factory
 from selfspec.engine.base import LazyEngine, Opens
@@ -28,6 +27,7 @@ from selfspec.plan import Plan
 from selfspec.progress import progress
 from selfspec.provenance import collect
 from selfspec.soak import chart, judge
+from selfspec.soak.config import SoakServer
 from selfspec.soak.load import TABLES, Load, calling
 from selfspec.soak.server import KEY, Server, secret, serving
 from selfspec.stages.base import Stage, Unit, Units

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from selfspec.config import Order
 from selfspec.engine import admission
 from selfspec.engine.admission import Admission
 from selfspec.engine.base import Limits, Opens, Prefix, Probes, Scores, Tie, TieJudge, Tokenizer
@@ -23,6 +22,7 @@ from selfspec.engine.fake.session import (
     next_token,
 )
 from selfspec.plan import Plan
+from selfspec.serve.config import Order
 from selfspec.speculation.controller.base import Controller
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.gate.entropy import Entropy

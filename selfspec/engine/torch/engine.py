@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from selfspec import config as schema
 from selfspec import heads
 from selfspec.engine.base import Chooses, Limits, Opens, Probes, Profile, Profiles, Scores, Session, Usage
 from selfspec.engine.tokenizer import ModelTokenizer
@@ -23,6 +22,7 @@ from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
 from selfspec.plan import Plan
 from selfspec.progress import progress
+from selfspec.serve.config import Order
 from selfspec.speculation import exits, fit, scoring
 from selfspec.speculation.choice import Exit, choose
 from selfspec.speculation.controller.base import Controller
@@ -130,7 +130,7 @@ class TorchEngine(Opens, Chooses, Scores, Probes, Profiles):
         return known
 
     @torch.inference_mode()
-    def open(self, rows: int, positions: int, order: schema.Order) -> Session:
+    def open(self, rows: int, positions: int, order: Order) -> Session:
         """See :meth:`Opens.open <selfspec.engine.base.Opens.open>`; requests that sample do so by rejection."""
         limit = self.model.shape.max_positions
         if positions > limit:

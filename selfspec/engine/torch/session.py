@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from selfspec.config import Order
 from selfspec.engine import admission
 from selfspec.engine.base import RequestOutput
 from selfspec.engine.batching import Batching
 from selfspec.model.cache import KVCache
+from selfspec.serve.config import Order
 from selfspec.speculation.decode import Speculation
 from selfspec.speculation.sequence import Seq
 from selfspec.types import Completion

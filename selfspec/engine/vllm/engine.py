@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from selfspec import config as schema
 from selfspec.engine import factory
 from selfspec.engine.base import Fits, Limits, Opens, Scores, Tie, TieJudge, Usage
 from selfspec.engine.torch.engine import TorchEngine
@@ -25,6 +24,7 @@ from selfspec.engine.vllm.session import VLLMSession
 from selfspec.errors import ConfigError, one_line
 from selfspec.model.checkpoint import json_object
 from selfspec.plan import Plan
+from selfspec.serve.config import Order
 from selfspec.types import Completion, Request, Score
 from selfspec.vllm_plugin import versions
 
@@ -177,7 +177,7 @@ class VLLMEngine(Opens, Fits, Scores):
             self._room(len(request.tokens) + request.max_new_tokens)
         return self._session(plain, max_batch or self.plan.engine.max_batch, self._positions).run(requests)
 
-    def open(self, rows: int, positions: int, order: schema.Order) -> VLLMSession:
+    def open(self, rows: int, positions: int, order: Order) -> VLLMSession:
         """See :meth:`Opens.open <selfspec.engine.base.Opens.open>`; vLLM has its own order."""
         if positions > self._positions:
             raise ConfigError(f"serve.max_model_len={positions}: {self.plan.model.name} has {self._positions}")
