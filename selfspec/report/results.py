@@ -225,6 +225,8 @@ def setup(row: Result) -> str:
         parts[0] += f" ({machine['physical_cores']} cores)"
     parts += [f"{key}={known}" for key, known in flatten(where).items() if known is not None]
     work = f"{group['scale'].get('prompts', '?')} prompts x {group['workload'].get('new_tokens', '?')} tokens"
+    if sets := group["workload"].get("parts"):
+        work = f"{len(sets)} sets of {work}"
     if group["scale"].get("repeats", 1) > 1:
         work += f" x {group['scale']['repeats']} repeats"
     return ", ".join([*parts, f"{work} ({group['workload'].get('name', 'workload')})"])
