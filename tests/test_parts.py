@@ -108,6 +108,7 @@ def test_the_table_and_the_heat_map_have_each_set(asked: Callable[..., list[str]
     assert "fewer than 3 prompts, as there are no more: two (2)" in result["notes"]
     lines = [line for line in tables.text([result]).splitlines() if "| one" in line or "| two" in line]
     assert len(lines) == 2 and f"{medians[0]:.2f}x [" in lines[0]
+    assert "2 sets of 3 prompts x 12 tokens (sets)" in tables.text([result])
     assert (tmp_path / "run" / "parts.png").read_bytes() == plots.parts([result])
     assert plots.parts([{**result, "measurements": {}}]) is None
 

@@ -271,6 +271,8 @@ def setup(row: Result) -> str:
     turns = group["workload"].get("turns", 1)
     asked = f"{group['scale'].get('prompts', '?')} prompts" + (f" x {turns} turns" if turns > 1 else "")
     work = f"{asked} x {group['workload'].get('new_tokens', '?')} tokens"
+    if sets := group["workload"].get("parts"):
+        work = f"{len(sets)} sets of {work}"
     if group["scale"].get("repeats", 1) > 1:
         work += f" x {group['scale']['repeats']} repeats"
     return ", ".join([*parts, f"{work} ({group['workload'].get('name', 'workload')})"])
