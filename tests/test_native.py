@@ -169,7 +169,9 @@ class TestAnExit:
         caches.check(cache, LAYERS)
         return read
 
-    @pytest.mark.parametrize("ids", [None, torch.arange(32) * 2], ids=["all tokens", "frequent ones"])
+    @pytest.mark.parametrize(
+        "ids", [None, torch.arange(32) * 2, torch.arange(30)], ids=["all tokens", "frequent ones", "no whole lanes"]
+    )
     @pytest.mark.parametrize("kind", ["raw", "affine", "both states", "low rank"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_is_that_of_torch(

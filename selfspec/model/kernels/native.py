@@ -179,7 +179,12 @@ def untiled(weight: Tensor) -> Tensor:
 def takes_rows(logits: Tensor) -> bool:
     """Whether the kernels look through such logits: twice as fast as NumPy and more in bf16, or as torch by far."""
     plain = logits.device.type == "cpu" and logits.dim() == 2 and logits.is_contiguous()
-    return _loaded and plain and logits.shape[1] % _LANES == 0 and _knows(logits.dtype)
+    return _loaded and plain and whole(logits.shape[1]) and _knows(logits.dtype)
+
+
+def whole(width: int) -> bool:
+    """Whether logits over so many tokens are whole lanes, as the kernels that look through them want it."""
+    return width % _LANES == 0
 
 
 class Statistics(NamedTuple):

@@ -17,6 +17,7 @@ from selfspec.lazy import torch
 from selfspec.model.attention import AttentionMetadata
 from selfspec.model.base import Model
 from selfspec.model.cache import KVCache
+from selfspec.model.kernels import native
 from selfspec.model.tree import Tree
 from selfspec.options import bounded
 from selfspec.speculation import fit as fitting
@@ -143,7 +144,8 @@ class EarlyExit(Draft):
         Args:
             previous: the positions' before final states, or estimates of them, ``[N, D]``.
         """
-        stack = None if self.remembers else self.model.stack(cache, at)
+        whole = not self.remembers and native.whole(len(self.readout.weight))
+        stack = self.model.stack(cache, at) if whole else None
         if stack is not None:
             head, readout, also = self.head, self.readout, previous if self.head.previous else None
             how = head.weights, readout.packed, readout.ids, self.width, readout.temperature
