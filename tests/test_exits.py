@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from selfspec import fitting, job
 from selfspec.axes import DRAFT, GATE
+from selfspec.engine import factory
 from selfspec.errors import HeadError
 from selfspec.model.llama import Llama
 from selfspec.plan import Plan
@@ -22,6 +23,7 @@ from selfspec.speculation.draft.layerskip import EarlyExit
 from selfspec.speculation.gate.base import Gate
 from selfspec.speculation.head import HeadForm
 from selfspec.stages.bench import Bench
+from selfspec.types import Request
 
 LAYERS = [1, 2, 3, 4]
 """Candidates of the tiny model's six."""
@@ -227,6 +229,15 @@ class TestJob:
         favour(3)
         result = run_job(planned(*base, f"draft={draft.split()[0]}", *draft.split()[1:], "gate=maxp"), tmp_path / "a")
         assert "3" in result["label"] and result["lossless"] == "yes"
+
+    def test_a_server_takes_the_choice_that_was_made_on_this_machine(self, base: list[str], favour: Any) -> None:
+        made, prompt = planned(*base, "K=2"), Request((7, 21, 3), 4)
+        for layer in (3, 1):
+            favour(layer)
+            engine = factory.make(made)
+            fitting.install(engine, made)
+            assert engine.plan.label == "lsq3 K=2", "the first one's"  # type: ignore[attr-defined]
+            assert engine.generate([prompt])[0].tokens == engine.generate([prompt], plain=True)[0].tokens
 
     def test_prices_are_measured(self, base: list[str], tmp_path: Path) -> None:
         result = run_job(planned(*base, "gate=varH", "draft.width=2"), tmp_path / "a")
