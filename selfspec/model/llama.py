@@ -78,7 +78,6 @@ class Llama:
             for name in _MATRICES:  # at once: what it was fused from need not stay
                 setattr(layer, name, packed(getattr(layer, name), native))
             self.layers.append(layer)
-        self._stack = self._make_stack()
         name = "model.embed_tokens.weight" if self.lm_head is self.embedding else "lm_head.weight"
         head = packed(packed_weights.get(name, self.lm_head), native)
         # The packed one: the embedding, which may be the same, stays as it is.
@@ -86,6 +85,7 @@ class Llama:
         self._graphs: WeakKeyDictionary[KVCache, Graphs] = WeakKeyDictionary()
         self._rotary = _rotary(config, self.shape)
         self._cos, self._sin = (table.to(self.device, self.dtype) for table in self._rotary)
+        self._stack = self._make_stack()
 
     @classmethod
     def load(
