@@ -218,6 +218,8 @@ class EngineOptions(Option):
     """Whether the model is to be on this disk."""
     chooses: ClassVar[bool] = False
     """Whether it can tell which exit layer is best."""
+    alike: ClassVar[Sequence[int]] = ()
+    """Exit layers that are all the same to it, as it runs none: of equals, the first is best."""
 
     @property
     def label(self) -> str:

@@ -224,8 +224,8 @@ def make(cfg: DictConfig) -> Plan:
     """
     config = schema.load(cfg)
     draft, gate, controller, policy = config.draft, config.gate, config.controller, config.policy
-    if draft.open and controller.chosen_exits:  # there is nothing left to choose
-        draft = config.draft = draft.at(controller.chosen_exits[0])
+    if draft.open and (exits := controller.chosen_exits or config.engine.alike):  # there is nothing left to choose
+        draft = config.draft = draft.at(exits[0])
     if not draft.open:
         controller = config.controller = replace(controller, K=controller.k)
     rules.check(config)

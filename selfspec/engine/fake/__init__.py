@@ -1,5 +1,6 @@
 """A simulation in virtual time, with real gates and controllers; imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,6 +24,7 @@ class Options(EngineOptions):
     runs_ours: ClassVar[bool] = False
     can: ClassVar[tuple[type, ...]] = (Opens, Probes, Scores)
     reads_model: ClassVar[bool] = False
+    alike: ClassVar[Sequence[int]] = (1,)
 
     def make(self, plan: Plan) -> "FakeEngine":
         """The engine."""
