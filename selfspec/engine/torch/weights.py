@@ -73,7 +73,7 @@ class Weights:
 
     @cached_property
     def _width(self) -> Width:
-        """How weights are kept; packed wherever that can be: ``tests/benchmarks/packed.py`` says that it pays.
+        """How weights are kept; packed wherever that can be: it pays for up to 8 tokens a pass (``docs/weights.md``).
 
         Raises:
             ConfigError: packed ones were asked for, and are not to be had.

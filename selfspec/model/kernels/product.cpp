@@ -142,15 +142,13 @@ struct Pairs {
   static floats finish(__m512 sums, const Job&, const char*) { return (floats)sums; }
 };
 
-// Four inputs in 8 bits, and their weights in 8 bits, moved up by 128. Inputs are scaled by groups; of the sum of a group's
-// inputs the 128 have added their part, which is taken off where its sums begin. After a tile's lines comes one more: what
-// every output is scaled by.
+// Four inputs in 8 bits, and their weights in 8 bits, moved up by 128. Groups of inputs have a scale each; what the 128
+// add to a group's sums is taken off where those begin. After a tile's lines comes one more: what every output is scaled
+// by.
 struct Fours {
   static constexpr int GROUP = 32;  // inputs
   using Block = Lines<GROUP / 4>;
-  static __m512i begin(__m512, const Job& job, int64_t at) {
-    return _mm512_set1_epi32(job.start[at]);
-  }
+  static __m512i begin(__m512, const Job& job, int64_t at) { return _mm512_set1_epi32(job.start[at]); }
   static __m512i add(__m512i sums, __m512i line, __m512i inputs) { return _mm512_dpbusd_epi32(sums, line, inputs); }
   static __m512 end(__m512 sums, __m512i group, const Job& job, int64_t at) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(group), _mm512_set1_ps(job.scale[at]), sums);
@@ -214,9 +212,10 @@ void multiply(const Job& job) {
 
 // All lines of a tile.
 template <class Block>
-void unpack(const char* tile, int64_t lines, char* to) {
+void unpack(const char* tile, int64_t lines, int64_t ahead, char* to) {
   Block block;
   for (int64_t k = 0; k < lines; k += Block::LINES, tile += Block::BYTES) {
+    for (int b = 0; b < Block::BYTES; b += 64) _mm_prefetch(tile + ahead + b, _MM_HINT_T0);
     block.open(tile);
     unrolled(std::make_integer_sequence<int, Block::LINES>(), [&](auto line) {
       _mm512_storeu_si512(to + (k + line) * 64, block.template get<line>());
@@ -238,7 +237,6 @@ constexpr auto up_to = rows_of<Kind, Format, TILES>(std::make_integer_sequence<i
 // two, or their beginnings would be waited for; unless that is far.
 constexpr int64_t NEAR = 32 * 64, FAR = 32 * 1024;
 constexpr int PAIRED = 12, SINGLE = 16;  // rows whose sums fit into 32 registers, by two tiles and by one
-constexpr int MADE = 8;  // rows for which lines of packed weights are made in registers; for more, once in the cache
 
 // What every row has so many of, side by side for the rows of a part: [rows, count] -> [part, count, rows of the part].
 template <class T>
@@ -287,14 +285,16 @@ Tensor tiled(const Tensor& x, const Inputs& given, const Tensor& weight, const o
   const auto* all = static_cast<const char*>(weight.const_data_ptr());
   auto* results = static_cast<T*>(out.data_ptr());
   // Where a tile is gone through more than once, its lines are had once.
-  const bool unpacks = !Kind::Block::LIE && rows > MADE;
-  const int64_t unpacked = lines * 64;
+  const bool unpacks = !Kind::Block::LIE && rows > PAIRED;
+  const int64_t unpacked = lines * 64, ahead = Kind::Block::LIE ? NEAR : std::min(2 * step, FAR);
   at::parallel_for(0, tiles / 2, 1, [&](int64_t first, int64_t last) {
     const Tensor room = unpacks ? at::empty({2 * unpacked}, at::kByte) : Tensor();
     auto* laid_out = unpacks ? static_cast<char*>(room.data_ptr()) : nullptr;
     // Tiles outside, parts of rows inside: the second part finds the two tiles in the cache.
     for (int64_t tile = 2 * first; tile < 2 * last; tile += 2) {
-      for (int t = 0; t < 2 && unpacks; t++) unpack<typename Kind::Block>(all + (tile + t) * step, lines, laid_out + t * unpacked);
+      for (int t = 0; t < 2 && unpacks; t++) {
+        unpack<typename Kind::Block>(all + (tile + t) * step, lines, ahead, laid_out + t * unpacked);
+      }
       for (int64_t begin = 0; begin < rows; begin += most) {
         const int64_t take = std::min(most, rows - begin);
         const auto job = [&](int t) {
@@ -304,7 +304,7 @@ Tensor tiled(const Tensor& x, const Inputs& given, const Tensor& weight, const o
                      lines,
                      unpacks ? unpacked : step,
                      width,
-                     Kind::Block::LIE ? NEAR : std::min(2 * step, FAR),
+                     unpacks ? 0 : ahead,
                      scale.data() + begin * groups,
                      start.data() + begin * groups,
                      base ? base + (tile + t) * LANES : nullptr,
@@ -317,7 +317,7 @@ Tensor tiled(const Tensor& x, const Inputs& given, const Tensor& weight, const o
         } else if (unpacks) {
           up_to<Lying, Format, 2, PAIRED>[take - 1](job(0));
         } else {
-          up_to<Kind, Format, 2, Kind::Block::LIE ? PAIRED : MADE>[take - 1](job(0));
+          up_to<Kind, Format, 2, PAIRED>[take - 1](job(0));
         }
       }
     }
