@@ -228,7 +228,7 @@ def test_flags_of_vllm(overrides: list[str], config: Any) -> None:
 def test_an_early_exit_takes_its_schedule_with_it_into_vllm() -> None:
     from selfspec.vllm_plugin import settings
 
-    found = export.flags(planned("draft=layerskip", "gate=maxp"), RISING)["vllm"]
+    found = export.flags(planned("draft=layerskip", "exit_layer=12", "gate=maxp"), RISING)["vllm"]
     assert found is not None
     asked = json.loads(shlex.split(found)[4])
     parsed = settings.parse(asked["selfspec"], asked["num_speculative_tokens"])
@@ -236,7 +236,7 @@ def test_an_early_exit_takes_its_schedule_with_it_into_vllm() -> None:
     assert [control.num_draft_tokens([], batch) for batch in (1, 3, 4, 7, 8, 64)] == [4, 4, 2, 2, 0, 0]
 
 
-@pytest.mark.parametrize("overrides", [["draft=suffix"], ["draft=lsq", "gate=varH"], ["draft=hybrid"]])
+@pytest.mark.parametrize("overrides", [["draft=suffix"], ["draft=lsq", "exit_layer=12", "gate=varH"], ["draft=hybrid"]])
 def test_the_gateways_flags_make_its_plan(overrides: list[str]) -> None:
     """What was benched, with the schedule in the place of its controller."""
     benched = planned(*overrides)

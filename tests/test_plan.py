@@ -149,7 +149,7 @@ def test_idle_handles_of_the_smallest_model() -> None:
             "draft.head=a.st",
             "exit_layer=auto: draft.head=a.st was fitted for one; must be its number",
         ),
-        ("engine=fake draft=layerskip", "exit_layer=auto: engine=fake cannot choose one, torch can; give a number"),
+        ("engine=vllm draft=layerskip", "exit_layer=auto: engine=vllm cannot choose one, torch can; give a number"),
         ("exit_layer=30", "exit_layer=30: SmolLM2-135M-Instruct has 30 layers; must be from 1 to 29"),
         ("draft=layerskip exit_layer=99", "exit_layer=99: .* must be from 1 to 29"),
         ("draft=lsq_lowrank draft.rank=null", "draft.rank=None: form=low_rank needs a rank"),

@@ -56,7 +56,9 @@ def test_a_process_says_where_it_is_and_stops_when_told_to(tmp_path: Path) -> No
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         ready = process.stdout.readline()
-        found = re.fullmatch(r"serving layerskip12 K=4 on http://127\.0\.0\.1:(\d+)\n", ready)
+        found = re.fullmatch(r"serving layerskip1 K=4 on http://127\.0\.0\.1:(\d+)\n", ready)
+        if not found:
+            process.kill()
         assert found, ready + process.stderr.read()
         assert called(int(found[1]), "GET", "/health") == (200, '{"status":"ok"}')
         assert called(int(found[1]), "POST", "/v1/completions", asked())[1].endswith("data: [DONE]\n\n")

@@ -64,8 +64,9 @@ def sweep(run: Run, fake: list[str], sky: Path, tmp_path: Path) -> Run:
 
 
 def unforeseen(err: str) -> str:
-    """What was said besides that jobs elsewhere have no copy of this test's model."""
-    return "".join(line for line in err.splitlines(True) if not line.startswith("note: model.source=file:"))
+    """What was said besides that jobs elsewhere have no copy of this test's model and prompts."""
+    copies = ("note: model.source=file:", "note: workload.source=file:")
+    return "".join(line for line in err.splitlines(True) if not line.startswith(copies))
 
 
 def launched(tmp_path: Path) -> list[dict[str, object]]:

@@ -55,15 +55,15 @@ def made(*overrides: str) -> Plan:
         (["draft=ngram", "gate=varH"], "gate=varH: vLLM's draft=ngram asks no gate; layerskip and lsq do"),
         (["draft=ngram", "controller=cost"], "controller=cost: vLLM's draft=ngram has one K, use fixed; layerskip"),
         (["draft=ngram", "policy=typical"], "policy=typical: engine=vllm verifies what it drafts, and decodes exactly"),
-        (["draft=layerskip", "policy.verify=false"], "policy.verify=false: engine=vllm verifies"),
-        (["draft=layerskip", "draft.width=2"], "draft.width=2: inside vLLM a draft is a chain"),
+        (["draft=layerskip", "exit_layer=12", "policy.verify=false"], "policy.verify=false: engine=vllm verifies"),
+        (["draft=layerskip", "exit_layer=12", "draft.width=2"], "draft.width=2: inside vLLM a draft is a chain"),
         (
-            ["draft=layerskip", "controller=adaptive"],
+            ["draft=layerskip", "exit_layer=12", "controller=adaptive"],
             r"bench.fixed_k=\[1, 2, 4, 8\]: vLLM is started with one controller",
         ),
         (["draft=layerskip", "controller=autotune"], "controller=autotune: inside vLLM one exit serves all"),
         (
-            ["draft=layerskip", "gate=bandit", "engine.tensor_parallel=2"],
+            ["draft=layerskip", "exit_layer=12", "gate=bandit", "engine.tensor_parallel=2"],
             "gate=bandit, controller=fixed: learns from times, .* tensor_parallel_size=2",
         ),
         (
@@ -151,7 +151,7 @@ class TestArguments:
         assert vllm_args.speculation(asked, tmp_path)["speculative_config"]["method"] == "eagle3"
 
     def test_of_an_early_exit_are_the_plugins(self) -> None:
-        asked = made("draft=layerskip", "gate=maxp", "K=3")
+        asked = made("draft=layerskip", "exit_layer=12", "gate=maxp", "K=3")
         given = vllm_args.speculation(asked)
         assert given.pop("per_request_spec_decode_metrics") == "detailed"
         assert given == settings.arguments(asked)
