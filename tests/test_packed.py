@@ -228,6 +228,8 @@ def test_the_real_model() -> None:
     kept, full = (TorchEngine(planned("draft=none", f"engine.weights={width}")) for width in ("packed", "bf16"))
     matrices = [getattr(layer, name) for layer in kept.model.layers for name in ("qkv", "out", "gate_up", "down")]  # type: ignore[attr-defined]
     assert all(matrix.dtype is torch.uint8 for matrix in (*matrices, kept.model._head))  # type: ignore[attr-defined]
+    named = kept.weights.folder.glob("*.safetensors")
+    assert [file.name for file in named] == ["model.safetensors"], "vLLM reads all that are called so"
     prompts = [full.tokenizer.encode(text, True) for text in ("What is the capital of France?", "Why? " * 200)]
     trees = (Tree.chain([504]), Tree([504, 657, 281, 28, 30], [-1, 0, 0, 1, 1]), Tree.chain(range(20, 40)))
     for prompt in prompts:

@@ -18,8 +18,11 @@ from selfspec.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-FILE = "blocks.safetensors"
-"""Beside a converted model's own weights: those of its matrices that can stay packed, under the same names."""
+FILE = "model.blocks"
+"""Beside a converted model's own weights: those of its matrices that can stay packed, under the same names.
+
+In safetensors' format, but not called so: vLLM takes every ``*.safetensors`` of a model's folder for its weights.
+"""
 _OUTPUTS = 16
 _TURN = (0, 3, 4, 1, 2, 6, 5)
 """tile, half of the outputs, output, block, lines, line, input; to tile, block, lines, half, output, input, line."""

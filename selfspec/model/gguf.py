@@ -18,7 +18,7 @@ from selfspec.errors import AssetError, StorageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_VERSION = 2
+_VERSION = 3
 """Raise it when the same GGUF would convert to something else: the old folder is then not taken."""
 _NAMES = {
     "token_embd": "model.embed_tokens",
