@@ -1,5 +1,6 @@
 """The gateway as a process: what it says when it is ready, how it stops, and what it refuses before it starts."""
 
+import asyncio
 import json
 import os
 import re
@@ -97,6 +98,20 @@ class TestDraining:
         monkeypatch.setattr(build, "engine", lambda plan: engine)
         server.run(made)
         assert not failures, failures
+
+    def test_a_signal_is_heard_whatever_else_wakes_the_loop(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It hangs into the test's time-out where the signal is lost."""
+        loops, held = list[asyncio.AbstractEventLoop](), threading.Event()
+        monkeypatch.setattr(server, "quiet", loops.append)
+
+        def client(port: int, engine: Gated) -> None:
+            loops[0].call_soon_threadsafe(held.wait)
+            for _ in range(5000):
+                loops[0].call_soon_threadsafe(int)
+            os.kill(os.getpid(), signal.SIGTERM)
+            held.set()
+
+        self.run(monkeypatch, planned(*FAKE), client)
 
     def test_answers_that_have_begun_are_ended_and_no_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def client(port: int, engine: Gated) -> None:

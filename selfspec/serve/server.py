@@ -19,6 +19,7 @@ from selfspec.serve.gateway import Gateway
 from selfspec.serve.local import Local
 from selfspec.serve.metrics import Metrics
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_S = 0.02
 _GRACE_S = 1
 """For the last words of answers, once they have been ended; who has not read them then has had his time."""
@@ -42,8 +43,8 @@ def run(plan: Plan) -> None:
 async def _run(plan: Plan, gateway: Gateway, local: Local, listener: socket.socket, ready: str) -> None:
     server, stop, loop = Server(gateway, build.api_key(plan)), asyncio.Event(), asyncio.get_running_loop()
     quiet(loop)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
+    # Not by the loop's own way, which loses a signal while the engine fills the pipe that both wake the loop by.
+    previous = {n: signal.signal(n, lambda *_: loop.call_soon_threadsafe(stop.set)) for n in SIGNALS}
     serving, told = asyncio.ensure_future(server.serve([listener])), asyncio.ensure_future(stop.wait())
     loaded = asyncio.wrap_future(local.ready)
     try:
@@ -59,6 +60,8 @@ async def _run(plan: Plan, gateway: Gateway, local: Local, listener: socket.sock
         told.cancel()
         server.should_exit = True
         await serving
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 async def _drain(gateway: Gateway, most_s: float) -> None:
